@@ -1,0 +1,57 @@
+"""mpsearch: mixed-precision bit allocation for PyTorch, with the proof of how good the answer is."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mpsearch._pareto import pareto as pareto
+from mpsearch._solve import solve as solve
+from mpsearch.budget import Budget as Budget
+from mpsearch.errors import BudgetError as BudgetError
+from mpsearch.errors import EstimatorError as EstimatorError
+from mpsearch.errors import ExportError as ExportError
+from mpsearch.errors import InfeasibleError as InfeasibleError
+from mpsearch.errors import MissingPackage as MissingPackage
+from mpsearch.errors import MpsearchError as MpsearchError
+from mpsearch.errors import PlanError as PlanError
+from mpsearch.errors import SolverError as SolverError
+from mpsearch.errors import TableError as TableError
+from mpsearch.front import Front as Front
+from mpsearch.layer import Layer as Layer
+from mpsearch.plan import Plan as Plan
+from mpsearch.precision import Precision as Precision
+from mpsearch.precision import precisions as precisions
+from mpsearch.solution import Choice as Choice
+from mpsearch.solution import Solution as Solution
+from mpsearch.solution import Solver as Solver
+from mpsearch.solution import Status as Status
+from mpsearch.table import CostTable as CostTable
+from mpsearch.table import Interactions as Interactions
+from mpsearch.table import Peak as Peak
+
+if TYPE_CHECKING:
+    from mpsearch._evaluate import evaluate as evaluate
+    from mpsearch._layers import layers as layers
+    from mpsearch._profile import profile as profile
+    from mpsearch.evaluation import Evaluation as Evaluation
+
+__version__ = "0.1.0"
+
+_NEED_TORCH = {  # loaded when first used, so that solving and showing never load torch
+    "evaluate": "mpsearch._evaluate",
+    "Evaluation": "mpsearch.evaluation",
+    "layers": "mpsearch._layers",
+    "profile": "mpsearch._profile",
+}
+_FOLDERS = ("sensitivity", "solvers", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        return getattr(importlib.import_module(_NEED_TORCH[name]), name)
+    if name in _FOLDERS:
+        return importlib.import_module(f"mpsearch.{name}")
+    raise AttributeError(f"module 'mpsearch' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NEED_TORCH, *_FOLDERS])

@@ -1,0 +1,168 @@
+"""The door from a table to its Pareto front."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch._solve import choose
+from mpsearch.budget import Budget
+from mpsearch.errors import BudgetError, InfeasibleError, SolverError
+from mpsearch.front import Front, check_over
+from mpsearch.problem import Problem
+from mpsearch.solution import Solver, Status, relative_gap
+from mpsearch.table import CostTable
+
+Method = Literal["auto", "exact", "epsilon", "hull", "sweep"]
+
+#: Cells up to which `auto` tries for every non-dominated point; beyond, the hull of the front is taken.
+EXACT_CELLS = 4096
+
+
+def pareto(
+    table: CostTable,
+    over: str = "memory_bytes",
+    *,
+    budget: Budget | None = None,
+    solver: Solver | None = None,
+    method: Method = "auto",
+    epsilon: float = 1e-3,
+    points: int = 64,
+) -> Front:
+    """The Pareto front of damage over one resource.
+
+    Args:
+        table: what every option costs and damages.
+        over: the resource.
+        budget: further limits that every point must keep; only with `solver` or `method="sweep"`, which it implies.
+        solver: sweep this solver over `points` limits instead of computing the front directly.
+        method: `exact` (all non-dominated points), `epsilon` (each of them within a factor 1 + epsilon in damage),
+            `hull` (the Lagrangian points, any size, with a gap for each), `sweep`, or `auto`: exact where it is
+            small enough, else hull; `Front.method` says which it was.
+        epsilon: relative error of `epsilon`.
+        points: limits of a sweep, evenly spaced between the least and the most that plans use.
+
+    Raises:
+        BudgetError: for a resource that the table does not have.
+        InfeasibleError: where no plan meets `budget`.
+        SolverError: where the solver gives up everywhere.
+
+    >>> import mpsearch as mps
+    >>> layers = (mps.Layer("a", weight_shape=(10,)), mps.Layer("b", weight_shape=(10,)))
+    >>> table = mps.CostTable(layers, mps.precisions("w2 w4"), [[9, 3], [4, 2]])
+    >>> front = mps.pareto(table, "average_bits")
+    >>> [(point.usage["average_bits"], point.sensitivity) for point in front]
+    [(2.0, 13.0), (3.0, 7.0), (4.0, 5.0)]
+    """
+    check_over(table, over)
+    if budget is not None and over in budget:
+        raise BudgetError(f"{over} is the axis of the front and limited too; use front.at(...) or limit another")
+    if method == "auto" and (solver is not None or budget is not None or table.interactions is not None):
+        method = "sweep"
+    if method == "sweep":
+        return _sweep(table, over, Budget() if budget is None else budget, solver, points)
+    if solver is not None or budget is not None or table.interactions is not None:
+        raise SolverError(f"method={method!r} takes no solver, budget or interactions; use method='sweep'")
+    return _direct(table, over, method, epsilon)
+
+
+def _direct(table: CostTable, over: str, method: Method, epsilon: float) -> Front:
+    from mpsearch.solvers import frontier
+
+    problem = Problem.of(table, Budget(**{over: 0.0}))
+    usage = problem.usage[0]
+    if method == "auto":
+        method = "exact" if problem.objective.size <= EXACT_CELLS else "hull"
+    if method == "exact":
+        found = frontier.exact_front(problem.objective, usage)
+    elif method == "epsilon":
+        found = frontier.epsilon_front(problem.objective, usage, epsilon)
+    else:
+        found = frontier.hull_front(problem.objective, usage)
+    fixed, scale = table.fixed_usage.get(over, 0.0), 1.0
+    if over == "average_bits":
+        fixed, scale = 0.0, float(sum(layer.numel for layer in table.layers))
+    return Front(
+        table,
+        over,
+        np.asarray(found.usage, np.float64) / scale + fixed,
+        np.asarray(found.sensitivity),
+        np.asarray(found.gap),
+        found.method,
+        Problem.of(table, Budget()),
+        _Points(found),
+    )
+
+
+class _Points(Sequence[NDArray[Any]]):
+    """The options of a frontier, by number."""
+
+    def __init__(self, found: Any) -> None:
+        self._found = found
+
+    def __len__(self) -> int:
+        return len(self._found.usage)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._found.options(index)
+
+
+def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, points: int) -> Front:
+    from mpsearch import solvers
+    from mpsearch._solve import default_solver
+
+    if points < 2:
+        raise SolverError(f"points={points}: a sweep needs 2 or more")
+    free = Problem.of(table, budget)
+    solver = default_solver(free) if solver is None else solver
+    reason = free.shortfall()
+    if reason is not None:
+        raise InfeasibleError(reason)
+    cheapest = choose(solvers.ILP(), Problem.of(table, budget, over)) if table.interactions is None else None
+    best = choose(solver, free)
+    if best.options is None:
+        raise (InfeasibleError if best.status is Status.INFEASIBLE else SolverError)(
+            f"{solver!r} found no plan within {budget!r}"
+        )
+    probe = Problem.of(table, Budget(**{**budget, over: 0.0}))  # its last rows are the axis
+    axis = probe.row_names.index(over)
+    rows = np.arange(len(free.objective))
+
+    def used(options: NDArray[np.int64]) -> float:
+        return math.fsum(probe.usage[axis][rows, options])
+
+    allowed = np.where(np.isnan(free.objective), np.inf, probe.usage[axis])
+    least = math.fsum(allowed.min(axis=1)) if cheapest is None or cheapest.options is None else used(cheapest.options)
+    limits = np.linspace(least, used(best.options), points)
+    found: dict[float, tuple[float, float, NDArray[np.int64]]] = {}
+    scale = float(sum(layer.numel for layer in table.layers)) if over == "average_bits" else 1.0
+    fixed = 0.0 if over == "average_bits" else table.fixed_usage.get(over, 0.0)
+    for limit in limits.tolist():
+        free_now = probe.free.copy()
+        free_now[axis] = limit
+        choice = choose(solver, Problem(**{**probe.__dict__, "free": free_now}))
+        if choice.options is None:
+            continue
+        value = probe.value(choice.options)
+        gap = 0.0 if choice.status is Status.OPTIMAL else relative_gap(value, choice.bound)
+        at = used(choice.options)
+        if at not in found or value < found[at][0]:
+            found[at] = (value, gap, choice.options)
+    kept: list[float] = []
+    for at in sorted(found):
+        if not kept or found[at][0] < found[kept[-1]][0]:
+            kept.append(at)
+    if not kept:
+        raise SolverError(f"{solver!r} found no plan at any of {points} limits")
+    return Front(
+        table,
+        over,
+        np.array(kept) / scale + fixed,
+        np.array([found[at][0] for at in kept]),
+        np.array([found[at][1] for at in kept]),
+        f"sweep of {solver!r}",
+        Problem.of(table, Budget()),
+        [found[at][2] for at in kept],
+    )

@@ -1,0 +1,163 @@
+"""What an estimator is, and what it is given."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.layer import Layer
+from mpsearch.measure import kl_divergence, log_softmax
+from mpsearch.model import Batch, call, predictions, targets_of
+from mpsearch.modules import weight_of
+from mpsearch.perturb import Quantizer, Ranges, quantized_weight
+from mpsearch.precision import Precision
+
+#: `loss(model, batch)` returns a scalar.
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Layers that share one precision, scored as one.
+
+    Attributes:
+        name: the layer's name, or the group's.
+        layers: its members.
+    """
+
+    name: str
+    layers: tuple[Layer, ...]
+
+
+@dataclass
+class Passes:
+    """Runs of the model so far, each over all batches counted as 1."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+    def add(self, batches: int, *, forward: float = 0.0, backward: float = 0.0) -> None:
+        """Count runs over one of `batches` batches."""
+        self.forward += forward / batches
+        self.backward += backward / batches
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Everything that an estimator may use. The door has checked it, and restores the model afterwards.
+
+    Attributes:
+        model: in evaluation mode.
+        batches: B calibration batches.
+        units: U decisions.
+        precisions: P options.
+        quantizer: of the weights.
+        ranges: of the inputs, where a precision quantizes them.
+        loss: the user's own, or `kl` or `cross-entropy`.
+        progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
+        passes: the estimator counts its runs here.
+    """
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    units: Sequence[Unit]
+    precisions: Sequence[Precision]
+    quantizer: Quantizer
+    ranges: Ranges
+    loss: Loss | Literal["kl", "cross-entropy"]
+    progress: Callable[..., Any]
+    passes: Passes = field(default_factory=Passes)
+
+    def module(self, layer: Layer) -> nn.Module:
+        """The module of a layer."""
+        return self.model.get_submodule(layer.name)
+
+    def parameters(self, unit: Unit) -> dict[nn.Parameter, Layer]:
+        """The distinct weights of a unit (tied ones once), each with a layer that holds it."""
+        found: dict[nn.Parameter, Layer] = {}
+        for layer in unit.layers:
+            found.setdefault(weight_of(self.module(layer)), layer)
+        return found
+
+    def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
+        """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""
+        module = self.module(layer)
+        weight = weight_of(module).detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return quantized_weight(module, layer.name, precision, self.quantizer).to(wide) - weight.to(wide)
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar in the graph: one forward pass.
+
+        `kl` is the divergence from the model itself, held fixed: 0 here, with zero gradient, and its Hessian is the
+        Gauss-Newton matrix of the cross-entropy (Fisher information).
+
+        Raises:
+            EstimatorError: where it is no finite scalar.
+        """
+        if callable(self.loss):
+            value = self.loss(self.model, batch)
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
+            value = value.reshape(())
+        else:
+            logits, labels, _ = predictions(self.model, call(self.model, batch), batch)
+            if self.loss == "kl":
+                value = kl_divergence(logits.detach(), logits).mean()
+            else:
+                if labels is None:
+                    raise EstimatorError(
+                        "the cross-entropy needs labels; give batches (inputs, targets) or another loss"
+                    )
+                value = torch.nn.functional.nll_loss(log_softmax(logits), labels)
+        if not torch.isfinite(value.detach()):
+            raise EstimatorError(f"the loss is {float(value.detach())}, expected a finite number")
+        return value
+
+    def has_labels(self) -> bool:
+        """True where every batch has labels."""
+        return all(targets_of(batch) is not None for batch in self.batches)
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Row and column of every cell."""
+        return ((u, p) for u in range(len(self.units)) for p in range(len(self.precisions)))
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What an estimator returns.
+
+    Attributes:
+        sensitivity: (U, P) damage; larger = worse.
+        sensitivity_se: (U, P) standard errors, or None.
+        unit: `nats` or `relative`.
+        facts: worth keeping in the table's origin; JSON values.
+    """
+
+    sensitivity: NDArray[np.float64]
+    sensitivity_se: NDArray[np.float64] | None = None
+    unit: str = "nats"
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Estimator(Protocol):
+    """Scores every precision of every unit. Frozen settings; all work happens in `estimate`."""
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell.
+
+        The door has put the model in evaluation mode and checked data and names; it restores the model, spreads units over their
+        layers, and checks what comes back.
+
+        Args:
+            setting: model, data, units, precisions and helpers.
+
+        Returns:
+            (U, P) sensitivity, finite or nan (= option not allowed), 0 where nothing is quantized.
+        """
+        ...

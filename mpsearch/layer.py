@@ -1,0 +1,49 @@
+"""A layer: one decision of the search."""
+
+import math
+from dataclasses import dataclass
+
+from mpsearch.errors import TableError
+
+#: Bytes of one element of the types in which weights are stored.
+DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A quantizable module, the unit of decision.
+
+    Attributes:
+        name: as in `model.named_modules()`.
+        kind: `linear`, `conv1d`, `conv2d`, `conv3d`, `conv_transpose2d`, `embedding`, `matmul`, `kv_cache`, ...
+        weight_shape: output channels first, as a quantizer sees it; empty where unknown.
+        macs: multiply-accumulates for one sample.
+        group: layers with the same non-empty group share one precision.
+        dtype: type in which the unquantized weight is stored.
+
+    >>> Layer("conv1", "conv2d", (16, 3, 3, 3), macs=442368).numel
+    432
+    """
+
+    name: str
+    kind: str = ""
+    weight_shape: tuple[int, ...] = ()
+    macs: int = 0
+    group: str = ""
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise TableError("a layer without a name")
+        if self.dtype not in DTYPE_BYTES:
+            raise TableError(f"layer {self.name!r} is stored as {self.dtype}, expected one of {', '.join(DTYPE_BYTES)}")
+
+    @property
+    def numel(self) -> int:
+        """Number of weights; 0 where the shape is unknown."""
+        return math.prod(self.weight_shape) if self.weight_shape else 0
+
+    @property
+    def dtype_bytes(self) -> int:
+        """Bytes of one unquantized weight."""
+        return DTYPE_BYTES[self.dtype]

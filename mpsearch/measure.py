@@ -1,0 +1,87 @@
+"""Means with standard errors over samples, and the divergence of two predictions."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
+    """KL(p_reference || p) of each prediction, in nats: sum_c p_ref (log p_ref - log p).
+
+    Args:
+        reference: (N, C) logits of the unquantized model.
+        logits: (N, C) logits to compare.
+
+    Returns:
+        (N,) float64 on the CPU and CUDA, float32 where the device has no float64; 0 exactly for equal logits.
+
+    >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]]))  # ln 2 - ln(3) / 2
+    tensor([0.1438], dtype=torch.float64)
+    """
+    log_p, log_q = log_softmax(reference), log_softmax(logits)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def log_softmax(logits: Tensor) -> Tensor:
+    """Log softmax over the last dimension in the widest float of the device."""
+    return torch.log_softmax(logits.float() if logits.device.type == "mps" else logits.double(), -1)
+
+
+@dataclass
+class Mean:
+    """Mean of a quantity over predictions, with a standard error that treats the predictions of one sample as one draw.
+
+    For sums s_i and counts c_i of the predictions of sample i: mean = sum s / sum c; standard error =
+    sqrt(n / (n - 1) * sum (s_i - mean c_i)^2) / sum c (ratio estimator; Cochran 1977, section 6.3).
+
+    >>> m = Mean()
+    >>> m.add(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), 2)
+    >>> m.value, m.se
+    (2.0, 1.0)
+    """
+
+    samples: int = 0
+    _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+
+    def add(self, values: Tensor, index: Tensor, samples: int) -> None:
+        """Add the predictions of one batch.
+
+        Args:
+            values: (N,) the quantity at each prediction.
+            index: (N,) sample of each prediction, 0 to samples - 1.
+            samples: number of samples of the batch.
+        """
+        values = values.detach().to("cpu", torch.float64)
+        index = index.to("cpu")
+        s = torch.zeros(samples, dtype=torch.float64).index_add_(0, index, values)
+        c = torch.bincount(index, minlength=samples).double()
+        self.samples += int((c > 0).sum())
+        for place, term in enumerate((s, s * s, s * c, c, c * c)):
+            self._sums[place] += float(term.sum())
+
+    @property
+    def value(self) -> float:
+        """The mean over all predictions; nan without any."""
+        s, _, _, c, _ = self._sums
+        return s / c if c else math.nan
+
+    @property
+    def se(self) -> float:
+        """Standard error of the mean; nan with fewer than two samples."""
+        if self.samples < 2:
+            return math.nan
+        _, ss, sc, c, cc = self._sums
+        mean = self.value
+        residual = max(ss - 2 * mean * sc + mean * mean * cc, 0.0)
+        return math.sqrt(self.samples / (self.samples - 1) * residual) / c
+
+    def state(self) -> list[float]:
+        """The sums, to write to a file and read back by `restored`."""
+        return [float(self.samples), *self._sums]
+
+    @classmethod
+    def restored(cls, state: list[float]) -> "Mean":
+        """The mean that `state` was taken from."""
+        return cls(int(state[0]), list(state[1:]))

@@ -1,0 +1,230 @@
+"""How a model is run: what a batch is, where the logits and labels are, and how the model is left as it was found."""
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError, MpsearchError
+
+#: `(inputs, targets)`, a tensor, or a dict of keywords.
+Batch = Any
+
+
+def collect(batches: Iterable[Batch]) -> list[Batch]:
+    """The batches as a list, so that a loader that can be read only once is read once.
+
+    Raises:
+        EstimatorError: where there is none, or one has no samples.
+    """
+    if isinstance(batches, Tensor | Mapping):
+        raise EstimatorError(f"expected a sequence of batches, got one {type(batches).__name__}; write [batch]")
+    found = list(batches)
+    if not found:
+        raise EstimatorError("the data set is empty: no batches (an iterator that was already used up?)")
+    for number, batch in enumerate(found):
+        if samples(batch) == 0:
+            raise EstimatorError(f"batch {number} has no samples")
+    return found
+
+
+def inputs_of(batch: Batch) -> Any:
+    """What the model takes: the batch without its labels."""
+    if isinstance(batch, Mapping):
+        return {key: value for key, value in batch.items() if key != "labels"}
+    if isinstance(batch, tuple | list):
+        if len(batch) != 2:
+            raise EstimatorError(f"a batch of {len(batch)} parts, expected (inputs, targets), a tensor or a dict")
+        return batch[0]
+    return batch
+
+
+def targets_of(batch: Batch) -> Tensor | None:
+    """The labels of a batch, or None."""
+    if isinstance(batch, Mapping):
+        return batch.get("labels")
+    if isinstance(batch, tuple | list):
+        target = batch[1]
+        return target if target is None or isinstance(target, Tensor) else torch.as_tensor(target)
+    return None
+
+
+def samples(batch: Batch) -> int:
+    """Number of samples of a batch: the length of its first tensor."""
+    return len(_first_tensor(inputs_of(batch)))
+
+
+def _first_tensor(value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
+    for part in parts:
+        if isinstance(part, Tensor):
+            return part
+    raise EstimatorError(f"a batch without a tensor: {type(value).__name__}")
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter; the CPU for a model without any."""
+    first = next(model.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """A batch, or a part of one, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(part, device) for key, part in value.items()}
+    if isinstance(value, tuple | list):
+        return type(value)(moved(part, device) for part in value)
+    return value
+
+
+def call(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model on one batch.
+
+    Returns:
+        The logits: the output itself, its `logits`, or its first part.
+
+    Raises:
+        EstimatorError: where the model fails on the batch, or the output holds no tensor.
+    """
+    inputs = moved(inputs_of(batch), device_of(model))
+    try:
+        if isinstance(inputs, Mapping):
+            output = model(**inputs)
+        elif isinstance(inputs, tuple | list):
+            output = model(*inputs)
+        else:
+            output = model(inputs)
+    except MpsearchError:
+        raise
+    except Exception as error:
+        shape = tuple(_first_tensor(inputs).shape)
+        raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {error}") from error
+    if isinstance(output, Mapping):
+        output = output.get("logits", next(iter(output.values()), None))
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        output = output.logits
+    if isinstance(output, tuple | list) and output:
+        output = output[0]
+    if not isinstance(output, Tensor):
+        raise EstimatorError(f"the model returned {type(output).__name__}, expected a tensor or an object with .logits")
+    return output
+
+
+def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Logits, labels and sample numbers, one row for each prediction that counts.
+
+    A prediction is a sample, a token or a pixel. Padding (attention mask 0) and ignored labels (-100) do not count; a causal
+    language model of transformers is scored on the next token.
+
+    Args:
+        model: tells whether labels are shifted.
+        logits: (B, C), (B, T, C) or, with pixels, (B, C, H, W).
+        batch: the batch that gave them.
+
+    Returns:
+        (N, C) logits, (N,) int64 labels or None, (N,) int64 index of the sample of each.
+    """
+    targets = targets_of(batch)
+    labels = None
+    if targets is not None and not targets.is_floating_point():
+        labels = moved(targets, logits.device).long()
+    if logits.ndim > 3 or (
+        labels is not None
+        and logits.ndim == 3
+        and labels.shape == (logits.shape[0], *logits.shape[2:])
+        and labels.shape != logits.shape[:-1]
+    ):
+        logits = logits.movedim(1, -1)
+    if logits.ndim < 2:
+        logits = logits[:, None]
+    counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if isinstance(mask, Tensor) and mask.shape == counts.shape:
+        counts &= mask.to(counts.device).bool()
+    if labels is not None and labels.shape == logits.shape[:-1]:
+        if shifts_labels(model):
+            logits, labels, counts = logits[:, :-1], labels[:, 1:], counts[:, :-1]
+        counts = counts & (labels != -100)
+        labels = labels[counts]
+    else:
+        labels = None
+    index = torch.arange(len(counts), device=logits.device).reshape(-1, *[1] * (counts.ndim - 1)).expand_as(counts)
+    return logits[counts], labels, index[counts]
+
+
+def shifts_labels(model: nn.Module) -> bool:
+    """True for the causal language models of transformers, whose labels are the inputs."""
+    name = type(model).__name__
+    return getattr(model, "loss_type", None) == "ForCausalLM" or name.endswith(("ForCausalLM", "LMHeadModel"))
+
+
+@contextlib.contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; outside, the model and every random generator are as they were.
+
+    Training flags, `requires_grad`, gradients, buffers and random states are put back whatever happens inside. Parameters are
+    never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`).
+    """
+    modes = {module: module.training for module in model.modules()}
+    grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 the user's global state
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for parameter, requires_grad, grad in grads:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        with torch.no_grad():
+            for buffer, value in buffers:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """A short hash of the values of tensors, in order."""
+    digest = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        flat = tensor.detach().contiguous().cpu().reshape(-1)
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return digest.hexdigest()
+
+
+def state_fingerprint(model: nn.Module) -> str:
+    """A short hash of all parameters and buffers."""
+    return fingerprint([*model.parameters(), *model.buffers()])
+
+
+def data_fingerprint(batches: Sequence[Batch]) -> str:
+    """A short hash of all batches."""
+
+    def tensors(value: Any) -> Iterator[Tensor]:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            for key in sorted(value):
+                yield from tensors(value[key])
+        elif isinstance(value, tuple | list):
+            for part in value:
+                yield from tensors(part)
+
+    return fingerprint(tensor for batch in batches for tensor in tensors(batch))

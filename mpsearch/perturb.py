@@ -1,0 +1,166 @@
+"""Quantized weights and inputs put into a model, and taken out again."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.model import Batch, call
+from mpsearch.modules import canonical, restore, weight_of
+from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest
+
+#: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first.
+Quantizer = Callable[[Tensor, Precision], Tensor]
+#: Least and greatest input of each layer over the calibration data.
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def quantized_weight(module: nn.Module, name: str, precision: Precision, quantizer: Quantizer) -> Tensor:
+    """The weight of a module after quantization, laid out as the module stores it.
+
+    Raises:
+        EstimatorError: where the quantizer changes shape, dtype or device, or returns what is not finite.
+    """
+    if not precision.quantizes_weight:
+        return weight_of(module).detach()
+    with torch.no_grad():
+        weight = canonical(module).detach()
+        try:
+            found = quantizer(weight, precision)
+        except EstimatorError as error:
+            raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
+        if found.shape != weight.shape or found.dtype != weight.dtype or found.device != weight.device:
+            raise EstimatorError(
+                f"the quantizer returned {tuple(found.shape)} {found.dtype} on {found.device} for layer {name!r} at "
+                f"{precision}, expected {tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            )
+        if not torch.isfinite(found).all():
+            raise EstimatorError(
+                f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
+            )
+        return restore(module, found)
+
+
+@contextlib.contextmanager
+def weights(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters; the originals are set aside, not copied, and put back."""
+    originals = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, original in originals.items():
+            parameter.data = original
+
+
+@contextlib.contextmanager
+def inputs(functions: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Pass the first input of modules through functions; integer inputs (token numbers) are left alone."""
+    handles = []
+
+    def hook(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        def replace(_module: nn.Module, args: tuple[Any, ...]) -> Any:
+            if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+                return (function(args[0]), *args[1:])
+            return None
+
+        return replace
+
+    try:
+        for module, function in functions.items():
+            handles.append(module.register_forward_pre_hook(hook(function)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def input_quantizer(
+    name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges
+) -> Callable[[Tensor], Tensor] | None:
+    """The function that fake-quantizes the input of a layer; None where it is left alone."""
+    if not precision.quantizes_activation:
+        return None
+    values = getattr(quantizer, "activation_values", None) or RoundToNearest().activation_values
+    low, high = ranges.get(name, (math.nan, math.nan))
+    return lambda x: values(x, precision.activation, low, high)
+
+
+def quantized_weights(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer
+) -> dict[nn.Parameter, Tensor]:
+    """Quantized values of the weights of layers, tied ones once."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for name, precision in precisions.items():
+        module = model.get_submodule(name)
+        if precision.quantizes_weight and weight_of(module) not in found:
+            found[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
+    return found
+
+
+def input_quantizers(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer, ranges: Ranges
+) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Functions that fake-quantize the inputs of layers, where they are quantized."""
+    functions = {
+        model.get_submodule(name): input_quantizer(name, precision, quantizer, ranges)
+        for name, precision in precisions.items()
+    }
+    return {module: function for module, function in functions.items() if function is not None}
+
+
+@contextlib.contextmanager
+def quantized(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer, ranges: Ranges
+) -> Iterator[bool]:
+    """The model with some layers at given precisions, weights and inputs.
+
+    Args:
+        model: the model.
+        precisions: layer name -> precision; tied layers share a parameter and must agree.
+        quantizer: of the weights.
+        ranges: of the inputs, where these are quantized.
+
+    Yields:
+        False where nothing changes: no input is quantized and every weight lies on its grid already.
+    """
+    values = quantized_weights(model, precisions, quantizer)
+    functions = input_quantizers(model, precisions, quantizer, ranges)
+    changed = bool(functions) or any(not torch.equal(value, parameter.data) for parameter, value in values.items())
+    with weights(values), inputs(functions):
+        yield changed
+
+
+def input_ranges(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Least and greatest input of layers over batches, from one forward pass.
+
+    Raises:
+        EstimatorError: where an input is not finite.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def watch(name: str) -> Callable[[Tensor], Tensor]:
+        def see(x: Tensor) -> Tensor:
+            if not x.numel():
+                return x
+            low, high = (float(v) for v in torch.aminmax(x.detach()))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise EstimatorError(
+                    f"the input of layer {name!r} ranges from {low} to {high}, expected finite numbers"
+                )
+            before = ranges.get(name, (low, high))
+            ranges[name] = (min(low, before[0]), max(high, before[1]))
+            return x
+
+        return see
+
+    with torch.no_grad(), inputs({model.get_submodule(name): watch(name) for name in names}):
+        for batch in batches:
+            call(model, batch)
+    return ranges

@@ -1,0 +1,25 @@
+"""Solvers: each chooses one option in each row of a table so that the damage is least within the limits.
+
+A solver is one file with one class of frozen settings and one method, `choose` (`mpsearch.solution.Solver`).
+To add one, write the file, name it in `SOLVERS`, and run `mpsearch.testing.check_solver` over it. What a
+solver needs beyond numpy is imported when it runs.
+"""
+
+from mpsearch.solution import Solver
+from mpsearch.solvers.annealing import Annealing as Annealing
+from mpsearch.solvers.bisection import Bisection as Bisection
+from mpsearch.solvers.brute_force import BruteForce as BruteForce
+from mpsearch.solvers.dynamic_programming import DynamicProgramming as DynamicProgramming
+from mpsearch.solvers.evolutionary import Evolutionary as Evolutionary
+from mpsearch.solvers.greedy import Greedy as Greedy
+from mpsearch.solvers.ilp import ILP as ILP
+
+SOLVERS: dict[str, type[Solver]] = {
+    "ilp": ILP,
+    "greedy": Greedy,
+    "dynamic-programming": DynamicProgramming,
+    "annealing": Annealing,
+    "evolutionary": Evolutionary,
+    "bisection": Bisection,
+    "brute-force": BruteForce,
+}

@@ -1,0 +1,281 @@
+"""The command line as a user meets it: what it prints, its files, its exit codes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpsearch import CostTable, Plan
+from mpsearch.cli import main
+
+ROOT = Path(__file__).resolve().parent.parent
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 3)).train()
+
+def data():
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 6, generator=g), torch.randint(0, 3, (16,), generator=g)) for _ in range(2)]
+
+def loader():
+    return iter(data())
+
+def unlabelled():
+    return [x for x, _ in data()]
+
+def nothing():
+    return []
+
+def no_layers():
+    return nn.Sequential(nn.ReLU())
+
+def random():
+    class Net(nn.Linear):
+        def forward(self, x):
+            return nn.functional.dropout(super().forward(x))
+    return nn.Sequential(Net(6, 3))
+
+def fails():
+    raise RuntimeError("no weights here")
+
+number = 3
+"""
+
+TABLE = """layer,precision,sensitivity,numel,memory_bytes,bitops
+a,w2,9,10,10,100
+a,w4,3,10,20,200
+a,w8,1,10,40,400
+b,w2,4,10,10,100
+b,w4,2,10,20,200
+b,w8,1,10,40,400
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    (tmp_path / "table.csv").write_text(TABLE)
+    return tmp_path
+
+
+def run(capsys, *arguments):
+    status = main(list(arguments))
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+PROFILE = ("profile", "nets.py:net", "--data", "nets.py:data", "--precisions", "w2 w4a8 w8", "-o", "t.csv")
+
+
+@pytest.mark.parametrize("estimator", ["kl-divergence", "hessian-trace"])
+def test_from_model_to_measured_plan(here, capsys, estimator):
+    status, out, err = run(capsys, *PROFILE, "--estimator", estimator)
+    assert status == 0
+    assert "damage [nats]" in out
+    assert "forward" in out
+    assert "wrote t.csv" in err
+    status, out, _ = run(capsys, "solve", "t.csv", "--budget", "memory_bytes=50%", "-o", "plan.json")
+    assert status == 0
+    assert "proven optimal" in out
+    assert "best uniform precision that fits" in out
+    status, out, _ = run(capsys, "evaluate", "nets.py:net", "--data", "nets.py:loader", "--plan", "plan.json")
+    assert status == 0
+    assert "KL to the original [nats]" in out
+    assert "accuracy" in out
+    status, out, _ = run(capsys, "pareto", "t.csv", "-o", "front.csv", "--plot", "front.png")
+    assert status == 0
+    assert (here / "front.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("plan.json", "t.csv"):
+        status, out, err = run(capsys, "show", name)
+        assert (status, err) == (0, "")
+        assert "0" in out
+        assert max(map(len, out.splitlines())) <= 80
+    assert Plan.load("plan.json")["0"]
+    assert CostTable.load("t.csv").unit == "nats"
+
+
+def test_options_reach_the_estimator(here, capsys):
+    run(capsys, *PROFILE, "--estimator", "hessian-trace", "--option", "num_samples=3", "--option", "seed=5")
+    assert CostTable.load("t.csv").origin["estimator"] == "HessianTrace(num_samples=3, seed=5)"
+
+
+def test_a_plugin(here, capsys):
+    (here / "mine.py").write_text(
+        "from dataclasses import dataclass\nimport numpy as np\nfrom mpsearch.estimator import Estimate\n"
+        "@dataclass(frozen=True)\nclass Mine:\n    scale: float = 1.0\n    def estimate(self, setting):\n"
+        "        return Estimate(self.scale * np.ones((len(setting.units), len(setting.precisions))), unit='relative')\n"
+    )
+    status, *_ = run(capsys, *PROFILE, "--estimator", "mine.py:Mine", "--option", "scale=2.5")
+    assert status == 0
+    assert CostTable.load("t.csv").sensitivity.tolist() == [[2.5] * 3] * 2
+
+
+def test_solve_prints_and_writes(here, capsys):
+    status, out, err = run(
+        capsys, "solve", "table.csv", "--budget", "memory_bytes=60B", "--budget", "bitops=600", "-o", "p.json", "--json"
+    )
+    assert status == 0
+    assert "wrote p.json" in err
+    content = json.loads(out)
+    assert content["sensitivity"] == 3.0
+    assert content["status"] == "optimal"
+    assert content["layers"] == {"a": "w8", "b": "w4"} == {k: str(v) for k, v in Plan.load("p.json").items()}
+    status, out, _ = run(
+        capsys, "solve", "table.csv", "--budget", "sensitivity=5", "--minimize", "memory_bytes", "--json"
+    )
+    assert json.loads(out)["usage"]["memory_bytes"] == 40
+
+
+def test_quiet_says_nothing_on_stderr(here, capsys):
+    status, _, err = run(capsys, "solve", "table.csv", "--budget", "memory_bytes=50%", "-o", "p.json", "--quiet")
+    assert (status, err) == (0, "")
+    _, _, err = run(capsys, "solve", "table.csv", "--budget", "memory_bytes=50%", "-o", "p.json")
+    assert "every layer at its largest" in err
+    status, _, err = run(capsys, *PROFILE, "--quiet")
+    assert (status, err) == (0, "")
+
+
+def test_compare(here, capsys):
+    (here / "other.csv").write_text(TABLE.replace("a,w2,9", "a,w2,5"))
+    status, out, _ = run(capsys, "compare", "table.csv", "other.csv")
+    assert status == 0
+    assert "Spearman" in out
+    status, out, _ = run(capsys, "compare", "table.csv", "table.csv", "--json")
+    content = json.loads(out)
+    assert content["agreement"]["all cells"] == {"spearman": 1.0, "kendall": 1.0}
+    assert {plan["first_by_second"] for plan in content["plans"]} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ("solve missing.csv --budget memory_bytes=1", 2, "missing.csv: No such file"),
+        ("solve table.csv --budget memory_bytes=10B", 3, "the least any plan uses is 20, 10 of it in layer 'a'"),
+        ("solve table.csv --budget memory_bytes=-5", 2, "0 or more"),
+        ("solve table.csv --budget memory_bytes=lots", 2, "expected an amount"),
+        ("solve table.csv --budget memory_bytes", 2, "expected resource=value"),
+        ("solve table.csv --budget memory=5", 2, "did you mean 'memory_bytes'"),
+        ("solve table.csv --budget memory_bytes=50 --solver ipl", 2, "did you mean 'ilp'"),
+        ("solve table.csv --budget memory_bytes=50 --solver ilp --option backend=hihgs", 2, "did you mean 'highs'"),
+        ("solve table.csv --budget memory_bytes=50 --solver ilp --option back=cbc", 2, "has no option 'back'"),
+        ("solve table.csv --budget memory_bytes=50 --solver ilp --option time_limit_s=soon", 2, "expected a number"),
+        ("solve table.csv", 2, "--budget"),
+        ("solve table.csv --budget memory_bytes=50 -o no/such/folder/p.json", 2, "No such file"),
+        ("solve", 2, "required"),
+        ("slove table.csv", 2, "invalid choice"),
+        ("pareto table.csv --over memory", 2, "did you mean 'memory_bytes'"),
+        ("pareto table.csv --plot front.gif", 2, "a picture ends in"),
+        ("show plan.json", 2, "plan.json: No such file"),
+        ("show bad.json", 2, "bad.json: not JSON"),
+        ("show bad.csv", 2, "line 3"),
+        ("evaluate nets.py:net --data nets.py:data --plan other.json", 2, "the plan names 'fc'"),
+        ("profile nets.py:net --data nets.py:data --precisions w99 -o t.csv", 2, "an integer format of 99 bits"),
+        ("profile nets.py:net --data nets.py:data --precisions w4 --estimator hesian-trace -o t", 2, "did you mean 'hessian-trace'"),
+        ("profile nets.py:nett --data nets.py:data --precisions w4 -o t.csv", 2, "did you mean 'net'"),
+        ("profile nest.py:net --data nets.py:data --precisions w4 -o t.csv", 2, "no file nest.py"),
+        ("profile nets.py --data nets.py:data --precisions w4 -o t.csv", 2, "expected file.py:function"),
+        ("profile nets.py:number --data nets.py:data --precisions w4 -o t.csv", 2, "is a int"),
+        ("profile nets.py:data --data nets.py:data --precisions w4 -o t.csv", 2, "expected a torch.nn.Module"),
+        ("profile nets.py:fails --data nets.py:data --precisions w4 -o t.csv", 2, "RuntimeError: no weights here"),
+        ("profile nets.py:net --data nets.py:nothing --precisions w4 -o t.csv", 2, "the data set is empty"),
+        ("profile nets.py:no_layers --data nets.py:data --precisions w4 -o t.csv", 2, "no quantizable layer"),
+        ("profile nets.py:random --data nets.py:data --precisions w4 -o t.csv", 2, "random in evaluation mode"),
+        ("profile nets.py:net --data nets.py:unlabelled --precisions w4 --estimator hessian-trace --loss cross-entropy -o t", 2, "labels"),
+        ("profile nets.py:net --data nets.py:data --precisions w4 --resources memory -o t.csv", 2, "did you mean 'memory_bytes'"),
+        ("profile nets.py:net --data nets.py:data --precisions w4 --exclude fc -o t.csv", 2, "matches no layer"),
+        ("compare table.csv other.csv", 2, "No such file"),
+    ],
+)  # fmt: skip
+def test_a_users_mistake_is_one_line_and_the_right_status(here, capsys, arguments, status, words):
+    import shlex
+
+    (here / "bad.json").write_text("{")
+    (here / "other.json").write_text('{"mpsearch_plan": 1, "layers": {"fc": "w4"}}')
+    (here / "bad.csv").write_text("layer,precision,sensitivity\na,w4,1\na,w8,nan\n")
+    found, out, err = run(capsys, *shlex.split(arguments))
+    assert found == status, err
+    assert words in err
+    assert err.startswith("mpsearch: error: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_an_interrupt_is_one_line(here, capsys, monkeypatch):
+    import mpsearch as mps
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mps, "solve", interrupted)
+    status, _, err = run(capsys, "solve", "table.csv", "--budget", "memory_bytes=50")
+    assert (status, err) == (1, "mpsearch: error: interrupted\n")
+
+
+def test_every_command_explains_itself(capsys):
+    for command in ("demo", "profile", "solve", "pareto", "evaluate", "show", "compare"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"example: mpsearch {command}" in capsys.readouterr().out
+
+
+def test_solving_a_large_model_takes_no_time(here):
+    """224 layers x 8 precisions in less than 2 s, interpreter included, without torch."""
+    lines = ["layer,precision,sensitivity,memory_bytes"]
+    lines += [
+        f"l{i},w{b},{(i * 37 % 101 + 1) * 4.0**-b},{(i % 7 + 1) * 1000 * b}" for i in range(224) for b in range(1, 9)
+    ]
+    (here / "big.csv").write_text("\n".join(lines))
+    code = (
+        "import sys, time; t = time.perf_counter(); from mpsearch.cli import main; "
+        "s = main(['solve', 'big.csv', '--budget', 'memory_bytes=50%', '--quiet', '-o', 'p.json', '--json']); "
+        "print('torch' in sys.modules, time.perf_counter() - t, file=sys.stderr); sys.exit(s)"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    torch, _ = runs[0].stderr.split()
+    assert torch == "False"
+    assert min(float(r.stderr.split()[1]) for r in runs) < 2
+
+
+def test_the_demo_on_a_small_network(here, capsys, monkeypatch):
+    pytest.importorskip("sklearn")
+    import mpsearch.demo as demo
+
+    full = demo.run
+    monkeypatch.setattr(demo, "run", lambda out, seed: full(out, seed=seed, epochs=2, width=4))
+    status, out, _ = run(capsys, "demo", "-o", "results", "--quiet")
+    assert status == 0
+    assert "budget" in out
+    assert "uniform" in out
+    names = {path.name for path in (here / "results").iterdir()}
+    assert names == {"table.csv", "table-hessian-trace.csv", "plan.json", "front.csv", "front.png"}
+    table, plan = CostTable.load("results/table.csv"), Plan.load("results/plan.json")
+    assert set(plan) == {layer.name for layer in table.layers}
+
+
+@pytest.mark.slow
+def test_the_demo_as_a_user_runs_it(here):
+    """Under two minutes, offline, same numbers each time."""
+    pytest.importorskip("sklearn")
+    import time
+
+    start = time.perf_counter()
+    first, second = (
+        subprocess.run(
+            [sys.executable, "-m", "mpsearch.cli", "demo", "--json"], capture_output=True, text=True, check=True
+        ).stdout
+        for _ in range(2)
+    )
+    assert time.perf_counter() - start < 2 * 120
+    assert first == second
+    content = json.loads(first)
+    assert len(content["budgets"]) == 6
+    assert any(row["verdict"] == "mixed wins" for row in content["budgets"])

@@ -1,0 +1,112 @@
+"""`layers` against hand counts, and against a loop."""
+
+import pytest
+import torch
+from torch import nn
+
+import mpsearch as mps
+from mpsearch.modules import canonical, restore
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "kind", "macs", "weight"),
+    [
+        (nn.Linear(3, 5), (2, 3), "linear", 15, (5, 3)),
+        (nn.Linear(3, 5), (2, 7, 3), "linear", 7 * 15, (5, 3)),
+        (nn.Conv1d(2, 4, 3), (2, 2, 8), "conv1d", 6 * 4 * 6, (4, 2, 3)),
+        (nn.Conv2d(4, 8, 3, padding=1, stride=2), (2, 4, 6, 6), "conv2d", 9 * 8 * 36, (8, 4, 3, 3)),
+        (nn.Conv2d(4, 8, 3, padding=1, groups=2), (2, 4, 6, 6), "conv2d", 36 * 8 * 18, (8, 2, 3, 3)),
+        (nn.Conv2d(4, 4, 3, groups=4), (2, 4, 5, 5), "conv2d", 9 * 4 * 9, (4, 1, 3, 3)),
+        (nn.Conv3d(1, 2, 2), (2, 1, 3, 3, 3), "conv3d", 8 * 2 * 8, (2, 1, 2, 2, 2)),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2), (2, 4, 5, 5), "conv_transpose2d", 25 * 4 * 6 * 9, (6, 4, 3, 3)),
+        (nn.ConvTranspose1d(4, 6, 3, groups=2), (2, 4, 5), "conv_transpose1d", 5 * 4 * 3 * 3, (6, 2, 3)),
+    ],
+)
+def test_macs_and_shapes_by_hand(module, shape, kind, macs, weight):
+    found = mps.layers(nn.Sequential(module), torch.randn(shape))
+    assert [(x.name, x.kind, x.macs, x.weight_shape) for x in found] == [("0", kind, macs, weight)]
+
+
+def test_transposed_convolutions_by_a_loop():
+    """MACs counted one by one: every input element, every output channel of its group, every kernel cell."""
+    module = nn.ConvTranspose2d(4, 6, (3, 2), groups=2)
+    count = sum(1 for _ in range(4) for _ in range(5 * 5) for _ in range(6 // 2) for _ in range(3 * 2))
+    assert mps.layers(nn.Sequential(module), torch.randn(1, 4, 5, 5))[0].macs == count
+
+
+@pytest.mark.parametrize(
+    "module",
+    [nn.ConvTranspose2d(4, 6, 3, groups=2), nn.ConvTranspose1d(6, 4, 2), nn.Conv2d(4, 6, 3, groups=2), nn.Linear(3, 2)],
+)
+def test_the_canonical_weight_goes_back(module):
+    assert torch.equal(restore(module, canonical(module)), module.weight)
+
+
+def test_the_channels_of_a_transposed_convolution_are_its_outputs():
+    module = nn.ConvTranspose2d(4, 6, 3, groups=2, bias=False)
+    x = torch.randn(1, 4, 5, 5)
+    before = module(x)
+    weight = canonical(module).clone()
+    weight[4] = 0
+    with torch.no_grad():
+        module.weight.copy_(restore(module, weight))
+    after = module(x)
+    assert after[:, 4].abs().max() == 0
+    torch.testing.assert_close(after[:, [0, 1, 2, 3, 5]], before[:, [0, 1, 2, 3, 5]])
+
+
+class Odd(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.twice = nn.Linear(4, 4)
+        self.never = nn.Linear(4, 4)
+        self.head = nn.Linear(4, 9, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, ids):
+        return self.head(self.twice(self.twice(self.embed(ids))))
+
+
+def test_repeated_uncalled_and_shared():
+    model = Odd().train()
+    state = torch.get_rng_state()
+    with pytest.warns(UserWarning, match="never calls never"):
+        found = {layer.name: layer for layer in mps.layers(model, torch.tensor([[1, 2, 3]]))}
+    assert list(found) == ["embed", "twice", "head"]
+    assert found["twice"].macs == 2 * 3 * 16
+    assert found["embed"].macs == 0
+    assert found["embed"].group == found["head"].group == "embed (shared weight)"
+    assert found["twice"].group == ""
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    assert not model.twice._forward_hooks
+
+
+def test_exclude_and_groups():
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2))
+    x = torch.ones(1, 2)
+    assert [layer.name for layer in mps.layers(model, x, exclude=["1"])] == ["0", "2"]
+    assert [layer.group for layer in mps.layers(model, x, groups={"ends": ["0", "2"]})] == ["ends", "", "ends"]
+    with pytest.raises(mps.TableError, match="matches no layer"):
+        mps.layers(model, x, exclude=["fc*"])
+    with pytest.raises(mps.TableError, match="which is no layer"):
+        mps.layers(model, x, groups={"g": ["7"]})
+    with pytest.raises(mps.TableError, match="leaves no layer"):
+        mps.layers(model, x, exclude=["*"])
+    with pytest.raises(mps.TableError, match="no quantizable layer"):
+        mps.layers(nn.ReLU(), x)
+
+
+def test_shared_weights_cannot_be_split():
+    with pytest.warns(UserWarning, match="never calls"), pytest.raises(mps.TableError, match="share a weight"):
+        mps.layers(Odd(), torch.tensor([[1]]), groups="none")
+    with pytest.warns(UserWarning, match="never calls"), pytest.raises(mps.TableError, match="splits the layers"):
+        mps.layers(Odd(), torch.tensor([[1]]), groups={"g": ["embed", "twice"]})
+
+
+def test_hooks_are_removed_when_the_model_fails():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(4, 4))
+    with pytest.raises(RuntimeError):
+        mps.layers(model, torch.ones(1, 3))
+    assert not any(module._forward_hooks for module in model.modules())
