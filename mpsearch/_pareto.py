@@ -120,7 +120,7 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
     reason = free.shortfall()
     if reason is not None:
         raise InfeasibleError(reason)
-    cheapest = choose(solvers.ILP(), Problem.of(table, budget, over)) if table.interactions is None else None
+    cheapest = choose(solvers.Exact(), Problem.of(table, budget, over)) if table.interactions is None else None
     best = choose(solver, free)
     if best.options is None:
         raise (InfeasibleError if best.status is Status.INFEASIBLE else SolverError)(

@@ -10,6 +10,8 @@ from mpsearch.problem import Problem
 from mpsearch.solution import Choice, Solution, Solver, Status
 from mpsearch.table import CostTable
 
+_ILP_ROWS = 24  # with interactions; beyond, linearising them outgrows the solver
+
 
 @overload
 def solve(
@@ -49,7 +51,8 @@ def solve(
     Args:
         table: what every option costs and damages; layers of one group get one precision.
         budget: upper limits, `Budget(memory_bytes="1MB")`; with `minimize`, `Budget(sensitivity=0.02)`.
-        solver: any solver; by default `ILP`.
+        solver: any solver; by default `Exact`, or, for a table with interactions, `ILP` up to 24 rows
+            and `Annealing` beyond.
         minimize: `sensitivity`, or a resource whose use is to be least.
         top: return the best `top` distinct plans, best first, as a list.
         throw: raise where there is no plan; else a `Solution` without a plan says why in `stats["reason"]`.
@@ -122,7 +125,9 @@ def default_solver(problem: Problem) -> Solver:
     """The solver that `solve` takes where none is named."""
     from mpsearch import solvers
 
-    return solvers.ILP()
+    if problem.interactions is None:
+        return solvers.Exact()
+    return solvers.ILP() if len(problem.objective) <= _ILP_ROWS else solvers.Annealing()
 
 
 def _best(solver: Solver, problem: Problem, count: int) -> list[Choice]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsearch.certificate import check_solution as check_solution
 from mpsearch.errors import SolverError
 from mpsearch.solution import Choice, Solver, Status
 from mpsearch.table import Interactions

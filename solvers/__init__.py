@@ -11,10 +11,12 @@ from mpsearch.solvers.bisection import Bisection as Bisection
 from mpsearch.solvers.brute_force import BruteForce as BruteForce
 from mpsearch.solvers.dynamic_programming import DynamicProgramming as DynamicProgramming
 from mpsearch.solvers.evolutionary import Evolutionary as Evolutionary
+from mpsearch.solvers.exact import Exact as Exact
 from mpsearch.solvers.greedy import Greedy as Greedy
 from mpsearch.solvers.ilp import ILP as ILP
 
 SOLVERS: dict[str, type[Solver]] = {
+    "exact": Exact,
     "ilp": ILP,
     "greedy": Greedy,
     "dynamic-programming": DynamicProgramming,

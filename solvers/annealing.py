@@ -15,7 +15,7 @@ from mpsearch.solvers.pairs import pair_blocks
 if TYPE_CHECKING:
     from mpsearch.table import Interactions
 
-_COLDEST = 1e-4  # last temperature, in units of the first
+_COLDEST = 1e-3  # last temperature, in units of the first
 _UPHILL = 0.3  # first temperature, in units of the typical range of a row
 
 
@@ -47,7 +47,7 @@ class Annealing:
     """
 
     seed: int = 0
-    sweeps: int = 150
+    sweeps: int = 300
     chains: int = 64
 
     def choose(
@@ -74,13 +74,14 @@ class Annealing:
                 chains.refresh()
         multipliers = relaxed.multipliers if interactions is None else None
         bound = relaxed.bound + math.fsum(_least(block, allowed, i, k) for (i, k), block in blocks.items())
-        for chain in np.argsort(chains.best_energy, kind="stable"):
-            options = chains.best[chain]
-            if math.isfinite(chains.best_energy[chain]) and fits(options, usage, limits):
-                value = total(sensitivity, options) + (interactions.total(options) if interactions is not None else 0.0)
-                status = Status.OPTIMAL if value <= bound else Status.FEASIBLE
-                return Choice(options, status, min(value, bound), multipliers, {"moves": moves * self.chains})
-        return Choice(None, Status.UNSOLVED, bound, multipliers, {"moves": moves * self.chains})
+        best = int(chains.best_energy.argmin())
+        stats = {"moves": moves * self.chains}
+        if chains.best_energy[best] == math.inf:
+            return Choice(None, Status.UNSOLVED, bound, multipliers, stats)
+        options = chains.best[best]
+        value = total(sensitivity, options) + (interactions.total(options) if interactions is not None else 0.0)
+        status = Status.OPTIMAL if value <= bound else Status.FEASIBLE
+        return Choice(options, status, min(value, bound), multipliers, stats)
 
     def _starts(self, plans: list[Options], allowed: NDArray[np.bool_], rng: np.random.Generator) -> Options:
         """(B, L): the last plans of the relaxation for three chains in four, random ones for the others."""
@@ -118,7 +119,9 @@ class _Chains:
         self.damage = np.where(allowed, sensitivity, np.inf)
         self.use = np.ascontiguousarray(np.where(allowed, usage, 0.0).transpose(1, 2, 0))  # (L, P, R)
         rounding = len(allowed) * np.finfo(float).eps * np.abs(self.use).max(axis=1).sum(axis=0)
-        self.limits = limits + rounding  # what lies between is decided exactly at the end
+        whole = (self.use == np.floor(self.use)).all(axis=(0, 1))
+        self.limits = np.where(whole, np.floor(limits), limits + rounding)
+        self.exact_usage, self.exact_limits = usage, limits  # decide on what lies between
         self.unit = np.maximum(np.ptp(self.use, axis=1).max(axis=0), np.finfo(float).tiny)
         self.blocks = blocks
         self.neighbours, self.pair_values = _neighbours(blocks, *allowed.shape)
@@ -143,8 +146,10 @@ class _Chains:
 
     def _remember(self) -> None:
         better = (self.energy < self.best_energy) & (self.used <= self.limits).all(axis=1)
-        self.best[better] = self.options[better, : self.real_rows]
-        self.best_energy[better] = self.energy[better]
+        for chain in np.flatnonzero(better):
+            if fits(self.options[chain], self.exact_usage, self.exact_limits):
+                self.best[chain] = self.options[chain, : self.real_rows]
+                self.best_energy[chain] = self.energy[chain]
 
     def field(self, row: int) -> Floats:
         """(B, P): what each option of a row would cost, all other rows as they are."""
@@ -171,10 +176,9 @@ class _Chains:
         excess[:, ~possible] = np.inf
         pair = pair.reshape(len(chains), -1)
         now = pair[chains, here * columns + there]
-        logits = rng.gumbel(size=pair.shape) - pair / (heat * self.typical_range)  # the largest is a Boltzmann draw
-        possible_somewhere = excess.min(axis=1, keepdims=True) == 0
-        logits -= np.where(possible_somewhere & (excess > 0), np.inf, excess / heat)
-        drawn = logits.argmax(axis=1)
+        inside = excess.min(axis=1, keepdims=True) == 0
+        energy = np.where(inside, pair / self.typical_range, 0.0) + np.where(inside & (excess > 0), np.inf, excess)
+        drawn = (rng.gumbel(size=pair.shape) - energy / heat).argmax(axis=1)  # a Boltzmann draw
         self.options[:, i], self.options[:, k] = np.divmod(drawn, columns)
         self.used = after.reshape(len(chains), columns * columns, -1)[chains, drawn]
         self.energy += pair[chains, drawn] - now

@@ -156,7 +156,7 @@ def _bound_ahead(
         priced += price * np.where(allowed, use, 0.0)
         weight += price * np.abs(np.where(allowed, use, 0.0))
     rest = np.concatenate([np.cumsum(priced.min(axis=1)[::-1])[::-1], [0.0]])
-    paid = multipliers * limits
+    paid = multipliers[multipliers > 0] * limits[multipliers > 0]
     rounding = (len(cost) + 8) * np.finfo(float).eps * (weight.max(axis=1).sum() + np.abs(paid).sum())
     return np.asarray(rest - paid.sum() - rounding)
 

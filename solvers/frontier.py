@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import SolverError
+from mpsearch.solvers.hull import hull_steps
 
 Floats = NDArray[np.float64]
 
@@ -129,51 +130,19 @@ def hull_front(sensitivity: Floats, usage: Floats) -> Frontier:
     >>> front.usage.tolist(), front.options(1).tolist()
     ([4.0, 6.0, 8.0], [1, 0])
     """
+    steps = hull_steps(sensitivity, usage)
     rows = np.arange(len(usage))
-    allowed = ~np.isnan(sensitivity)
-    use = np.where(allowed, usage, np.inf)
-    least = use.min(axis=1)
-    cost = np.where(allowed, sensitivity, np.inf)
-    start = np.where(use == least[:, None], cost, np.inf).argmin(axis=1)
-    current, slope = start.copy(), np.full(len(rows), -np.inf)
-    steps: list[tuple[Floats, NDArray[np.int64], NDArray[np.int64], Floats, Floats]] = []
-    for _ in range(usage.shape[1] - 1):
-        here_use, here_cost = use[rows, current], cost[rows, current]
-        wider = use - here_use[:, None]
-        with np.errstate(invalid="ignore", divide="ignore"):
-            slopes = np.where(allowed & (wider > 0), (cost - here_cost[:, None]) / wider, np.inf)
-        steepest = slopes.min(axis=1)
-        moves = np.flatnonzero(steepest < 0)
-        if not len(moves):
-            break
-        tied = slopes[moves] == steepest[moves, None]
-        target = np.where(tied, use[moves], -np.inf).argmax(axis=1)
-        slope[moves] = np.maximum(slope[moves], steepest[moves])  # rounding must not reorder the steps of a row
-        steps.append(
-            (
-                slope[moves].copy(),
-                moves,
-                target,
-                use[moves, target] - here_use[moves],
-                cost[moves, target] - here_cost[moves],
-            )
-        )
-        current[moves] = target
-    first_use, first_cost = math.fsum(least.tolist()), math.fsum(cost[rows, start].tolist())
-    if not steps:
-        return Frontier(np.array([first_use]), np.array([first_cost]), np.zeros(1), "hull", lambda _: np.array(start))
-    slopes, moved, targets, more_use, more_cost = (np.concatenate(part) for part in zip(*steps, strict=True))
-    order = np.argsort(slopes, kind="stable")
-    moved, targets = moved[order], targets[order]
+    order = np.argsort(steps.slope, kind="stable")
+    moved, targets = steps.row[order], steps.option[order]
 
     def options(index: int) -> NDArray[np.int64]:
-        found = np.array(start)
+        found = steps.start.copy()
         found[moved[:index]] = targets[:index]  # the last step of a row wins
         return found
 
     return Frontier(
-        first_use + np.append(0.0, np.cumsum(more_use[order])),
-        first_cost + np.append(0.0, np.cumsum(more_cost[order])),
+        math.fsum(usage[rows, steps.start].tolist()) + np.append(0.0, np.cumsum(steps.more_use[order])),
+        math.fsum(sensitivity[rows, steps.start].tolist()) + np.append(0.0, np.cumsum(steps.more_cost[order])),
         np.zeros(len(order) + 1),
         "hull",
         options,

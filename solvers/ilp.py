@@ -158,7 +158,7 @@ class _Model:
         """One budget over what each cell uses beyond the least of its row, relaxed by more than the tolerances."""
         slack = limit - math.fsum(least.tolist())
         used = extra[self.allowed]
-        if used.max(initial=0.0) == 0:
+        if used.max(initial=0.0) == 0 or math.isinf(slack):
             return
         whole = slack < 2**53 and bool((used == np.floor(used)).all())
         unit = float(np.gcd.reduce(used.astype(np.int64))) if whole else 0.0

@@ -44,7 +44,8 @@ def bound_at(
     for price, use in zip(multipliers, usage, strict=True):
         priced += price * np.where(allowed, use, 0.0)
         weight += price * np.where(allowed, np.abs(use), 0.0)
-    paid = (multipliers * limits).tolist()
+    priced_in = multipliers > 0  # a limit may be infinite
+    paid = (multipliers[priced_in] * limits[priced_in]).tolist()
     rounding = 4 * np.finfo(float).eps * (float(weight.max(axis=1).sum()) + math.fsum(map(abs, paid)))
     bound = math.fsum(priced.min(axis=1).tolist()) - math.fsum(paid) - float((1 + len(limits)) * rounding)
     return bound if math.isfinite(bound) else -math.inf

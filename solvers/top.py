@@ -42,7 +42,7 @@ def top_choices(solver: Solver, sensitivity: Floats, usage: Floats, limits: Floa
     priced = np.where(allowed, sensitivity, np.inf)
     for price, use in zip(multipliers, usage, strict=True):
         priced += price * np.where(allowed, use, 0.0)
-    paid = multipliers * limits
+    paid = multipliers[multipliers > 0] * limits[multipliers > 0]
     largest = np.where(allowed, np.abs(priced), 0.0).max(axis=1).sum()
     offset = -float(paid.sum()) - 1e-12 * float(largest + np.abs(paid).sum())
     ticket = itertools.count()  # keeps the heap from comparing arrays

@@ -299,7 +299,7 @@ def hawq_table(data):
     return mps.CostTable(layers, mps.precisions("w4a4 w8a8"), trace * squared, usage=usage)
 
 
-@pytest.mark.parametrize("solver", ["ilp", "dynamic-programming"])
+@pytest.mark.parametrize("solver", ["exact", "ilp", "dynamic-programming"])
 def test_the_published_optima_of_hawq(solver):
     data = hawq()
     table = hawq_table(data)
