@@ -23,7 +23,7 @@ EXACT_CELLS = 4096
 
 def pareto(
     table: CostTable,
-    over: str = "memory_bytes",
+    over: str | Sequence[str] = "memory_bytes",
     *,
     budget: Budget | None = None,
     solver: Solver | None = None,
@@ -35,7 +35,7 @@ def pareto(
 
     Args:
         table: what every option costs and damages.
-        over: the resource.
+        over: the resource, or several, where the table is small: then no plan of the front is beaten in all of them.
         budget: further limits that every point must keep; only with `solver` or `method="sweep"`, which it implies.
         solver: sweep this solver over `points` limits instead of computing the front directly.
         method: `exact` (all non-dominated points), `epsilon` (each of them within a factor 1 + epsilon in damage),
@@ -56,6 +56,24 @@ def pareto(
     >>> [(point.usage["average_bits"], point.sensitivity) for point in front]
     [(2.0, 13.0), (3.0, 7.0), (4.0, 5.0)]
     """
+    if not isinstance(over, str):
+        names = tuple(over)
+        for name in names:
+            check_over(table, name)
+        if not names or len(set(names)) != len(names):
+            raise BudgetError(f"over={list(names)}: expected one or several different resources")
+        if len(names) > 1:
+            if (
+                method not in ("auto", "exact")
+                or solver is not None
+                or budget is not None
+                or table.interactions is not None
+            ):
+                raise SolverError(
+                    "the front over several resources is exact: it takes no method, solver, budget or interactions"
+                )
+            return _several(table, names)
+        over = names[0]
     check_over(table, over)
     if budget is not None and over in budget:
         raise BudgetError(f"{over} is the axis of the front and limited too; use front.at(...) or limit another")
@@ -93,6 +111,22 @@ def _direct(table: CostTable, over: str, method: Method, epsilon: float) -> Fron
         found.method,
         Problem.of(table, Budget()),
         _Points(found),
+    )
+
+
+def _several(table: CostTable, over: tuple[str, ...]) -> Front:
+    from mpsearch.solvers import frontier
+
+    problem = Problem.of(table, Budget(**dict.fromkeys(over, 0.0)))
+    found = frontier.exact_front_of_several(problem.objective, problem.usage)
+    weights = float(sum(layer.numel for layer in table.layers))
+    scale = np.array([weights if name == "average_bits" else 1.0 for name in over])
+    fixed = np.array([0.0 if name == "average_bits" else table.fixed_usage.get(name, 0.0) for name in over])
+    usage = found.usage / scale + fixed
+    plain = Problem.of(table, Budget())
+    points = _Points(found)
+    return Front(
+        table, over[0], usage[:, 0], found.sensitivity, found.gap, found.method, plain, points, over[1:], usage[:, 1:]
     )
 
 

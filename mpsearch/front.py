@@ -36,6 +36,8 @@ class Front(Sequence[Solution]):
         method: `exact` (all non-dominated points), `epsilon ...`, `hull`, or the solver that was swept.
         problem: the table as rows.
         points: (N,) the options of each row at each point.
+        also: further resources in which no point is dominated; then damage need not fall along the front.
+        also_usage: (N, len(also)) use of them.
     """
 
     table: CostTable
@@ -46,6 +48,8 @@ class Front(Sequence[Solution]):
     method: str
     problem: Problem
     points: Sequence[NDArray[Any]]
+    also: tuple[str, ...] = ()
+    also_usage: Array | None = None
 
     def __len__(self) -> int:
         return len(self.usage)
@@ -81,7 +85,8 @@ class Front(Sequence[Solution]):
             budget = Budget(**{self.over: amount(self.over, budget, whole)})
         limits = budget.limits(self.table)
         limit = limits.get(self.over, math.inf)
-        for index in range(int(np.searchsorted(self.usage, limit, side="right")) - 1, -1, -1):
+        fitting = int(np.searchsorted(self.usage, limit, side="right"))
+        for index in np.argsort(self.sensitivity[:fitting], kind="stable").tolist():  # the least damage first
             if len(limits) == (self.over in limits):
                 return self[index]  # type: ignore[no-any-return]
             point: Solution = self[index]
@@ -111,11 +116,12 @@ class Front(Sequence[Solution]):
         front(Path(path), self, mark=mark, **options)
 
     def _rows(self) -> Iterator[list[Any]]:
-        yield [self.over, "sensitivity", "gap", *(layer.name for layer in self.table.layers)]
+        yield [self.over, *self.also, "sensitivity", "gap", *(layer.name for layer in self.table.layers)]
         names = [str(precision) for precision in self.table.precisions]
         for index in range(len(self)):
             options = np.asarray(self.points[index], np.int64)[self.problem.row_of_layer]
-            head = [float(self.usage[index]), float(self.sensitivity[index]), float(self.gap[index])]
+            more = [] if self.also_usage is None else self.also_usage[index].tolist()
+            head = [float(self.usage[index]), *more, float(self.sensitivity[index]), float(self.gap[index])]
             yield [*head, *(names[p] for p in options)]
 
 

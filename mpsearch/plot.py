@@ -79,7 +79,8 @@ def front(
     axes.plot(
         drawn.usage,
         _visible(drawn.sensitivity),
-        drawstyle="steps-post",
+        "." if drawn.also else "-",
+        drawstyle="default" if drawn.also else "steps-post",
         color=BLUE,
         linewidth=1.8,
         label=f"best plans, predicted ({drawn.method}, {len(drawn)} points)",

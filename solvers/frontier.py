@@ -9,11 +9,14 @@ from numpy.typing import NDArray
 
 from mpsearch.errors import SolverError
 from mpsearch.solvers.hull import hull_steps
+from mpsearch.solvers.lists import undominated
 
 Floats = NDArray[np.float64]
 
 #: Points kept after a row before `exact_front` gives up.
 MAX_POINTS = 4_000_000
+#: The same for several resources, where every point is compared with every other.
+MAX_SEVERAL = 50_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +24,7 @@ class Frontier:
     """Points of a front, by increasing use of the resource.
 
     Attributes:
-        usage: (N,) use.
+        usage: (N,) use; (N, R) for several resources.
         sensitivity: (N,) damage.
         gap: (N,) relative gap to the least damage at that use; 0 = proven.
         method: what it is.
@@ -117,6 +120,48 @@ def _merged(
         return found
 
     return Frontier(used, damage + math.fsum(shift.tolist()), np.zeros(len(used)), method, trace)
+
+
+def exact_front_of_several(sensitivity: Floats, usage: Floats) -> Frontier:
+    """All plans that no other equals or beats in damage and in every resource, for small tables.
+
+    Args:
+        sensitivity: (L, P), nan = not allowed.
+        usage: (R, L, P).
+
+    Returns:
+        Points sorted by the first resource, then the second, ...; `usage` is (N, R).
+
+    Raises:
+        SolverError: above `MAX_SEVERAL` points.
+    """
+    used, damage = np.zeros((1, len(usage))), np.zeros(1)
+    parents: list[NDArray[np.int64]] = []
+    chosen: list[NDArray[np.int64]] = []
+    for row in range(len(sensitivity)):
+        options = np.flatnonzero(~np.isnan(sensitivity[row]))
+        us = (used[:, None, :] + usage[:, row, options].T[None]).reshape(-1, len(usage))
+        ss = (damage[:, None] + sensitivity[row, options]).ravel()
+        at = undominated(us, ss)
+        if len(at) > MAX_SEVERAL:
+            raise SolverError(
+                f"more than {MAX_SEVERAL} non-dominated points after {row + 1} of {len(sensitivity)} rows; take fewer "
+                "resources, or limit the others with budget="
+            )
+        used, damage = us[at], ss[at]
+        parents.append(at // len(options))
+        chosen.append(options[at % len(options)])
+    order = np.lexsort((damage, *used.T[::-1]))
+
+    def trace(index: int) -> NDArray[np.int64]:
+        found = np.empty(len(chosen), np.int64)
+        state = int(order[index])
+        for row in range(len(chosen) - 1, -1, -1):
+            found[row] = chosen[row][state]
+            state = int(parents[row][state])
+        return found
+
+    return Frontier(used[order], damage[order], np.zeros(len(order)), "exact", trace)
 
 
 def hull_front(sensitivity: Floats, usage: Floats) -> Frontier:

@@ -88,7 +88,7 @@ def search(
         new_price = (price[:, None] + cost[None, :]).reshape(-1)
         unused = np.maximum(slack - new_use - up[row + 1], 0.0) @ multipliers
         kept = np.flatnonzero((new_price + unused <= best[0]) & (new_use + down[row + 1] <= slack).all(axis=1))
-        kept = kept[_undominated(new_use[kept], new_price[kept] - new_use[kept] @ multipliers)]
+        kept = kept[undominated(new_use[kept], new_price[kept] - new_use[kept] @ multipliers)]
         if len(kept) > max_states:
             order = np.argsort(new_price[kept], kind="stable")
             lost = min(lost, float(new_price[kept[order[max_states]]]))
@@ -107,7 +107,7 @@ def search(
     return Found(core.changed(trace(best[1], best[2])), min(lost, best[0]), largest)
 
 
-def _undominated(use: Floats, cost: Floats) -> NDArray[np.int64]:
+def undominated(use: Floats, cost: Floats) -> NDArray[np.int64]:
     """Indices of the states that no other one equals or beats in cost and in every use."""
     if use.shape[1] == 1:
         order = np.argsort(use[:, 0], kind="stable")

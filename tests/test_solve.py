@@ -385,3 +385,27 @@ def test_a_front_over_what_is_not_there():
 def test_gaps():
     assert relative_gap(1.0, -math.inf) != relative_gap(1.0, -math.inf)
     assert relative_gap(-1.0, -2.0) == 0.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_a_front_over_two_resources_holds_every_plan_that_none_beats(tmp_path, seed):
+    table = random_table(seed, rows=4)
+    over = ("memory_bytes", "average_bits")
+    front = mps.pareto(table, over)
+    points = sorted({tuple([used[name] for name in over] + [total]) for total, used, _ in plans(table)})
+    best_points = [
+        p for p in points if not any(q != p and all(a <= b for a, b in zip(q, p, strict=True)) for q in points)
+    ]
+    found = [(p.usage[over[0]], p.usage[over[1]], p.sensitivity) for p in front]
+    np.testing.assert_allclose(found, best_points, rtol=1e-12)
+    for limits in ({"memory_bytes": 110}, {"average_bits": 4.0}, {"memory_bytes": 130, "average_bits": 5.0}):
+        truth = best(table, **limits)
+        if truth is not None:
+            assert front.at(mps.Budget(**limits)).sensitivity == pytest.approx(truth[0])
+    front.save(tmp_path / "front.csv")
+    assert (tmp_path / "front.csv").read_text().startswith("memory_bytes,average_bits,sensitivity,gap,layer0")
+    front.plot(tmp_path / "front.png")
+    with pytest.raises(mps.BudgetError, match="different"):
+        mps.pareto(table, ["memory_bytes", "memory_bytes"])
+    with pytest.raises(mps.SolverError, match="several resources is exact"):
+        mps.pareto(table, over, method="hull")
