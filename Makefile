@@ -1,10 +1,11 @@
 # Needs Python 3.11+ and make; everything else is put into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+WHEEL := $(or $(TMPDIR),/var/tmp)/mpsearch-wheel
 export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS = 2
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-wheel lint clean
 
 demo: .venv/ready
 	$(BIN)/mpsearch demo
@@ -31,3 +32,12 @@ lint: .venv/ready
 
 clean:
 	rm -rf .venv build dist *.egg-info
+
+# the tests against the built wheel, in an empty environment and another folder
+test-wheel: .venv/ready
+	rm -rf build dist $(WHEEL) && $(BIN)/python -m build --wheel --outdir dist . >/dev/null
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet torch==2.13.0
+	$(WHEEL)/bin/python -m pip install --quiet dist/*.whl pytest scikit-learn scipy
+	cp -r tests $(WHEEL)/tests
+	cd $(WHEEL) && bin/python -m pytest -q -m "not slow" --import-mode=importlib tests

@@ -95,8 +95,7 @@ class Exact:
         slack = np.array([limit - _total(use, base) for use, limit in zip(usage, limits, strict=True)]) + blur
         plan = base if fits(base, usage, limits) else fallback
         if plan is None:
-            priced = _price_block(sensitivity, usage, prices, slice(0, len(base)))
-            plan = repaired(sensitivity, priced, usage, limits, base)
+            plan = repaired(sensitivity, prices, usage, limits, base)
         excess = math.inf if plan is None else _total(sensitivity, plan) - bound
         deadline = start + self.time_limit_s
         stats: dict[str, Any] = {"rows_in_doubt": 0, "states": 0, "nodes": 0}

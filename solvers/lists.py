@@ -43,7 +43,7 @@ def search(
         ceiling: only plans with less excess are wanted.
         usage: (R, L, P) of the whole table.
         limits: (R,).
-        max_states: partial plans kept after a row; the best by reduced cost stay.
+        max_states: partial plans kept after a row.
         deadline: of `time.perf_counter`.
     """
     resources = len(slack)
@@ -90,8 +90,10 @@ def search(
         kept = np.flatnonzero((new_price + unused <= best[0]) & (new_use + down[row + 1] <= slack).all(axis=1))
         kept = kept[undominated(new_use[kept], new_price[kept] - new_use[kept] @ multipliers)]
         if len(kept) > max_states:
-            order = np.argsort(new_price[kept], kind="stable")
-            lost = min(lost, float(new_price[kept[order[max_states]]]))
+            # the likeliest are cheap and near the limits; what is dropped is bounded by its price alone
+            likely = new_price[kept] + np.abs(slack - new_use[kept]) @ multipliers
+            order = np.argpartition(likely, max_states)
+            lost = min(lost, float(new_price[kept[order[max_states:]]].min()))
             kept = np.sort(kept[order[:max_states]])
         use, price = new_use[kept], new_price[kept]
         history.append(((kept // options).astype(np.int32), (kept % options).astype(np.int16)))

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from mpsearch import CostTable, Plan
 from mpsearch.cli import main
 
-ROOT = Path(__file__).resolve().parent.parent
 
 NETS = """
 import torch

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a checkout, not an installed package")
 
 
-@pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="not a checkout")
+@checkout
 def test_the_package_list_equals_the_tree():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     found = {
@@ -22,6 +23,7 @@ def test_the_package_list_equals_the_tree():
     assert listed == found
 
 
+@checkout
 @pytest.mark.parametrize("name", ["sensitivity", "solvers"])
 def test_the_links_are_whole(name):
     link = ROOT / "mpsearch" / name
