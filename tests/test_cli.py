@@ -9,7 +9,6 @@ import pytest
 from mpsearch import CostTable, Plan
 from mpsearch.cli import main
 
-
 NETS = """
 import torch
 from torch import nn

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a checkout, not an installed package")
+checkout = pytest.mark.skipif(
+    not (ROOT / "pyproject.toml").exists(), reason="needs a checkout, not an installed package"
+)
 
 
 @checkout
