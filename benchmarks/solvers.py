@@ -14,6 +14,7 @@ import math
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -196,18 +197,27 @@ def giant(rows: int) -> dict[str, Any]:
 
 def giant_run(rows: int) -> None:
     c, w, b = table("lognormal", rows, 4, 1, 0)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    # what the table took to make is free again, so count from what the arrays hold
-    with open("/proc/self/statm") as file:
-        held = int(file.read().split()[1]) * resource.getpagesize()
+    held = _resident_bytes()
+    peak, done = [held], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], _resident_bytes())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
     start = time.perf_counter()
     choice = Exact(gap=1e-7, time_limit_s=30).choose(c, w, b)
     seconds = time.perf_counter() - start
+    done.set()
+    watcher.join()
     assert choice.options is not None
     value = float(np.take_along_axis(c, choice.options[:, None], 1).sum())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    extra = peak - held if peak > before else 0
-    print(seconds, max(0.0, (value - choice.bound) / value), choice.status, extra)
+    print(seconds, max(0.0, (value - choice.bound) / value), choice.status, peak[0] - held)
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
 def fronts() -> list[dict[str, Any]]:

@@ -32,7 +32,8 @@ class DynamicProgramming:
     than that, else `FEASIBLE` with the bound.
 
     Attributes:
-        max_states: partial plans kept after each row; memory is about 6 bytes a state and row.
+        max_states: partial plans kept after each row; memory is about 6 bytes a state and row. For several budgets a
+            twenty-fifth of it, since there every partial plan is compared with every other.
 
     >>> choice = DynamicProgramming().choose(
     ...     np.array([[4.0, 1.0], [2.0, 0.0]]), np.array([[[1.0, 2.0], [1.0, 2.0]]]), np.array([3.0])
@@ -62,6 +63,7 @@ class DynamicProgramming:
         priced = np.zeros(1)  # multipliers times use, as floats
         steps: list[tuple[NDArray[np.int32], NDArray[np.int16]]] = []
         lost, most = math.inf, 1
+        most_kept = self.max_states if len(limits) < 2 else -(-self.max_states // 25)
         known = min((x for x in relaxed.plans if fits(x, usage, limits)), key=lambda x: total(above, x), default=None)
         ceiling = math.inf if known is None else total(above, known) * (1 + 1e-12)
         for row in range(rows):
@@ -79,10 +81,10 @@ class DynamicProgramming:
             kept = kept[_undominated(new_cost[kept], [u[kept] for u in new_use])]
             bounds = new_cost[kept] + new_priced[kept] + slack[row + 1]
             kept, bounds = kept[bounds <= ceiling], bounds[bounds <= ceiling]
-            if len(kept) > self.max_states:
+            if len(kept) > most_kept:
                 order = np.argsort(bounds, kind="stable")
-                lost = min(lost, float(bounds[order[self.max_states]]))
-                kept = np.sort(kept[order[: self.max_states]])
+                lost = min(lost, float(bounds[order[most_kept]]))
+                kept = np.sort(kept[order[:most_kept]])
             cost, use, priced = new_cost[kept], [u[kept] for u in new_use], new_priced[kept]
             steps.append(((kept // len(columns)).astype(np.int32), columns[kept % len(columns)].astype(np.int16)))
             most = max(most, len(kept))

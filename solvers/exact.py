@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mpsearch.solution import Choice, Status
 from mpsearch.solvers import lists, milp
@@ -19,7 +20,7 @@ from mpsearch.solvers.repair import repaired
 _ROWS = 1 << 16  # rows worked on at once: a few MB, whatever the table
 _SAMPLE = 1 << 17  # rows that a large table's price is first guessed from
 _BEAM = 256  # partial plans of the first, quick search
-_FEW = 4096  # partial plans with several resources before branch and cut takes over
+_FEW = 256  # partial plans with several resources before branch and cut takes over
 _WIDEST = 4096  # rows in doubt that the search takes on
 
 
@@ -100,11 +101,11 @@ class Exact:
         deadline = start + self.time_limit_s
         stats: dict[str, Any] = {"rows_in_doubt": 0, "states": 0, "nodes": 0}
         proven = 0.0  # excess that no plan can be below
-        rows = _doubtful(sensitivity, usage, prices, base, excess + rounding)
+        rows, stats["rows_in_doubt"] = _doubtful(sensitivity, usage, prices, base, excess + rounding)
         # lists of states with several resources hardly dominate each other: branch and cut takes over early
-        for states in (_BEAM, self.max_states) if len(limits) == 1 else (_BEAM, _FEW, 0):
+        for states in (_BEAM, self.max_states) if len(limits) == 1 else (_FEW, 0):
             enough = max(rounding, self.gap * abs(bound + excess) if math.isfinite(excess) else 0.0)
-            if excess - proven <= enough or (states != _BEAM and time.perf_counter() > deadline):
+            if excess - proven <= enough or (proven and time.perf_counter() > deadline):
                 break
             rows = rows[_cheapest(sensitivity, usage, prices, rows) <= excess + rounding]
             doubt, rest = rows[:_WIDEST], rows[_WIDEST:]
@@ -116,7 +117,6 @@ class Exact:
             else:
                 seconds = deadline - time.perf_counter()
                 found = milp.search(core, slack, prices, excess + rounding, usage, limits, time_limit_s=seconds)
-            stats["rows_in_doubt"] = len(rows)
             stats["states" if states else "nodes"] = found.size
             if found.options is not None:
                 value = _total(sensitivity, found.options) - bound
@@ -225,22 +225,21 @@ def _tightened(sensitivity: Floats, usage: Floats, limits: Floats) -> tuple[Floa
     return tight, blur
 
 
-def _doubtful(sensitivity: Floats, usage: Floats, prices: Floats, base: Options, excess: float) -> Options:
-    """Rows that a plan with less excess may change, the least reduced cost first."""
-    found, costs = [], []
+def _doubtful(sensitivity: Floats, usage: Floats, prices: Floats, base: Options, excess: float) -> tuple[Options, int]:
+    """Rows that a plan with less excess may change, the least reduced cost first; `_WIDEST` + 1 of them, and how many in all."""
+    where, cost, count = np.empty(0, np.int64), np.empty(0), 0
     for block in _blocks(len(base)):
         priced = _price_block(sensitivity, usage, prices, block)
         rows = np.arange(len(priced))
         least = priced[rows, base[block]].copy()
         priced[rows, base[block]] = np.inf
         second = priced.min(axis=1) - least
-        at = np.flatnonzero(second <= excess)
-        found.append(at + block.start)
-        costs.append(second[at])
-    where = np.concatenate(found)
-    cost = np.concatenate(costs)
-    order = np.argsort(cost, kind="stable")
-    return np.asarray(where[order][np.isfinite(cost[order])], np.int64)
+        at = np.flatnonzero((second <= excess) & np.isfinite(second))
+        count += len(at)
+        where, cost = np.append(where, at + block.start), np.append(cost, second[at])
+        order = np.argsort(cost, kind="stable")[: _WIDEST + 1]
+        where, cost = where[order], cost[order]
+    return where, count
 
 
 def _cheapest(sensitivity: Floats, usage: Floats, prices: Floats, rows: Options) -> Floats:
@@ -278,16 +277,17 @@ def _one_price(sensitivity: Floats, use: Floats, limit: float) -> tuple[Floats, 
     low, high = _bracket(sensitivity, use, limit, guess)
     under, over = _at_price(sensitivity, use, low), _at_price(sensitivity, use, high)  # cheap price: more use
     rows = np.flatnonzero(under != over)
+    options = over.astype(np.int64)
     if not len(rows):
-        return np.array([high]), over
-    rest = limit - (_total(use, over) - math.fsum(use[rows, over[rows]].tolist()))
+        return np.array([high]), options
+    rest = limit - (_total(use, options) - math.fsum(use[rows, options[rows]].tolist()))
     price, part = _break(sensitivity[rows], use[rows], rest)
-    over[rows] = part
-    return np.array([min(max(price, low), high)]), over
+    options[rows] = part
+    return np.array([min(max(price, low), high)]), options
 
 
-def _at_price(sensitivity: Floats, use: Floats, price: float) -> Options:
-    found = np.empty(len(use), np.int64)
+def _at_price(sensitivity: Floats, use: Floats, price: float) -> NDArray[np.int16]:
+    found = np.empty(len(use), np.int16)  # half of the memory above a large table would be these
     for block in _blocks(len(use)):
         found[block] = _price_block(sensitivity, use[None], np.array([price]), block).argmin(axis=1)
     return found

@@ -28,7 +28,6 @@ class Greedy:
     repair got stuck.
 
     >>> import numpy as np
-    >>> import numpy as np
     >>> choice = Greedy().choose(np.array([[4.0, 1.0], [2.0, 0.0]]), np.array([[[1.0, 2.0], [1.0, 2.0]]]), np.array([3.0]))
     >>> choice.options.tolist(), str(choice.status)
     ([1, 0], 'feasible')

@@ -88,3 +88,15 @@ def test_proofs(ordinary):
     assert Annealing(sweeps=2).choose(sensitivity, usage, usage.min(axis=2).sum(axis=1) - 1).status is Status.INFEASIBLE
     roomy = Annealing(sweeps=2).choose(sensitivity, usage, usage.max(axis=2).sum(axis=1))
     assert roomy.status is Status.OPTIMAL
+
+
+def test_limits_are_kept_to_the_last_bit():
+    for seed in range(60):
+        rng = np.random.default_rng(seed)
+        sensitivity, usage = rng.random((5, 3)), rng.random((1, 5, 3))
+        sensitivity[np.arange(5), usage[0].argmin(axis=1)] += 1.0
+        met = math.fsum(usage[0][np.arange(5), rng.integers(0, 3, 5)].tolist())
+        for limit in (met, math.nextafter(met, 0.0)):
+            choice = Annealing(sweeps=6, chains=8).choose(sensitivity, usage, np.array([limit]))
+            if choice.options is not None:
+                assert math.fsum(usage[0][np.arange(5), choice.options].tolist()) <= limit
