@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import mpsearch as mps
 from mpsearch import report
 from mpsearch.loading import UsageError, call, load, part
-from mpsearch.problem import uniform
+from mpsearch.problem import attainable, uniform
 
 if TYPE_CHECKING:
     from mpsearch.evaluation import Evaluation
@@ -390,7 +390,7 @@ def _show(options: argparse.Namespace) -> None:
         "layers": [layer.name for layer in table.layers],
         "precisions": [str(p) for p in table.precisions],
         "uniform": dict(uniform(table)),
-        "range": _attainable(table),
+        "range": attainable(table),
         "origin": dict(table.origin),
     }
     _emit(options, content, lambda: _table_text(table))
@@ -406,19 +406,6 @@ def _show_plan(plan: mps.Plan) -> str:
             f"{plan.predicted.get('status', 'status unknown')}"
         )
     return "\n".join(lines)
-
-
-def _attainable(table: mps.CostTable) -> dict[str, list[float]]:
-    import numpy as np
-
-    allowed = table.allowed
-    found = {}
-    for name, values in table.usage.items():
-        fixed = table.fixed_usage.get(name, 0.0)
-        low = math.fsum(np.where(allowed, values, np.inf).min(axis=1).tolist()) + fixed
-        high = math.fsum(np.where(allowed, values, -np.inf).max(axis=1).tolist()) + fixed
-        found[name] = [low, high]
-    return found
 
 
 def _table_text(table: mps.CostTable) -> str:
@@ -439,7 +426,7 @@ def _table_text(table: mps.CostTable) -> str:
         "",
         *(
             f"{name}: {report.amount(name, low)} to {report.amount(name, high)}"
-            for name, (low, high) in _attainable(table).items()
+            for name, (low, high) in attainable(table).items()
         ),
     ]
     lines += [f"group {group}: {', '.join(x.name for x in table.layers if x.group == group)}" for group in groups]
@@ -447,69 +434,30 @@ def _table_text(table: mps.CostTable) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    import numpy as np
-
-    from mpsearch.ranking import kendall, spearman
+    from mpsearch.compare import agreement, regrets
 
     a, b = (mps.CostTable.load(path) for path in options.tables)
-    if [x.name for x in a.layers] != [x.name for x in b.layers] or set(a.precisions) != set(b.precisions):
-        raise mps.TableError(f"{options.tables[0]} and {options.tables[1]} have different layers or precisions")
-    columns = [b.precisions.index(precision) for precision in a.precisions]
-    mine, other = a.sensitivity, b.sensitivity[:, columns]
-    both = ~np.isnan(mine) & ~np.isnan(other)
-    rows: list[list[str]] = []
-    agreement = {}
-    for name, mask in [
-        ("all cells", both),
-        *((str(p), both & (np.arange(both.shape[1]) == j)) for j, p in enumerate(a.precisions)),
-    ]:
-        x, y = mine[mask], other[mask]
-        if len(x) > 1:
-            agreement[name] = {"spearman": spearman(x, y), "kendall": kendall(x, y)}
-            rows.append([name, str(len(x)), f"{agreement[name]['spearman']:.3f}", f"{agreement[name]['kendall']:.3f}"])
-    regrets = _regrets(a, b) if "memory_bytes" in a.usage and "memory_bytes" in b.usage else []
-    text = report.table(["rank agreement", "cells", "Spearman", "Kendall"], rows)
-    if regrets:
-        shown = [
+    ranks, plans = agreement(a, b), regrets(a, b)
+
+    def text() -> str:
+        rows = [[r["cells"], str(r["count"]), f"{r['spearman']:.3f}", f"{r['kendall']:.3f}"] for r in ranks]
+        found = report.table(["rank agreement", "cells", "Spearman", "Kendall"], rows)
+        if not plans:
+            return found
+        rows = [
             [
                 report.amount("memory_bytes", r["memory_bytes"]),
                 f"{r['same_layers']}/{len(a.layers)}",
                 f"{r['first_by_second']:.3g}",
                 f"{r['second_by_first']:.3g}",
             ]
-            for r in regrets
+            for r in plans
         ]
-        text += "\n\n" + report.table(["plans at", "same layers", "1st judged by 2nd", "2nd judged by 1st"], shown)
-        text += "\n(damage of the other table's plan over one's own best: 1 = as good)"
-    _emit(options, {"agreement": agreement, "plans": regrets}, lambda: text)
+        header = ["plans at", "same layers", "1st judged by 2nd", "2nd judged by 1st"]
+        note = "(damage of the other table's plan over one's own best: 1 = as good)"
+        return f"{found}\n\n{report.table(header, rows)}\n{note}"
 
-
-def _regrets(a: mps.CostTable, b: mps.CostTable) -> list[dict[str, float]]:
-    """Plans of both tables at four sizes, each judged by the other table."""
-    low, high = _attainable(a)["memory_bytes"]
-
-    def judged(table: mps.CostTable, plan: mps.Plan) -> float:
-        return math.fsum(table.sensitivity[i, table.precisions.index(plan[x.name])] for i, x in enumerate(table.layers))
-
-    found = []
-    for share in (0.1, 0.25, 0.5, 0.75):
-        budget = mps.Budget(memory_bytes=low + share * (high - low))
-        first, second = mps.solve(a, budget), mps.solve(b, budget)
-        assert first.plan is not None
-        assert second.plan is not None
-        found.append(
-            {
-                "memory_bytes": low + share * (high - low),
-                "same_layers": sum(first.plan[name] == second.plan[name] for name in first.plan),
-                "first_by_second": _ratio(judged(b, first.plan), second.sensitivity),
-                "second_by_first": _ratio(judged(a, second.plan), first.sensitivity),
-            }
-        )
-    return found
-
-
-def _ratio(value: float, best: float) -> float:
-    return value / best if best else (1.0 if value == best else math.inf)
+    _emit(options, {"agreement": ranks, "plans": plans}, text)
 
 
 def _demo(options: argparse.Namespace) -> None:

@@ -234,6 +234,17 @@ def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
     return found
 
 
+def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
+    """Least and most use of each resource by any plan, fixed part included."""
+    found = {}
+    for name, values in table.usage.items():
+        fixed = table.fixed_usage.get(name, 0.0)
+        low = np.where(table.allowed, values, np.inf).min(axis=1)
+        high = np.where(table.allowed, values, -np.inf).max(axis=1)
+        found[name] = (math.fsum(low.tolist()) + fixed, math.fsum(high.tolist()) + fixed)
+    return found
+
+
 def _weights(table: CostTable) -> float:
     return float(sum(layer.numel for layer in table.layers))
 

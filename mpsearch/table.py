@@ -1,14 +1,11 @@
 """The cost table: every option of every layer, what it costs and what it damages."""
 
-import csv
-import io
-import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,20 +21,6 @@ if TYPE_CHECKING:
 Array = NDArray[np.float64]
 
 UNITS = ("nats", "relative")
-_VERSION = 1
-_FIRST_LINE = f"# mpsearch_table: {_VERSION}"
-_KNOWN_COLUMNS = ("layer", "precision", "sensitivity", "sensitivity_se", "kind", "group", "numel", "macs")
-_HEADER_KEYS = (
-    "unit",
-    "origin",
-    "fixed_usage",
-    "reference_usage",
-    "precisions",
-    "weight_shapes",
-    "dtypes",
-    "interactions",
-    "peaks",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,8 +136,8 @@ class CostTable:
             raise TableError(f"a table of {shape[0]} layers and {shape[1]} precisions, expected at least one of each")
         if self.unit not in UNITS:
             raise TableError(f"unit {self.unit!r}, expected one of {', '.join(UNITS)}")
-        _unique("layer", [layer.name for layer in self.layers])
-        _unique("precision", [str(precision) for precision in self.precisions])
+        unique("layer", [layer.name for layer in self.layers])
+        unique("precision", [str(precision) for precision in self.precisions])
         arrays = {"sensitivity": self.sensitivity, **self.usage}
         if self.sensitivity_se is not None:
             arrays["sensitivity_se"] = self.sensitivity_se
@@ -228,7 +211,10 @@ class CostTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as long CSV, or as NPZ where the name ends in `.npz`; atomic, and exact to the last bit."""
-        write_atomically(path, self._npz() if Path(path).suffix == ".npz" else self._csv())
+        from mpsearch import table_files
+
+        write = table_files.to_npz if Path(path).suffix == ".npz" else table_files.to_csv
+        write_atomically(path, write(self))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "CostTable":
@@ -238,10 +224,12 @@ class CostTable:
             TableError: with the place in the file.
             OSError: where the file cannot be read.
         """
+        from mpsearch import table_files
+
         path = Path(path)
         data = path.read_bytes()
         try:
-            return _from_npz(data) if path.suffix == ".npz" else _from_csv(data)
+            return table_files.from_npz(data) if path.suffix == ".npz" else table_files.from_csv(data)
         except (TableError, PlanError) as error:
             raise TableError(f"{path}: {error}") from None
 
@@ -249,115 +237,19 @@ class CostTable:
         """The table as a long data frame, one row for each layer and allowed precision, columns as in the CSV."""
         import pandas as pd
 
-        columns, rows = self._rows()
+        from mpsearch.table_files import columns_and_rows
+
+        columns, rows = columns_and_rows(self)
         return pd.DataFrame(list(rows), columns=columns)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CostTable):
             return NotImplemented
-        return self._npz() == other._npz()
+        from mpsearch.table_files import to_npz
+
+        return to_npz(self) == to_npz(other)
 
     __hash__ = None  # type: ignore[assignment]
-
-    def _header(self, *, arrays_apart: bool) -> dict[str, Any]:
-        header: dict[str, Any] = {
-            "unit": self.unit,
-            "origin": self.origin,
-            "fixed_usage": self.fixed_usage,
-            "reference_usage": self.reference_usage,
-            "precisions": [str(precision) for precision in self.precisions],
-        }
-        if arrays_apart:
-            return header
-        shapes = {layer.name: layer.weight_shape for layer in self.layers if len(layer.weight_shape) > 1}
-        dtypes = {layer.name: layer.dtype for layer in self.layers if layer.dtype != "float32"}
-        header |= {name: value for name, value in (("weight_shapes", shapes), ("dtypes", dtypes)) if value}
-        if self.interactions is not None:
-            cells = zip(self.interactions.first, self.interactions.second, self.interactions.value, strict=True)
-            header["interactions"] = [
-                [
-                    self.layers[a].name,
-                    str(self.precisions[p]),
-                    self.layers[b].name,
-                    str(self.precisions[q]),
-                    float(value),
-                ]
-                for (a, p), (b, q), value in cells
-            ]
-        if self.peaks:
-            header["peaks"] = {
-                name: {
-                    "usage": np.where(self.allowed, peak.usage, 0.0).tolist(),
-                    "fixed": peak.fixed.tolist(),
-                }
-                for name, peak in self.peaks.items()
-            }
-        return header
-
-    def _rows(self) -> tuple[list[str], Iterable[list[Any]]]:
-        sizes = any(layer.numel for layer in self.layers)
-        optional = {
-            "sensitivity_se": self.sensitivity_se is not None,
-            "kind": any(layer.kind for layer in self.layers),
-            "group": any(layer.group for layer in self.layers),
-            "numel": sizes,
-            "macs": sizes or any(layer.macs for layer in self.layers),
-        }
-        columns = [
-            "layer",
-            "precision",
-            "sensitivity",
-            *(name for name, there in optional.items() if there),
-            *self.usage,
-        ]
-
-        def rows() -> Iterable[list[Any]]:
-            names = [str(precision) for precision in self.precisions]
-            allowed = self.allowed
-            for row, layer in enumerate(self.layers):
-                facts = {"kind": layer.kind, "group": layer.group, "numel": layer.numel, "macs": layer.macs}
-                fixed = [facts[name] for name in facts if optional[name]]
-                for column in np.flatnonzero(allowed[row]):
-                    cell: list[Any] = [layer.name, names[column], float(self.sensitivity[row, column])]
-                    if self.sensitivity_se is not None:
-                        cell.append(float(self.sensitivity_se[row, column]))
-                    yield cell + fixed + [_plain(values[row, column]) for values in self.usage.values()]
-
-        return columns, rows()
-
-    def _csv(self) -> str:
-        text = io.StringIO()
-        text.write(f"{_FIRST_LINE}\n# {json.dumps(self._header(arrays_apart=False))}\n")
-        columns, rows = self._rows()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(rows)
-        return text.getvalue()
-
-    def _npz(self) -> bytes:
-        arrays: dict[str, Any] = {
-            "header": np.array(json.dumps({"mpsearch_table": _VERSION, **self._header(arrays_apart=True)})),
-            "layer": np.array([layer.name for layer in self.layers]),
-            "kind": np.array([layer.kind for layer in self.layers]),
-            "group": np.array([layer.group for layer in self.layers]),
-            "macs": np.array([layer.macs for layer in self.layers], np.int64),
-            "dtype": np.array([layer.dtype for layer in self.layers]),
-            "weight_shape": np.array(["x".join(map(str, layer.weight_shape)) for layer in self.layers]),
-            "sensitivity": self.sensitivity,
-        }
-        if self.sensitivity_se is not None:
-            arrays["sensitivity_se"] = np.where(self.allowed, self.sensitivity_se, np.nan)
-        arrays |= {f"usage:{name}": np.where(self.allowed, v, np.nan) for name, v in self.usage.items()}
-        if self.interactions is not None:
-            arrays |= {
-                f"interactions:{name}": getattr(self.interactions, name) for name in ("first", "second", "value")
-            }
-        for name, peak in self.peaks.items():
-            arrays[f"peak:{name}"] = np.where(self.allowed, peak.usage, 0.0)
-            arrays[f"peak_fixed:{name}"] = peak.fixed
-        data = io.BytesIO()
-        np.savez(data, allow_pickle=False, **arrays)
-        return data.getvalue()
 
 
 def _frozen(values: Any) -> Array:
@@ -366,218 +258,15 @@ def _frozen(values: Any) -> Array:
     return array
 
 
-def _unique(what: str, names: list[str]) -> None:
+def unique(what: str, names: list[str]) -> None:
+    """Refuse a name that occurs twice.
+
+    Raises:
+        TableError: with the name.
+    """
     if len(set(names)) != len(names):
         seen: set[str] = set()
         for name in names:
             if name in seen:
                 raise TableError(f"{what} {name!r} occurs twice")
             seen.add(name)
-
-
-def _plain(value: float) -> float | int:
-    """Whole numbers without `.0`, so that a table of bytes reads as one."""
-    value = float(value)
-    return (
-        int(value)
-        if value.is_integer() and abs(value) < 2**53 and not (value == 0 and math.copysign(1, value) < 0)
-        else value
-    )
-
-
-def _json_header(text: str, place: str) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TableError(f"{place}: not a JSON object ({error})") from None
-    if not isinstance(header, dict):
-        raise TableError(f"{place}: a JSON {type(header).__name__}, expected an object")
-    for key in header:
-        if key not in _HEADER_KEYS:
-            raise TableError(f"{place}: unknown key {key!r}{nearest(key, _HEADER_KEYS)}")
-    for key in ("fixed_usage", "reference_usage"):
-        amounts = header.get(key, {})
-        if not isinstance(amounts, dict) or not all(isinstance(v, int | float) for v in amounts.values()):
-            raise TableError(f"{place}: {key} is {amounts!r}, expected an object of resource: number")
-    return header
-
-
-def _from_csv(data: bytes) -> CostTable:
-    try:
-        lines = data.decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise TableError(f"byte {error.start} is not UTF-8 text, so this is no CSV") from None
-    header: dict[str, Any] = {}
-    first = 0
-    if lines and lines[0].startswith("#"):
-        if not lines[0].startswith("# mpsearch_table:"):
-            raise TableError(f"line 1: {lines[0]!r}, expected {_FIRST_LINE!r}")
-        if lines[0].strip() != _FIRST_LINE:
-            raise TableError(f"line 1: {lines[0]!r}: this mpsearch reads version {_VERSION} of the table format")
-        if len(lines) < 2 or not lines[1].startswith("#"):
-            raise TableError("line 2: expected '# ' and one JSON object")
-        header = _json_header(lines[1][1:], "line 2")
-        first = 2
-    rows = list(csv.reader(lines[first:], strict=True)) if len(lines) > first else []
-    if not rows:
-        raise TableError("no header line, expected one such as layer,precision,sensitivity,memory_bytes")
-    columns = [name.strip() for name in rows[0]]
-    for needed in ("layer", "precision", "sensitivity"):
-        if needed not in columns:
-            raise TableError(f"line {first + 1}: no column {needed!r} among {', '.join(columns)}")
-    _unique("column", columns)
-    return _assemble(header, columns, rows[1:], first + 2)
-
-
-def _assemble(header: dict[str, Any], columns: list[str], rows: list[list[str]], line: int) -> CostTable:
-    place = {name: index for index, name in enumerate(columns)}
-    resources = [name for name in columns if name not in _KNOWN_COLUMNS]
-    numbers = [name for name in ("sensitivity", "sensitivity_se", *resources) if name in place]
-    layers: dict[str, int] = {}
-    facts: list[dict[str, str]] = []
-    about: list[str] = [name for name in ("kind", "group", "numel", "macs") if name in place]
-    options: dict[Precision, int] = {Precision.parse(text): i for i, text in enumerate(header.get("precisions", []))}
-    cells: dict[tuple[int, int], list[float]] = {}
-    for offset, row in enumerate(rows):
-        if not row:
-            continue
-        where = f"line {line + offset}"
-        if len(row) != len(columns):
-            raise TableError(f"{where}: {len(row)} fields, expected {len(columns)} ({', '.join(columns)})")
-        try:
-            precision = Precision.parse(row[place["precision"]])
-        except PlanError as error:
-            raise TableError(f"{where}: {error}") from None
-        layer = row[place["layer"]]
-        index = layers.setdefault(layer, len(layers))
-        fact = {name: row[place[name]] for name in about}
-        if index == len(facts):
-            facts.append(fact)
-        elif facts[index] != fact:
-            name = next(name for name in fact if fact[name] != facts[index][name])
-            raise TableError(
-                f"{where}: {name} of layer {layer!r} is {fact[name]!r}, earlier it was {facts[index][name]!r}"
-            )
-        cell = (index, options.setdefault(precision, len(options)))
-        if cell in cells:
-            raise TableError(f"{where}: layer {layer!r} at {precision} occurs twice")
-        cells[cell] = [_number(row[place[name]], name, where, layer, precision) for name in numbers]
-    if not cells:
-        raise TableError("no rows: a table needs at least one layer")
-    shapes, dtypes = header.get("weight_shapes", {}), header.get("dtypes", {})
-    for key, named in (("weight_shapes", shapes), ("dtypes", dtypes)):
-        for name in named:
-            if name not in layers:
-                raise TableError(f"line 2: {key} names {name!r}, which is no layer of the table{nearest(name, layers)}")
-    made = []
-    for name, index in layers.items():
-        numel = _integer(facts[index].get("numel", ""), "numel", name)
-        shape = tuple(shapes.get(name, (numel,) if numel else ()))
-        if shape and numel and math.prod(shape) != numel:
-            raise TableError(f"layer {name!r} has numel {numel} but the shape {shape}")
-        macs = _integer(facts[index].get("macs", ""), "macs", name)
-        fact = facts[index]
-        made.append(Layer(name, fact.get("kind", ""), shape, macs, fact.get("group", ""), dtypes.get(name, "float32")))
-    arrays = {name: np.full((len(layers), len(options)), np.nan) for name in numbers}
-    for (i, j), values in cells.items():
-        for name, value in zip(numbers, values, strict=True):
-            arrays[name][i, j] = value
-    return CostTable(
-        tuple(made),
-        tuple(options),
-        arrays["sensitivity"],
-        arrays.get("sensitivity_se"),
-        {name: arrays[name] for name in resources},
-        header.get("fixed_usage", {}),
-        header.get("reference_usage", {}),
-        header.get("unit", "relative"),
-        header.get("origin", {}),
-        _named_interactions(header.get("interactions"), layers, options),
-        {name: Peak(peak["usage"], peak["fixed"]) for name, peak in header.get("peaks", {}).items()},
-    )
-
-
-def _named_interactions(
-    rows: list[list[Any]] | None, layers: Mapping[str, int], options: Mapping[Precision, int]
-) -> Interactions | None:
-    if rows is None:
-        return None
-    first, second, value = [], [], []
-    for number, row in enumerate(rows):
-        try:
-            a, p, b, q, amount = row
-            first.append((layers[a], options[Precision.parse(p)]))
-            second.append((layers[b], options[Precision.parse(q)]))
-            value.append(float(amount))
-        except (KeyError, ValueError, TypeError):
-            raise TableError(
-                f"line 2: interaction {number} is {row!r}, expected [layer, precision, layer, precision, number] of the table"
-            ) from None
-    return Interactions(
-        np.array(first, np.int64).reshape(-1, 2), np.array(second, np.int64).reshape(-1, 2), np.array(value)
-    )
-
-
-def _number(text: str, name: str, where: str, layer: str, precision: Precision) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise TableError(f"{where}: {name} of layer {layer!r} at {precision} is {text!r}, expected a number") from None
-    if math.isfinite(value) or (name == "sensitivity_se" and math.isnan(value)):
-        return value
-    hint = "; leave the row out where the option is not allowed" if name == "sensitivity" else ""
-    raise TableError(f"{where}: {name} of layer {layer!r} at {precision} is {text}, expected a finite number{hint}")
-
-
-def _integer(text: str, name: str, layer: str) -> int:
-    if not text:
-        return 0
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not value.is_integer() or value < 0:
-        raise TableError(f"{name} of layer {layer!r} is {text!r}, expected a whole number >= 0")
-    return int(value)
-
-
-def _from_npz(data: bytes) -> CostTable:
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise TableError(f"not a table in NPZ form ({error})") from None
-    except Exception as error:  # zipfile.BadZipFile and zlib.error share no root but this one
-        raise TableError(f"a damaged NPZ file ({error})") from None
-    needed = ("header", "layer", "kind", "group", "macs", "dtype", "weight_shape", "sensitivity")
-    for name in needed:
-        if name not in arrays:
-            raise TableError(f"no array {name!r} in the NPZ file")
-    header = json.loads(str(arrays.pop("header")))
-    if header.pop("mpsearch_table", None) != _VERSION:
-        raise TableError(f"not version {_VERSION} of the table format")
-    header = _json_header(json.dumps(header), "header")
-    facts = [arrays[name].tolist() for name in ("layer", "kind", "weight_shape", "macs", "group", "dtype")]
-    layers = tuple(
-        Layer(name, kind, tuple(map(int, shape.split("x"))) if shape else (), macs, group, dtype)
-        for name, kind, shape, macs, group, dtype in zip(*facts, strict=True)
-    )
-
-    def named(prefix: str) -> dict[str, Array]:
-        return {name[len(prefix) :]: values for name, values in arrays.items() if name.startswith(prefix)}
-
-    pairs = cast("dict[str, Any]", named("interactions:"))
-    fixed = named("peak_fixed:")
-    return CostTable(
-        layers,
-        tuple(Precision.parse(text) for text in header["precisions"]),
-        arrays["sensitivity"],
-        arrays.get("sensitivity_se"),
-        named("usage:"),
-        header["fixed_usage"],
-        header["reference_usage"],
-        header["unit"],
-        header["origin"],
-        Interactions(**pairs) if pairs else None,
-        {name: Peak(values, fixed[name]) for name, values in named("peak:").items()},
-    )

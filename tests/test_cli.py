@@ -147,7 +147,7 @@ def test_compare(here, capsys):
     assert "Spearman" in out
     status, out, _ = run(capsys, "compare", "table.csv", "table.csv", "--json")
     content = json.loads(out)
-    assert content["agreement"]["all cells"] == {"spearman": 1.0, "kendall": 1.0}
+    assert content["agreement"][0] == {"cells": "all cells", "count": 6, "spearman": 1.0, "kendall": 1.0}
     assert {plan["first_by_second"] for plan in content["plans"]} == {1.0}
 
 
