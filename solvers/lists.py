@@ -83,9 +83,9 @@ def search(
     for row, (shift, cost) in enumerate(zip(core.shifts, core.costs, strict=True)):
         if cost[1:].min(initial=np.inf) + price.min() > best[0]:
             break
-        options = len(cost)
-        new_use = (use[:, None, :] + shift[None, :, :]).reshape(-1, resources)
-        new_price = (price[:, None] + cost[None, :]).reshape(-1)
+        states = len(price)
+        new_use = (shift[:, None, :] + use[None, :, :]).reshape(-1, resources)  # sorted runs, which sort fast
+        new_price = (cost[:, None] + price[None, :]).reshape(-1)
         unused = np.maximum(slack - new_use - up[row + 1], 0.0) @ multipliers
         kept = np.flatnonzero((new_price + unused <= best[0]) & (new_use + down[row + 1] <= slack).all(axis=1))
         kept = kept[undominated(new_use[kept], new_price[kept] - new_use[kept] @ multipliers)]
@@ -96,7 +96,7 @@ def search(
             lost = min(lost, float(new_price[kept[order[max_states:]]].min()))
             kept = np.sort(kept[order[:max_states]])
         use, price = new_use[kept], new_price[kept]
-        history.append(((kept // options).astype(np.int32), (kept % options).astype(np.int16)))
+        history.append(((kept % states).astype(np.int32), (kept // states).astype(np.int16)))
         largest = max(largest, len(kept))
         if not len(kept):
             break
