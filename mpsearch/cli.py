@@ -398,7 +398,10 @@ def _show(options: argparse.Namespace) -> None:
 
 def _show_plan(plan: mps.Plan) -> str:
     lines = [_plan_text(plan), ""]
-    lines += [f"budget: {name} <= {value}" for name, value in plan.budget.items()]
+    lines += [
+        f"budget: {name} <= {report.amount(name, value) if isinstance(value, int | float) else value}"
+        for name, value in plan.budget.items()
+    ]
     lines += [f"{name} {report.amount(name, value)}" for name, value in plan.usage.items()]
     if "sensitivity" in plan.predicted:
         lines.append(

@@ -409,3 +409,17 @@ def test_a_front_over_two_resources_holds_every_plan_that_none_beats(tmp_path, s
         mps.pareto(table, ["memory_bytes", "memory_bytes"])
     with pytest.raises(mps.SolverError, match="several resources is exact"):
         mps.pareto(table, over, method="hull")
+
+
+def test_the_published_optima_of_hawq_on_the_command_line(tmp_path, capsys):
+    from mpsearch.cli import main
+
+    data = hawq()
+    hawq_table(data).save(tmp_path / "hawq.csv")
+    for case, truth in data["optimum"].items():
+        limit = f"{case.rsplit('_', 1)[0]}={truth['limit']!r}"
+        for solver in ("exact", "ilp"):
+            arguments = ["solve", str(tmp_path / "hawq.csv"), "--budget", limit, "--solver", solver, "--json"]
+            assert main(arguments) == 0
+            found = json.loads(capsys.readouterr().out)
+            assert [mps.Precision.parse(text).weight_bits for text in found["layers"].values()] == truth["optimal_bits"]
