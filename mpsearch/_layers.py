@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpsearch.errors import TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, preserved, samples
-from mpsearch.modules import canonical, kind_of
+from mpsearch.modules import canonical, kind_of, storage_of, weight_of
 
 
 def layers(
@@ -34,7 +34,8 @@ def layers(
         groups: `auto` (shared weights), `none` (refused where weights are shared), or name -> layers, added to the shared weights.
 
     Raises:
-        TableError: for a model without quantizable layers, or a name or pattern that matches nothing.
+        TableError: for a model without quantizable layers, or a name or pattern that matches nothing, or half of a
+            shared weight excluded.
 
     >>> [(layer.name, layer.kind, layer.macs) for layer in layers(nn.Sequential(nn.Linear(3, 2)), torch.ones(5, 3))]
     [('0', 'linear', 6)]
@@ -42,14 +43,21 @@ def layers(
     found = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
     if not found:
         raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
+    excluded: list[str] = []
     for pattern in exclude:
         matched = fnmatch.filter(found, pattern)
         if not matched:
             raise TableError(f"exclude={pattern!r} matches no layer{nearest(pattern, found)}")
+        excluded += matched
         for name in matched:
             found.pop(name)
     if not found:
         raise TableError(f"exclude={list(exclude)} leaves no layer")
+    kept = {storage_of(weight_of(module)): name for name, module in found.items()}
+    for name in excluded:
+        tied = kept.get(storage_of(weight_of(model.get_submodule(name))))
+        if tied is not None:
+            raise TableError(f"{name!r} is excluded but shares its weight with {tied!r}: exclude both or neither")
     macs = _count(model, found, example)
     idle = [name for name in found if macs[name] is None]
     if idle:
@@ -82,13 +90,14 @@ def _count(model: nn.Module, found: Mapping[str, nn.Module], example: Batch) -> 
     totals: dict[str, int | None] = dict.fromkeys(found)
     count = samples(example)
 
-    def watch(name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def see(module: nn.Module, args: Any, output: Any) -> None:
-            totals[name] = (totals[name] or 0) + _macs(module, args, output)
+    def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            given = args[0] if args else next(iter(keywords.values()))
+            totals[name] = (totals[name] or 0) + _macs(module, given, output)
 
         return see
 
-    handles = [module.register_forward_hook(watch(name)) for name, module in found.items()]
+    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in found.items()]
     try:
         with preserved(model), torch.no_grad():
             call(model, example)
@@ -98,12 +107,12 @@ def _count(model: nn.Module, found: Mapping[str, nn.Module], example: Batch) -> 
     return {name: None if total is None else round(total / count) for name, total in totals.items()}
 
 
-def _macs(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> int:
+def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:
     """Multiply-accumulates of one call: each output element sums over the weights that reach it."""
     if isinstance(module, nn.Embedding):
         return 0
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input element meets the kernels of its channel
-        return int(args[0].numel() * (module.weight.numel() // module.weight.shape[0]))
+        return int(given.numel() * (module.weight.numel() // module.weight.shape[0]))
     weight = canonical(module)
     return output.numel() * (weight.numel() // weight.shape[0])
 
@@ -112,9 +121,9 @@ def _groups(
     found: Mapping[str, nn.Module], groups: Literal["auto", "none"] | Mapping[str, Sequence[str]]
 ) -> dict[str, str]:
     """Name of the group of each layer; empty for a layer of its own."""
-    holders: dict[int, list[str]] = {}
+    holders: dict[tuple[torch.device, int, int], list[str]] = {}
     for name, module in found.items():
-        holders.setdefault(id(module.weight), []).append(name)
+        holders.setdefault(storage_of(weight_of(module)), []).append(name)
     group = dict.fromkeys(found, "")
     for names in holders.values():
         if len(names) > 1:

@@ -1,5 +1,6 @@
 """Which modules are quantizable, and how their weights look to a quantizer."""
 
+import torch
 from torch import Tensor, nn
 
 #: Module class -> kind of layer. Subclasses count as their class.
@@ -41,6 +42,11 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     if not isinstance(weight, nn.Parameter):
         raise TypeError(f"{type(module).__name__} has no weight")
     return weight
+
+
+def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
+    """Where a tensor lies: equal for tied weights, also where each module wraps the memory in a parameter of its own."""
+    return tensor.device, tensor.data_ptr(), tensor.numel()
 
 
 def canonical(module: nn.Module) -> Tensor:

@@ -21,6 +21,8 @@ from mpsearch.precision import Precision, format_bits
 
 #: Shrink factors of the largest value that the search for the scale tries; 1 first, so that ties keep the full range.
 _FACTORS = tuple(1 - 0.01 * step for step in range(80))
+#: Distances from the full-range scale, in machine epsilons, at which the scale of weights on a grid may lie.
+_NEIGHBOURS = (0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0)
 #: Elements worked on at once, so that the search needs little memory whatever the layer.
 _CHUNK = 1 << 22
 
@@ -129,13 +131,8 @@ class RoundToNearest:
         low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
         best = values = scales = zeros = None
         for factor in _FACTORS if self.scale == "mse" else _FACTORS[:1]:
-            s, z = grid.fit(low * factor, high * factor)
-            s = s.to(dtype).to(rows.dtype)  # as it will be stored
-            s = torch.where(s > 0, s, torch.ones_like(s))
-            if grid.asymmetric:
-                z = grid.zero_point(low * factor, s)
-            found = round_to_grid(rows, s, z, grid)
-            error = (found - rows).double().square().sum(1, keepdim=True)
+            s, _ = grid.fit(low * factor, high * factor)
+            s, z, found, error = _tried(rows, s, low * factor, grid, dtype)
             if best is None or values is None or scales is None or zeros is None:
                 best, values, scales, zeros = error, found, s, z
                 continue
@@ -143,11 +140,29 @@ class RoundToNearest:
             best = torch.where(better, error, best)
             values, scales = torch.where(better, found, values), torch.where(better, s, scales)
             zeros = torch.where(better, z, zeros)
+        assert best is not None
         assert values is not None
         assert scales is not None
         assert zeros is not None
-        rounding = 4 * torch.finfo(rows.dtype).eps * rows.abs()  # s' = (7 s) / 7 may be off by a last bit
-        return torch.where((values - rows).abs() <= rounding, rows, values), scales, zeros
+        full, _ = grid.fit(low, high)
+        for step in _NEIGHBOURS:  # (7 s) / 7 may miss s by a last bit: weights on a grid get the scale that made them
+            s, z, found, error = _tried(rows, full + full * (step * torch.finfo(dtype).eps), low, grid, dtype)
+            exact = (error == 0) & (best > 0)
+            best = torch.where(exact, error, best)
+            values, scales = torch.where(exact, found, values), torch.where(exact, s, scales)
+            zeros = torch.where(exact, z, zeros)
+        return values, scales, zeros
+
+
+def _tried(
+    rows: Tensor, scale: Tensor, low: Tensor, grid: Grid, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scale as it is stored, zero-point, values, and squared error of the stored values, of one candidate."""
+    s = scale.to(dtype).to(rows.dtype)
+    s = torch.where(s > 0, s, torch.ones_like(s))
+    z = grid.zero_point(low, s) if grid.asymmetric else torch.zeros_like(s)
+    found = round_to_grid(rows, s, z, grid)
+    return s, z, found, (found.to(dtype) - rows).double().square().sum(1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,6 +6,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.modules import canonical, restore
+from mpsearch.resources import MemoryBytes
 
 
 @pytest.mark.parametrize(
@@ -110,3 +111,32 @@ def test_hooks_are_removed_when_the_model_fails():
     with pytest.raises(RuntimeError):
         mps.layers(model, torch.ones(1, 3))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+class Keywords(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose1d(3, 2, 2)
+
+    def forward(self, x):
+        return self.up(input=x)
+
+
+def test_modules_called_with_keywords_are_counted():
+    assert mps.layers(Keywords(), torch.ones(1, 3, 4))[0].macs == 4 * 3 * 2 * 2
+
+
+def test_weights_that_share_memory_are_one_group():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    model[1].weight = nn.Parameter(model[0].weight.data)  # another parameter on the same memory
+    found = mps.layers(model, torch.tensor([[1, 2]]))
+    assert [layer.group for layer in found] == ["0 (shared weight)"] * 2
+    memory = MemoryBytes()(model, found, mps.precisions("w16"))
+    assert (memory.usage.sum(), memory.fixed, memory.reference) == (144, 0, 144)
+
+
+def test_half_of_a_shared_weight_cannot_be_excluded():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9, bias=False))
+    model[1].weight = model[0].weight
+    with pytest.raises(mps.TableError, match="'1' is excluded but shares its weight with '0'"):
+        mps.layers(model, torch.tensor([[1, 2]]), exclude=["1"])

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from mpsearch.layer import Layer
-from mpsearch.modules import canonical
+from mpsearch.modules import canonical, storage_of, weight_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
 from mpsearch.resources.resource import Resource
@@ -39,19 +40,22 @@ class MemoryBytes:
     def __call__(self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision]) -> Resource:
         """Count; see `Resource`."""
         usage = np.zeros((len(layers), len(precisions)))
-        seen: set[int] = set()
+        seen: set[tuple[torch.device, int, int]] = set()
         for row, layer in enumerate(layers):
             module = model.get_submodule(layer.name)
             weight = canonical(module)
-            if id(module.weight) in seen:
+            if storage_of(weight_of(module)) in seen:
                 continue
-            seen.add(id(module.weight))
+            seen.add(storage_of(weight_of(module)))
             outputs = weight.shape[0] if weight.ndim > 1 else 1
             usage[row] = [
                 packed_bytes(weight.numel(), outputs, weight.element_size(), precision, self.quantizer)
                 for precision in precisions
             ]
-        everything = [*model.parameters(), *model.buffers()]  # each tensor once, also where it is shared
-        reference = sum(tensor.numel() * tensor.element_size() for tensor in everything)
-        decided = sum(tensor.numel() * tensor.element_size() for tensor in model.parameters() if id(tensor) in seen)
+        everything = {
+            storage_of(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.numel()
+        }
+        size = {place: tensor.numel() * tensor.element_size() for place, tensor in everything.items()}
+        reference = sum(size.values())
+        decided = sum(size[place] for place in seen)
         return Resource(usage, float(reference - decided), float(reference))
