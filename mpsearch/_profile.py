@@ -1,8 +1,10 @@
 """The door from a model and data to a cost table."""
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -11,15 +13,18 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
+from mpsearch.checkpoint import Checkpoint, NoCheckpoint, digest
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Setting, Unit
 from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, collect, data_fingerprint, preserved, state_fingerprint
-from mpsearch.perturb import Quantizer, input_ranges
+from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
+from mpsearch.modules import weight_of
+from mpsearch.peak_memory import peak_memory
+from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 from mpsearch.resources import RESOURCES, Resource
-from mpsearch.table import CostTable
+from mpsearch.table import CostTable, Interactions
 
 #: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`.
 ResourceFunction = Callable[[nn.Module, Sequence[Layer], Sequence[Precision]], Any]
@@ -38,6 +43,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> CostTable: ...
 
@@ -55,6 +61,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> list[CostTable]: ...
 
@@ -71,6 +78,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+    checkpoint: str | Path | None = None,
     progress: bool = True,
 ) -> CostTable | list[CostTable]:
     """Fill a cost table: the damage and the costs of every precision of every layer.
@@ -87,10 +95,14 @@ def profile(
         groups: as for `mps.layers`.
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
+        checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
+            weights, data, quantizer, layers, precisions or loss are not those that it was written for.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
-        One table an estimator, with `origin` telling estimator, settings, passes, seconds and fingerprints.
+        One table an estimator, with `origin` telling estimator, settings, passes, seconds, peak memory and fingerprints.
+        Estimators of one family (gradients; one unit at a time) run together and share passes: each of their tables
+        tells the passes of them all, and under `shared_with` how many others they served.
 
     Raises:
         EstimatorError: for unusable data, a model whose output is random, or a score that is not finite.
@@ -114,41 +126,81 @@ def profile(
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])
-        tables = []
-        for one in estimators:
-            setting = Setting(
-                model,
-                data,
-                units,
-                options,
-                quantize,
-                ranges,
-                "kl" if loss is None else loss,
-                _Progress(progress),
-            )
-            with preserved(model):
+        chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
+        seen = data_fingerprint(data)
+        keep: Checkpoint | NoCheckpoint = NoCheckpoint()
+        if checkpoint is not None:
+            keep = Checkpoint(checkpoint, _identity(model, before, seen, decisions, options, quantize, chosen))
+        with keep as kept:
+            tables: dict[int, CostTable] = {}
+            for members in _families(estimators):
+                setting = Setting(
+                    model, data, units, options, quantize, ranges, chosen, _Progress(progress), checkpoint=kept
+                )
+                family = [estimators[place] for place in members]
                 start = time.perf_counter()
-                estimate = one.estimate(setting)
+                with preserved(model), peak_memory(device_of(model)) as peak:
+                    together = getattr(family[0], "together", None)
+                    estimates = together(setting, family) if together else [family[0].estimate(setting)]
                 seconds = time.perf_counter() - start
-            origin = {
-                "estimator": repr(one),
-                "quantizer": repr(quantize),
-                "loss": setting.loss if isinstance(setting.loss, str) else getattr(loss, "__name__", repr(loss)),
-                "batches": len(data),
-                "passes": {"forward": setting.passes.forward, "backward": setting.passes.backward},
-                "seconds": round(seconds, 3),
-                "model_fingerprint": before,
-                "data_fingerprint": data_fingerprint(data),
-                **estimate.facts,
-            }
-            tables.append(_table(one, estimate, units, decisions, options, usage, origin))
+                for place, estimate in zip(members, estimates, strict=True):
+                    origin = {
+                        "estimator": repr(estimators[place]),
+                        "quantizer": repr(quantize),
+                        "loss": chosen if isinstance(chosen, str) else _name(chosen),
+                        "batches": len(data),
+                        "passes": {"forward": setting.passes.forward, "backward": setting.passes.backward},
+                        "shared_with": len(members) - 1,
+                        "seconds": round(seconds, 3),
+                        "peak_memory_bytes": peak.bytes,
+                        "model_fingerprint": before,
+                        "data_fingerprint": seen,
+                        **estimate.facts,
+                    }
+                    tables[place] = _table(estimators[place], estimate, units, decisions, options, usage, origin)
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
     for name, module in model.named_modules():
         if set(vars(module)) != attributes[name]:
             extra = sorted(set(vars(module)) ^ attributes[name])
             raise EstimatorError(f"{estimators!r} changed the attributes {', '.join(extra)} of module {name!r}")
-    return tables if several else tables[0]
+    return [tables[place] for place in range(len(estimators))] if several else tables[0]
+
+
+def _families(estimators: Sequence[Estimator]) -> list[list[int]]:
+    """Places of estimators that run together: those with the same function `together`."""
+    families: dict[Any, list[int]] = {}
+    for place, one in enumerate(estimators):
+        together = getattr(one, "together", None)
+        families.setdefault(place if together is None else together, []).append(place)
+    return list(families.values())
+
+
+def _identity(
+    model: nn.Module,
+    weights: str,
+    data: str,
+    decisions: Sequence[Layer],
+    options: Sequence[Precision],
+    quantize: Quantizer,
+    loss: Any,
+) -> dict[str, str]:
+    """What a score depends on. The quantizer is known by what it does to the smallest layer."""
+    smallest = min(decisions, key=lambda layer: weight_of(model.get_submodule(layer.name)).numel())
+    module = model.get_submodule(smallest.name)
+    return {
+        "weights": weights,
+        "data": data,
+        "quantizer": fingerprint(quantized_weight(module, smallest.name, option, quantize) for option in options),
+        "layers": digest(*(f"{layer.name} {layer.group}" for layer in decisions)),
+        "precisions": " ".join(map(str, options)),
+        "loss": loss if isinstance(loss, str) else _name(loss),
+    }
+
+
+def _name(function: Any) -> str:
+    """Name of a function, the same in every process."""
+    return getattr(function, "__qualname__", None) or repr(function)
 
 
 class _Progress:
@@ -270,4 +322,21 @@ def _table(
         {name: resource.reference for name, resource in usage.items() if math.isfinite(resource.reference)},
         estimate.unit,
         origin,
+        None if estimate.pairs is None else _interactions(estimate.pairs, units, decisions),
+    )
+
+
+def _interactions(pairs: np.ndarray, units: Sequence[Unit], decisions: Sequence[Layer]) -> Interactions:
+    """Pairs of units as pairs of rows: of a group, the first member carries them."""
+    row = {layer.name: number for number, layer in enumerate(decisions)}
+    rows = [row[unit.layers[0].name] for unit in units]
+    count = pairs.shape[1]
+    places = [
+        (u, p, v, q) for u, v in itertools.combinations(range(len(units)), 2) for p, q in np.ndindex(count, count)
+    ]
+    kept = [place for place in places if pairs[place] != 0]
+    return Interactions(
+        np.array([(rows[u], p) for u, p, _, _ in kept], np.int64).reshape(-1, 2),
+        np.array([(rows[v], q) for _, _, v, q in kept], np.int64).reshape(-1, 2),
+        np.array([pairs[place] for place in kept], np.float64),
     )

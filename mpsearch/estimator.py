@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.checkpoint import Checkpoint, NoCheckpoint
 from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
 from mpsearch.measure import kl_divergence, log_softmax
@@ -61,6 +62,7 @@ class Setting:
         loss: the user's own, or `kl` or `cross-entropy`.
         progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
         passes: the estimator counts its runs here.
+        checkpoint: where finished work goes, and is found again after an interruption.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Setting:
     loss: Loss | Literal["kl", "cross-entropy"]
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
+    checkpoint: Checkpoint | NoCheckpoint = field(default_factory=NoCheckpoint)
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
@@ -137,12 +140,15 @@ class Estimate:
         sensitivity_se: (U, P) standard errors, or None.
         unit: `nats` or `relative`.
         facts: worth keeping in the table's origin; JSON values.
+        pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells are
+            chosen, [u, p, v, q] is added once.
     """
 
     sensitivity: NDArray[np.float64]
     sensitivity_se: NDArray[np.float64] | None = None
     unit: str = "nats"
     facts: Mapping[str, Any] = field(default_factory=dict)
+    pairs: NDArray[np.float64] | None = None
 
 
 class Estimator(Protocol):

@@ -24,9 +24,14 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def wide(x: Tensor) -> Tensor:
+    """A tensor in the widest float of its device: float64, but float32 where there is none."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
 def log_softmax(logits: Tensor) -> Tensor:
     """Log softmax over the last dimension in the widest float of the device."""
-    return torch.log_softmax(logits.float() if logits.device.type == "mps" else logits.double(), -1)
+    return torch.log_softmax(wide(logits), -1)
 
 
 @dataclass
@@ -60,6 +65,11 @@ class Mean:
         self.samples += int((c > 0).sum())
         for place, term in enumerate((s, s * s, s * c, c, c * c)):
             self._sums[place] += float(term.sum())
+
+    def merge(self, other: "Mean") -> None:
+        """Add all that another mean has seen."""
+        self.samples += other.samples
+        self._sums = [a + b for a, b in zip(self._sums, other._sums, strict=True)]
 
     @property
     def value(self) -> float:

@@ -1,0 +1,124 @@
+"""Finished work on disk, so that a killed run loses nothing."""
+
+import contextlib
+import hashlib
+import io
+import sqlite3
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from mpsearch.errors import EstimatorError
+
+_VERSION = "1"
+
+
+class Checkpoint:
+    """A file of named results, each durable once `put` returns.
+
+    An SQLite database in write-ahead mode: a process killed at any moment leaves every finished `put` and nothing of an
+    unfinished one.
+
+    Args:
+        path: the file; made where it does not exist.
+        identity: what the results depend on (fingerprints of weights, data, quantizer, settings), by name.
+
+    Raises:
+        EstimatorError: where the file is none of ours, or was written for something else; it names what differs.
+
+    >>> import tempfile, os
+    >>> path = os.path.join(tempfile.mkdtemp(), "run.db")
+    >>> with Checkpoint(path, {"weights": "a"}) as checkpoint:
+    ...     checkpoint.put("layer w4", [1.0, 2.0])
+    >>> with Checkpoint(path, {"weights": "a"}) as checkpoint:
+    ...     checkpoint.get("layer w4"), checkpoint.get("layer w2")
+    ([1.0, 2.0], None)
+    >>> Checkpoint(path, {"weights": "b"})    # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    mpsearch.errors.EstimatorError: ...run.db was written for other weights: it has a, this run has b; give another file
+    """
+
+    def __init__(self, path: str | Path, identity: Mapping[str, str]) -> None:
+        self.path = Path(path)
+        try:
+            self._file = sqlite3.connect(self.path, isolation_level=None)
+        except sqlite3.Error as error:
+            raise EstimatorError(f"{path} cannot be opened: {error}") from None
+        try:
+            self._file.execute("PRAGMA journal_mode=WAL")
+            self._file.execute("PRAGMA synchronous=FULL")
+            self._file.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)")
+            self._file.execute("CREATE TABLE IF NOT EXISTS result (name TEXT PRIMARY KEY, value BLOB)")
+            self._check({"checkpoint version": _VERSION, **identity})
+        except sqlite3.Error as error:
+            self._file.close()
+            raise EstimatorError(f"{path} is no checkpoint of mpsearch: {error}") from None
+        except EstimatorError:
+            self._file.close()
+            raise
+
+    def _check(self, identity: Mapping[str, str]) -> None:
+        found = dict(self._file.execute("SELECT name, value FROM identity"))
+        if not found:
+            self._file.execute("BEGIN")
+            self._file.executemany("INSERT INTO identity VALUES (?, ?)", identity.items())
+            self._file.execute("COMMIT")
+            return
+        for name in [*identity, *found]:
+            if found.get(name) != identity.get(name):
+                raise EstimatorError(
+                    f"{self.path} was written for other {name}: it has {found.get(name)}, this run has "
+                    f"{identity.get(name)}; give another file"
+                )
+
+    def get(self, name: str) -> Any:
+        """What `put` stored under a name; None where nothing is."""
+        row = self._file.execute("SELECT value FROM result WHERE name = ?", (name,)).fetchone()
+        return None if row is None else torch.load(io.BytesIO(row[0]), weights_only=True)
+
+    def put(self, name: str, value: Any) -> None:
+        """Store tensors, numbers, text, and lists and dicts of them; on the disk when this returns."""
+        buffer = io.BytesIO()
+        torch.save(value, buffer)
+        self._file.execute("INSERT OR REPLACE INTO result VALUES (?, ?)", (name, buffer.getvalue()))
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Remove results."""
+        self._file.executemany("DELETE FROM result WHERE name = ?", [(name,) for name in names])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class NoCheckpoint(contextlib.nullcontext["NoCheckpoint"]):
+    """Keeps nothing."""
+
+    def __enter__(self) -> "NoCheckpoint":
+        return self
+
+    def get(self, name: str) -> Any:
+        """Nothing."""
+        return None
+
+    def put(self, name: str, value: Any) -> None:
+        """Forget the value."""
+
+    def drop(self, names: Sequence[str]) -> None:
+        """Nothing is there."""
+
+
+def digest(*parts: str) -> str:
+    """A short name for texts of any length."""
+    return hashlib.blake2b("\0".join(parts).encode(), digest_size=12).hexdigest()

@@ -1,0 +1,290 @@
+"""One perturbation at a time: each unit perturbed with all else left alone, and the output compared."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.measure import Mean
+from mpsearch.model import Batch, call, inputs_of, predictions, samples
+from mpsearch.perturb import input_quantizers, inputs, quantized_weights, weights
+from mpsearch.prefix import Resumption, record
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model says of one batch.
+
+    Attributes:
+        logits: (N, C), one row for each prediction that counts.
+        labels: (N,) int64, or None.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What is put into the model: weights, and functions through which inputs pass."""
+
+    weights: Mapping[nn.Parameter, Tensor]
+    inputs: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbation of one unit.
+
+    Attributes:
+        unit: its number.
+        name: of the perturbation, unique within the unit: `w4`, `masked`.
+        perturbation: makes it; called when its turn comes, so that one is held at a time.
+    """
+
+    unit: int
+    name: str
+    perturbation: Callable[[], Perturbation]
+
+
+class OneAtATime:
+    """An estimator that measures; subclasses say what is put in (`probes`), what is read (`damage`), and what follows (`finish`).
+
+    Attributes:
+        unit: of the table, `nats` or `relative`.
+        needs_labels: True where `damage` reads them.
+    """
+
+    unit: ClassVar[str] = "relative"
+    needs_labels: ClassVar[bool] = False
+
+    @staticmethod
+    def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:
+        """Score for several estimators of this kind, running each probe once."""
+        return one_at_a_time(setting, estimators)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the output of the model is not finite, or labels that are needed are missing.
+        """
+        return one_at_a_time(setting, [self])[0]
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most: re-runs skip what a perturbation cannot change."""
+        return Passes(1 + (1 + 1 / batches) + units * self.probes_per_unit(precisions), 0)
+
+    def probes_per_unit(self, precisions: int) -> int:
+        """Number of perturbations of each unit."""
+        return precisions
+
+    def probes(self, setting: Setting) -> list[Probe]:
+        """By default each unit at each precision."""
+        return [
+            Probe(u, str(setting.precisions[p]), lambda u=u, p=p: _cell(setting, u, p))  # type: ignore[misc]
+            for u, p in setting.cells()
+        ]
+
+    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """(N,) damage of each prediction, or one number for the batch; larger = worse, 0 for equal outputs."""
+        raise NotImplementedError
+
+    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+        """By default the mean damage of each cell."""
+        names = [str(precision) for precision in setting.precisions]
+        value = np.array([[means[u, name].value for name in names] for u in range(len(setting.units))])
+        se = np.array([[means[u, name].se for name in names] for u in range(len(setting.units))])
+        return Estimate(value, se, self.unit)
+
+
+def one_at_a_time(setting: Setting, estimators: Sequence[OneAtATime]) -> list[Estimate]:
+    """Run every probe of every estimator once, sharing runs, and re-run only what a probe can change.
+
+    Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the units
+    come in the order of the model; each batch is held at the entry of the unit (`mpsearch.prefix`), so a unit at depth d
+    costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
+
+    Results of each probe and turn go to the checkpoint as they are finished.
+    """
+    for estimator in estimators:
+        if estimator.needs_labels and not setting.has_labels():
+            raise EstimatorError(f"{estimator!r} needs labels; give batches (inputs, targets)")
+    probes: dict[tuple[int, str], Probe] = {}
+    readers: dict[tuple[int, str], list[OneAtATime]] = {}
+    for estimator in estimators:
+        for probe in estimator.probes(setting):
+            probes.setdefault((probe.unit, probe.name), probe)
+            readers.setdefault((probe.unit, probe.name), []).append(estimator)
+    means = {(estimator, key): Mean() for key, found in readers.items() for estimator in found}
+    with torch.no_grad():
+        run = _Run(setting, probes, readers, means)
+        bar = setting.progress(None, len(probes) * len(setting.batches), "One at a time")
+        with bar:
+            for number, turn in enumerate(run.turns()):
+                run.turn(number, turn, bar)
+    return [
+        estimator.finish(setting, {key: means[estimator, key] for key in probes if (estimator, key) in means})
+        for estimator in estimators
+    ]
+
+
+@dataclass(eq=False)
+class _Run:
+    setting: Setting
+    probes: Mapping[tuple[int, str], Probe]
+    readers: Mapping[tuple[int, str], list[OneAtATime]]
+    means: dict[tuple[OneAtATime, tuple[int, str]], Mean]
+
+    def __post_init__(self) -> None:
+        setting = self.setting
+        self.total = len(setting.batches)
+        self.trace, _ = record(setting.model, setting.batches[0])
+        self._spend(1.0)
+        self.entries = [
+            self.trace.entry([setting.module(layer) for layer in unit.layers], list(setting.parameters(unit)))
+            for unit in setting.units
+        ]
+        self.order = sorted(self.probes, key=lambda key: self.trace.calls[self.entries[key[0]]].start)
+
+    def _spend(self, share: float) -> None:
+        self.setting.passes.add(self.total, forward=share)
+
+    def turns(self) -> list[list[tuple[int, Batch]]]:
+        """Batches with their numbers, in turns."""
+        first = _elements(self.setting.batches[0])
+        room = self.trace.activation_bytes * first / max(self.trace.held_bytes, 1)
+        turns: list[list[tuple[int, Batch]]] = []
+        held = 0.0
+        for number, batch in enumerate(self.setting.batches):
+            held += _elements(batch)
+            if not turns or held > room:
+                turns.append([])
+                held = _elements(batch)
+            turns[-1].append((number, batch))
+        return turns
+
+    def turn(self, number: int, turn: list[tuple[int, Batch]], bar: Any) -> None:
+        """All probes over the batches of a turn."""
+        names = {
+            (estimator, key): f"one at a time | {estimator!r} | {self.setting.units[key[0]].name} | {key[1]} | {number}"
+            for estimator, key in self.means
+        }
+        stored = {place: self.setting.checkpoint.get(name) for place, name in names.items()}
+        left = [key for key in self.order if any(stored[e, key] is None for e in self.readers[key])]
+        bar.update(len(turn) * (len(self.order) - len(left)))
+        found = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
+        if left:
+            found |= self._measure(turn, left, names, bar)
+        for place, mean in found.items():
+            self.means[place].merge(mean)
+
+    def _measure(
+        self,
+        turn: list[tuple[int, Batch]],
+        left: list[tuple[int, str]],
+        names: Mapping[tuple[OneAtATime, tuple[int, str]], str],
+        bar: Any,
+    ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean]:
+        setting = self.setting
+        raw = []
+        references = []
+        for _, batch in turn:
+            raw.append(call(setting.model, batch))
+            self._spend(1.0)
+            references.append(predictions(setting.model, raw[-1], batch))
+        held = [Resumption(setting.model, batch, self.trace) for _, batch in turn]
+        found: dict[tuple[OneAtATime, tuple[int, str]], Mean] = {}
+        for key in left:
+            probe, entry = self.probes[key], self.entries[key[0]]
+            for one in held:
+                self._spend(self.trace.share(one.entry) - self.trace.share(entry))
+                one.advance(entry)
+            damages = self._probe(probe, turn, held, references)
+            for estimator in self.readers[key]:
+                mean = found[estimator, key] = Mean()
+                for (batch_number, batch), damage, (_, _, index) in zip(
+                    turn, damages[estimator], references, strict=True
+                ):
+                    self._check(estimator, probe, batch_number, damage)
+                    if damage.ndim:
+                        mean.add(damage, index, samples(batch))
+                    else:  # one number for the batch
+                        mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
+                setting.checkpoint.put(names[estimator, key], mean.state())
+            bar.update(len(turn))
+        if not self._confirmed(held, raw):
+            setting.checkpoint.drop([names[e, key] for key in left for e in self.readers[key]])
+            self.entries = [0] * len(self.entries)  # the calls depend on the data: run everything each time
+            bar.update(-len(turn) * len(left))
+            return self._measure(turn, left, names, bar)
+        return found
+
+    def _confirmed(self, held: list[Resumption], raw: list[Tensor]) -> bool:
+        """A run through all entries of the turn gives the output of a whole run."""
+        if not any(self.entries):
+            return True
+        for one, expected in zip(held, raw, strict=True):
+            self._spend(self.trace.share(one.entry))
+            scale = float(expected.abs().max())
+            if not torch.allclose(one.run(), expected, rtol=1e-6, atol=1e-6 * scale):
+                return False
+        return True
+
+    def _probe(
+        self,
+        probe: Probe,
+        turn: list[tuple[int, Batch]],
+        held: list[Resumption],
+        references: list[tuple[Tensor, Tensor | None, Tensor]],
+    ) -> dict[OneAtATime, list[Tensor]]:
+        """Damage of one probe on each batch, for each estimator that reads it."""
+        setting = self.setting
+        estimators = self.readers[probe.unit, probe.name]
+        damages: dict[OneAtATime, list[Tensor]] = {estimator: [] for estimator in estimators}
+        made = probe.perturbation()
+        changed = bool(made.inputs) or any(not torch.equal(new, old.data) for old, new in made.weights.items())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(weights(made.weights))
+            stack.enter_context(inputs(made.inputs))
+            for (_, batch), one, (logits, labels, index) in zip(turn, held, references, strict=True):
+                reference = Output(logits, labels)
+                if changed:
+                    now, _, _ = predictions(setting.model, one.run(), batch)
+                    self._spend(self.trace.share(one.entry))
+                for estimator in estimators:
+                    damages[estimator].append(
+                        estimator.damage(setting, probe, reference, Output(now, labels))
+                        if changed
+                        else torch.zeros(len(index), device=logits.device)
+                    )
+        return damages
+
+    def _check(self, estimator: OneAtATime, probe: Probe, batch: int, damage: Tensor) -> None:
+        bad = damage[~torch.isfinite(damage)] if damage.ndim else damage[None][~torch.isfinite(damage[None])]
+        if len(bad):
+            raise EstimatorError(
+                f"sensitivity of layer {self.setting.units[probe.unit].name!r} at {probe.name} is {float(bad[0])}, "
+                f"expected a finite number ({estimator!r}, batch {batch})"
+            )
+
+
+def _cell(setting: Setting, u: int, p: int) -> Perturbation:
+    chosen = {layer.name: setting.precisions[p] for layer in setting.units[u].layers}
+    return Perturbation(
+        quantized_weights(setting.model, chosen, setting.quantizer),
+        input_quantizers(setting.model, chosen, setting.quantizer, setting.ranges),
+    )
+
+
+def _elements(batch: Batch) -> int:
+    """Numbers in the inputs of a batch: a measure of its size."""
+    value = inputs_of(batch)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else [value]
+    return sum(part.numel() for part in parts if isinstance(part, Tensor))

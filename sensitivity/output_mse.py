@@ -1,0 +1,33 @@
+"""Squared error of the output when one layer is quantized."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from mpsearch.estimator import Setting
+from mpsearch.measure import wide
+from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+
+
+@dataclass(frozen=True)
+class OutputMSE(OneAtATime):
+    """Mean squared error of the logits, one unit quantized and all else left alone.
+
+        sensitivity(l, o) = mean over predictions and classes of (z_with l at o - z)^2   [relative]
+
+    Noise powers of independent errors add, so the sum over layers means something. Cost as `KLDivergence`.
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+    >>> _ = torch.nn.init.constant_(model[0].weight, 1.0)
+    >>> shift = lambda weight, precision: weight + torch.tensor([[2.0], [0.0]])
+    >>> mps.profile(model, [torch.ones(1, 1)], OutputMSE(), mps.precisions("w4"), quantizer=shift).sensitivity  # (2^2 + 0) / 2
+    array([[2.]])
+    """
+
+    unit: ClassVar[str] = "relative"
+
+    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """(N,) squared error of each prediction."""
+        return (wide(output.logits) - wide(reference.logits)).square().mean(-1)
