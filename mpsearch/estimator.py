@@ -15,8 +15,11 @@ from mpsearch.layer import Layer
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import Batch, call, predictions, targets_of
 from mpsearch.modules import weight_of
-from mpsearch.perturb import Quantizer, Ranges, quantized_weight
+from mpsearch.perturb import Quantizer, Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.precision import Precision
+
+#: Most that `Setting.quantized` keeps.
+KEPT_BYTES = 256 * 2**20
 
 #: `loss(model, batch)` returns a scalar.
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -63,6 +66,7 @@ class Setting:
         progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
         passes: the estimator counts its runs here.
         checkpoint: where finished work goes, and is found again after an interruption.
+        kept: quantized weights; see `quantized`.
     """
 
     model: nn.Module
@@ -75,6 +79,7 @@ class Setting:
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
     checkpoint: Checkpoint | NoCheckpoint = field(default_factory=NoCheckpoint)
+    kept: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
@@ -87,12 +92,38 @@ class Setting:
             found.setdefault(weight_of(self.module(layer)), layer)
         return found
 
+    def quantized(self, layer: Layer, precision: Precision) -> Tensor:
+        """Q(W) of a layer, laid out as the weight.
+
+        The last ones are kept, up to `KEPT_BYTES`, for estimators that come back to a layer with every batch.
+        """
+        key = (id(weight_of(self.module(layer))), precision)
+        if key not in self.kept:
+            value = quantized_weight(self.module(layer), layer.name, precision, self.quantizer)
+            held = sum(kept.numel() * kept.element_size() for kept in self.kept.values())
+            if held + value.numel() * value.element_size() > KEPT_BYTES:
+                return value
+            self.kept[key] = value
+        return self.kept[key]
+
     def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
         """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""
-        module = self.module(layer)
-        weight = weight_of(module).detach()
+        weight = weight_of(self.module(layer)).detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
-        return quantized_weight(module, layer.name, precision, self.quantizer).to(wide) - weight.to(wide)
+        return self.quantized(layer, precision).to(wide) - weight.to(wide)
+
+    def local_output(
+        self, layer: Layer, precision: Precision, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Tensor:
+        """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
+        module = self.module(layer)
+        function = input_quantizer(layer.name, precision, self.quantizer, self.ranges)
+        if function is not None:
+            args, keywords = with_input(module, args, keywords, function)
+        replaced = {weight_of(module): self.quantized(layer, precision)} if precision.quantizes_weight else {}
+        with torch.no_grad(), weights(replaced):
+            output: Tensor = module.forward(*args, **keywords)
+        return output
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar in the graph: one forward pass.

@@ -1,6 +1,7 @@
 """Quantized weights and inputs put into a model, and taken out again."""
 
 import contextlib
+import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -61,24 +62,41 @@ def weights(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def inputs(functions: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Pass the first input of modules through functions; integer inputs (token numbers) are left alone."""
+    """Pass the input of modules through functions: the first floating-point tensor that `forward` is given.
+
+    Arguments count in the order of the signature, whether passed by position or by keyword. Without such a tensor (an
+    embedding's token numbers) the module is left alone.
+    """
     handles = []
 
     def hook(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-        def replace(_module: nn.Module, args: tuple[Any, ...]) -> Any:
-            if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
-                return (function(args[0]), *args[1:])
-            return None
-
-        return replace
+        return lambda module, args, keywords: with_input(module, args, keywords, function)
 
     try:
         for module, function in functions.items():
-            handles.append(module.register_forward_pre_hook(hook(function)))
+            handles.append(module.register_forward_pre_hook(hook(function), with_kwargs=True))
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def with_input(
+    module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], function: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the module's input passed through a function."""
+    for place, value in enumerate(args):
+        if _is_input(value):
+            return (*args[:place], function(value), *args[place + 1 :]), keywords
+    order = [*inspect.signature(module.forward).parameters, *keywords] if len(keywords) > 1 else [*keywords]
+    for name in order:
+        if _is_input(keywords.get(name)):
+            return args, {**keywords, name: function(keywords[name])}
+    return args, keywords
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def input_quantizer(
@@ -89,7 +107,15 @@ def input_quantizer(
         return None
     values = getattr(quantizer, "activation_values", None) or RoundToNearest().activation_values
     low, high = ranges.get(name, (math.nan, math.nan))
-    return lambda x: values(x, precision.activation, low, high)
+
+    def quantize(x: Tensor) -> Tensor:
+        try:
+            found: Tensor = values(x, precision.activation, low, high)
+        except EstimatorError as error:
+            raise EstimatorError(f"input of layer {name!r} at {precision}: {error}") from None
+        return found
+
+    return quantize
 
 
 def quantized_weights(

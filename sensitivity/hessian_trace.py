@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.model import samples
-from mpsearch.perturb import input_quantizer, inputs
+from mpsearch.perturb import inputs
+from mpsearch.relative import input_noise
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,12 @@ class HessianTrace:
         traces = {p: (weight_trace[i] / p.numel(), math.sqrt(weight_var[i]) / p.numel()) for i, p in enumerate(order)}
         sensitivity, variance = self._weights(setting, traces)
         if activations:
-            noise = _input_noise(setting)
+            noises = input_noise(setting)
             row = 0
             for u, unit in enumerate(setting.units):
                 for layer in unit.layers:
                     if input_numel[row]:
-                        factor = 0.5 * noise[layer.name] / input_numel[row]
+                        factor = 0.5 * noises[layer.name].noise / input_numel[row]
                         sensitivity[u] += factor * input_trace[row]
                         variance[u] += factor**2 * input_var[row]
                     row += 1
@@ -160,28 +161,3 @@ def _recorder(seen: list[Tensor]):  # type: ignore[no-untyped-def]
         return x
 
     return record
-
-
-def _input_noise(setting: Setting) -> dict[str, np.ndarray]:
-    """Mean over samples of ||Q(a) - a||^2 of each layer's input, (P,) for each layer; one forward pass."""
-    from mpsearch.model import call
-
-    total = sum(samples(batch) for batch in setting.batches)
-    noise = {layer.name: np.zeros(len(setting.precisions)) for unit in setting.units for layer in unit.layers}
-
-    def measure(name: str):  # type: ignore[no-untyped-def]
-        functions = [input_quantizer(name, p, setting.quantizer, setting.ranges) for p in setting.precisions]
-
-        def see(x: Tensor) -> Tensor:
-            for p, function in enumerate(functions):
-                if function is not None:
-                    noise[name][p] += float((function(x) - x).double().square().sum()) / total
-            return x
-
-        return see
-
-    with torch.no_grad(), inputs({setting.model.get_submodule(name): measure(name) for name in noise}):
-        for batch in setting.batches:
-            call(setting.model, batch)
-            setting.passes.add(len(setting.batches), forward=1)
-    return noise

@@ -1,0 +1,90 @@
+"""Relative error of a layer's own output."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.layer import Layer
+from mpsearch.measure import Mean, wide
+from mpsearch.model import call, samples
+
+
+@dataclass(frozen=True)
+class LayerOutputError:
+    """Squared error of a layer's own output over its size, on unquantized inputs (ExLlamaV2's and GPTQ's local error; tier C of signals).
+
+        sensitivity(l, o) = sum over samples ||y_l at o - y_l||^2 / sum over samples ||y_l||^2   [relative]
+
+    Sees which input channels matter, not what the error does behind the layer. Of a group, the members' errors and sizes add up
+    over the members before dividing. One forward pass in all; each layer is run again alone at each precision. The
+    standard error is over samples, the sizes taken as known.
+
+    >>> import mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0, 1.0]]))
+    >>> add = lambda weight, precision: weight + torch.tensor([[0.0, 1.0]])
+    >>> batch = torch.tensor([[2.0, 0.0], [0.0, 2.0]])        # outputs 2, 2 become 2, 4
+    >>> mps.profile(model, [batch], LayerOutputError(), mps.precisions("w4"), quantizer=add).sensitivity   # (0 + 4) / (4 + 4)
+    array([[0.5]])
+    """
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`."""
+        count = len(setting.precisions)
+        layers = [layer for unit in setting.units for layer in unit.layers]
+        noise = [[Mean() for _ in range(count)] for _ in setting.units]
+        power = np.zeros(len(setting.units))
+        total = sum(samples(batch) for batch in setting.batches)
+        squares: dict[str, Tensor] = {}
+        size = 0
+
+        def watch(layer: Layer) -> Callable[..., None]:
+            def see(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> None:
+                errors = [wide(setting.local_output(layer, p, args, keywords)) - wide(y) for p in setting.precisions]
+                squares[layer.name] = squares.get(layer.name, torch.zeros(())) + torch.stack(
+                    [_by_sample(z, size) for z in (wide(y), *errors)]
+                )
+
+            return see
+
+        handles = []
+        try:
+            for layer in layers:
+                handles.append(setting.module(layer).register_forward_hook(watch(layer), with_kwargs=True))
+            with torch.no_grad():
+                for batch in setting.progress(setting.batches, len(setting.batches), "Layer output error"):
+                    size = samples(batch)
+                    squares.clear()
+                    call(setting.model, batch)
+                    setting.passes.add(len(setting.batches), forward=1)
+                    for u, unit in enumerate(setting.units):
+                        found = [squares[layer.name] for layer in unit.layers if layer.name in squares]
+                        if found:
+                            own, *errors = torch.stack(found).sum(0)
+                            power[u] += float(own.sum()) / total
+                            for p, error in enumerate(errors):
+                                noise[u][p].add(error, torch.arange(size), size)
+        finally:
+            for handle in handles:
+                handle.remove()
+        scale = np.divide(1.0, power, out=np.zeros_like(power), where=power > 0)[:, None]
+        value, se = (
+            np.array([[getattr(mean, name) if mean.samples else 0.0 for mean in row] for row in noise])
+            for name in ("value", "se")
+        )
+        return Estimate(value * scale, se * scale, "relative")
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """One forward pass."""
+        return Passes(1.0, 0.0)
+
+
+def _by_sample(x: Tensor, size: int) -> Tensor:
+    """(size,) squared size of each sample's part; samples lie along the first dimension."""
+    x = x.square()
+    return x.reshape(size, -1).sum(1) if x.numel() % size == 0 else x.sum().expand(size) / size

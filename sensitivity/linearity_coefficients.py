@@ -1,0 +1,104 @@
+"""HIGGS: damage per relative squared error of a layer, from Gaussian noise."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Setting
+from mpsearch.measure import Mean, kl_divergence
+from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
+from mpsearch.relative import relative_error
+
+
+@dataclass(frozen=True)
+class LinearityCoefficients(OneAtATime):
+    """Slope of the damage over the relative squared error of one layer (HIGGS, 2411.17525, section 4 and appendix).
+
+        W_l + t ||W_l|| / sqrt(n_l) x Gaussian noise  ->  damage(t);  alpha_l = sum t^2 damage / sum t^4
+        sensitivity(l, o) = alpha_l x ||Q(W_l) - W_l||^2 / ||W_l||^2   [nats]
+
+    The damage is the KL to the unquantized output. Regression through the origin over J levels with t^2 evenly spaced up to
+    `greatest`; on a quadratic damage, alpha = 1/2 tr(H_l) ||W_l||^2 / n_l up to the scatter of the draws. One forward pass a
+    level and layer whatever the number of precisions. Gaussian noise has no preferred direction and quantization error has:
+    the theorem holds after a random rotation of the weights. Inputs that are quantized count as weights with the same
+    relative error. The standard error is that of the regression: it covers draws of noise and misfit, not samples.
+
+    Attributes:
+        levels: J >= 2.
+        greatest: of t, the largest relative error, above 0.
+        seed: of the noise.
+
+    A single weight w with logits (w, 0) at w = 0 cannot be scaled; a layer of zeros scores 0:
+
+    >>> import mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+    >>> _ = torch.nn.init.zeros_(model[0].weight)
+    >>> mps.profile(model, [torch.ones(1, 1)], LinearityCoefficients(), mps.precisions("w4")).sensitivity
+    array([[0.]])
+    """
+
+    unit: ClassVar[str] = "nats"
+
+    levels: int = 15
+    greatest: float = 0.2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.levels < 2:
+            raise EstimatorError(f"levels={self.levels}: expected 2 or more")
+        if not 0 < self.greatest < math.inf:
+            raise EstimatorError(f"greatest={self.greatest}: expected a finite number above 0")
+
+    def probes_per_unit(self, precisions: int) -> int:
+        """One a level."""
+        return self.levels
+
+    def _squared(self) -> list[float]:
+        return [self.greatest**2 * (j + 1) / self.levels for j in range(self.levels)]
+
+    def probes(self, setting: Setting) -> list[Probe]:
+        """Each unit at each level of noise."""
+        return [
+            Probe(u, self._name(j), lambda u=u, j=j: self._noise(setting, u, j))  # type: ignore[misc]
+            for u in range(len(setting.units))
+            for j in range(self.levels)
+        ]
+
+    def _name(self, j: int) -> str:
+        return f"noise {self._squared()[j] ** 0.5:.6g} seed {self.seed}"
+
+    def _noise(self, setting: Setting, u: int, j: int) -> Perturbation:
+        found: dict[torch.nn.Parameter, Tensor] = {}
+        for k, parameter in enumerate(setting.parameters(setting.units[u])):
+            generator = torch.Generator().manual_seed(hash((self.seed, u, j, k)) % 2**63)
+            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device)
+            weight = parameter.detach().float()
+            scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
+            found[parameter] = (weight + scale * draw).to(parameter.dtype)
+        return Perturbation(found, {})
+
+    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """(N,) divergence of each prediction."""
+        return kl_divergence(reference.logits, output.logits)
+
+    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+        """Slope x relative error."""
+        x = np.array(self._squared())
+        y = np.array([[means[u, self._name(j)].value for j in range(self.levels)] for u in range(len(setting.units))])
+        alpha = y @ x / (x @ x)
+        residual = ((y - alpha[:, None] * x) ** 2).sum(axis=1) / (self.levels - 1)
+        se = np.sqrt(residual / (x @ x))
+        error = relative_error(setting)
+        names = [unit.name for unit in setting.units]
+        return Estimate(
+            alpha[:, None] * error,
+            se[:, None] * error,
+            "nats",
+            {"alpha": dict(zip(names, alpha.tolist(), strict=True))},
+        )
