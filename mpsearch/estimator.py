@@ -171,7 +171,8 @@ class Estimate:
         sensitivity_se: (U, P) standard errors, or None.
         unit: `nats` or `relative`.
         facts: worth keeping in the table's origin; JSON values.
-        pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells are
+        pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells
+            are
             chosen, [u, p, v, q] is added once.
     """
 
@@ -188,8 +189,8 @@ class Estimator(Protocol):
     def estimate(self, setting: Setting) -> Estimate:
         """Score every cell.
 
-        The door has put the model in evaluation mode and checked data and names; it restores the model, spreads units over their
-        layers, and checks what comes back.
+        The door has put the model in evaluation mode and checked data and names; it restores the model, spreads units
+        over their layers, and checks what comes back.
 
         Args:
             setting: model, data, units, precisions and helpers.

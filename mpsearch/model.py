@@ -56,10 +56,15 @@ def targets_of(batch: Batch) -> Tensor | None:
 
 def samples(batch: Batch) -> int:
     """Number of samples of a batch: the length of its first tensor."""
-    return len(_first_tensor(inputs_of(batch)))
+    return len(first_tensor(inputs_of(batch)))
 
 
-def _first_tensor(value: Any) -> Tensor:
+def first_tensor(value: Any) -> Tensor:
+    """The first tensor of what a model takes.
+
+    Raises:
+        EstimatorError: where there is none.
+    """
     if isinstance(value, Tensor):
         return value
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
@@ -106,7 +111,7 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
     except MpsearchError:
         raise
     except Exception as error:
-        shape = tuple(_first_tensor(inputs).shape)
+        shape = tuple(first_tensor(inputs).shape)
         raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {error}") from error
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values()), None))

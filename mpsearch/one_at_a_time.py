@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoint import digest
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import Mean
@@ -107,9 +108,9 @@ class OneAtATime:
 def one_at_a_time(setting: Setting, estimators: Sequence[OneAtATime]) -> list[Estimate]:
     """Run every probe of every estimator once, sharing runs, and re-run only what a probe can change.
 
-    Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the units
-    come in the order of the model; each batch is held at the entry of the unit (`mpsearch.prefix`), so a unit at depth d
-    costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
+    Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the
+    units come in the order of the model; each batch is held at the entry of the unit (`mpsearch.prefix`), so a unit
+    at depth d costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
 
     Results of each probe and turn go to the checkpoint as they are finished.
     """
@@ -173,7 +174,10 @@ class _Run:
     def turn(self, number: int, turn: list[tuple[int, Batch]], bar: Any) -> None:
         """All probes over the batches of a turn."""
         names = {
-            (estimator, key): f"one at a time | {estimator!r} | {self.setting.units[key[0]].name} | {key[1]} | {number}"
+            (
+                estimator,
+                key,
+            ): f"one at a time | {digest(repr(estimator), self.setting.units[key[0]].name, key[1])} | {number}"
             for estimator, key in self.means
         }
         stored = {place: self.setting.checkpoint.get(name) for place, name in names.items()}

@@ -40,9 +40,9 @@ class Call:
 class Trace:
     """Which modules a model calls, in which order, and which outputs are read where; from one run.
 
-    A perturbation of a layer leaves every call as it was that returned before the layer was entered. Those calls need not be made
-    again: the re-run gives their outputs, and does for real what is left. Nothing is assumed about the structure of the
-    model but that it makes the same calls each time; code between calls is run again.
+    A perturbation of a layer leaves every call as it was that returned before the layer was entered. Those calls need
+    not be made again: the re-run gives their outputs, and does for real what is left. Nothing is assumed about the
+    structure of the model but that it makes the same calls each time; code between calls is run again.
 
     Attributes:
         calls: in order of entry; the model itself is the first.

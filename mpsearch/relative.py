@@ -43,8 +43,9 @@ def relative_error(setting: Setting) -> Floats:
 
         error(u, p) = sum ||Q(W) - W||^2 / sum ||W||^2  +  sum ||Q(a) - a||^2 / sum ||a||^2
 
-    over the distinct weights of a unit, and over the inputs of its layers on the calibration data: to first order the relative
-    squared error of its output for errors without preferred direction. Quantized inputs cost one forward pass.
+    over the distinct weights of a unit, and over the inputs of its layers on the calibration data: to first order the
+    relative squared error of its output for errors without preferred direction. Quantized inputs cost one forward
+    pass.
 
     Returns:
         (U, P); 0 for what is not quantized or lies on its grid, inf for a tensor of zeros that does not stay one.
@@ -73,10 +74,12 @@ class InputNoise:
     Attributes:
         noise: (P,) mean of ||Q(a) - a||^2.
         power: mean of ||a||^2.
+        numel: mean number of elements.
     """
 
     noise: Floats
     power: float = 0.0
+    numel: float = 0.0
 
 
 def input_noise(setting: Setting) -> dict[str, InputNoise]:
@@ -89,6 +92,7 @@ def input_noise(setting: Setting) -> dict[str, InputNoise]:
 
         def see(x: Tensor) -> Tensor:
             found[name].power += _power(x) / total
+            found[name].numel += x.numel() / total
             for p, function in enumerate(functions):
                 if function is not None:
                     found[name].noise[p] += _power(function(x) - x) / total

@@ -2,7 +2,16 @@
 
 from mpsearch.estimator import Estimator as Estimator
 from mpsearch.sensitivity.cosine_distance import CosineDistance as CosineDistance
+from mpsearch.sensitivity.delta_loss import DeltaLoss as DeltaLoss
+from mpsearch.sensitivity.empirical_fisher import EmpiricalFisher as EmpiricalFisher
+from mpsearch.sensitivity.fisher import Fisher as Fisher
+from mpsearch.sensitivity.fisher_projection import FisherProjection as FisherProjection
+from mpsearch.sensitivity.gauss_newton_trace import GaussNewtonTrace as GaussNewtonTrace
+from mpsearch.sensitivity.gradient_importance import GradientImportance as GradientImportance
+from mpsearch.sensitivity.hessian_augmented import HessianAugmented as HessianAugmented
+from mpsearch.sensitivity.hessian_top_eigenvalue import HessianTopEigenvalue as HessianTopEigenvalue
 from mpsearch.sensitivity.hessian_trace import HessianTrace as HessianTrace
+from mpsearch.sensitivity.kfac_diagonal import KFACDiagonal as KFACDiagonal
 from mpsearch.sensitivity.kl_divergence import KLDivergence as KLDivergence
 from mpsearch.sensitivity.kurtosis import Kurtosis as Kurtosis
 from mpsearch.sensitivity.layer_output_error import LayerOutputError as LayerOutputError
@@ -10,11 +19,14 @@ from mpsearch.sensitivity.linearity_coefficients import LinearityCoefficients as
 from mpsearch.sensitivity.masked_kl import MaskedKL as MaskedKL
 from mpsearch.sensitivity.metric_decoupled import MetricDecoupled as MetricDecoupled
 from mpsearch.sensitivity.metric_decoupled import Part as Part
+from mpsearch.sensitivity.output_gradient import OutputGradient as OutputGradient
 from mpsearch.sensitivity.output_mse import OutputMSE as OutputMSE
+from mpsearch.sensitivity.path_shapley import PathShapley as PathShapley
 from mpsearch.sensitivity.prediction_difference import PredictionDifference as PredictionDifference
 from mpsearch.sensitivity.relative_weight_error import RelativeWeightError as RelativeWeightError
 from mpsearch.sensitivity.sqnr import SQNR as SQNR
 from mpsearch.sensitivity.task_metric import TaskMetric as TaskMetric
+from mpsearch.sensitivity.taylor import Taylor as Taylor
 
 #: Name on the command line -> class.
 ESTIMATORS: dict[str, type] = {
@@ -28,7 +40,19 @@ ESTIMATORS: dict[str, type] = {
     "masked-kl": MaskedKL,
     "metric-decoupled": MetricDecoupled,
     "linearity-coefficients": LinearityCoefficients,
+    "path-shapley": PathShapley,
+    "fisher-projection": FisherProjection,
+    "fisher": Fisher,
+    "gauss-newton-trace": GaussNewtonTrace,
+    "kfac-diagonal": KFACDiagonal,
+    "hessian-augmented": HessianAugmented,
+    "empirical-fisher": EmpiricalFisher,
     "hessian-trace": HessianTrace,
+    "hessian-top-eigenvalue": HessianTopEigenvalue,
+    "output-gradient": OutputGradient,
+    "delta-loss": DeltaLoss,
+    "taylor": Taylor,
+    "gradient-importance": GradientImportance,
     "relative-weight-error": RelativeWeightError,
     "kurtosis": Kurtosis,
 }

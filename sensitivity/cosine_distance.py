@@ -17,7 +17,8 @@ class CosineDistance(OneAtATime):
 
         sensitivity(l, o) = mean over predictions of 1 - <z, z'> / (|z| |z'|)   [relative]
 
-    Blind to a change of length. Two zero vectors are at distance 0, one zero vector and another at 1. Cost as `KLDivergence`.
+    Blind to a change of length. Two zero vectors are at distance 0, one zero vector and another at 1. Cost as
+    `KLDivergence`.
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))

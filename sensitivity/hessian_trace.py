@@ -23,10 +23,11 @@ class HessianTrace:
 
         sensitivity = 1/2 tr(H_W) / n ||D||^2  +  1/2 tr(H_a) / n_a  mean over samples of ||d||^2   [nats],
 
-    the second-order Taylor term for errors without preferred direction; HAWQ-V2 drops the factor 1/2. Traces come from
-    Hutchinson's estimator with Rademacher probes z: tr(H_l) = E[z_l^T (H z)_l]. One probe covers all weights and inputs at once; the
-    terms between layers vanish in expectation (methods: E[z_l^T H_lk z_k] = 0). The cost does not depend on the number
-    of layers or precisions: per batch 1 forward, 1 backward and `num_samples` double backward passes.
+    the second-order Taylor term for errors without preferred direction; HAWQ-V2 drops the factor 1/2. Traces come
+    from Hutchinson's estimator with Rademacher probes z: tr(H_l) = E[z_l^T (H z)_l]. One probe covers all weights and
+    inputs at once; the terms between layers vanish in expectation (methods: E[z_l^T H_lk z_k] = 0). The cost does not
+    depend on the number of layers or precisions: per batch 1 forward, 1 backward and `num_samples` double backward
+    passes.
 
     Attributes:
         num_samples: probes a batch, at least 2; the standard error falls with its root.

@@ -16,8 +16,9 @@ class KLDivergence(OneAtATime):
 
         sensitivity(l, o) = mean over predictions of KL(p_unquantized || p_with l at o)   [nats]
 
-    A prediction is a sample, or a token of a language model. No labels, no gradients; at most one forward pass a cell, none
-    for a cell whose weights already lie on the grid: there the value is 0 exactly. The standard error is over samples.
+    A prediction is a sample, or a token of a language model. No labels, no gradients; at most one forward pass a
+    cell, none for a cell whose weights already lie on the grid: there the value is 0 exactly. The standard error is
+    over samples.
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))

@@ -15,8 +15,9 @@ class Kurtosis:
 
         sensitivity(l, o) = E[(w - mean)^4] / E[(w - mean)^2]^2  x  ||Q(W) - W||^2 / ||W||^2   [relative]
 
-    Heavy tails (a normal distribution has 3, a uniform one 1.8) mean outliers that stretch the grid. That the score multiplies the error is
-    a choice made here. Of a group, the elements of all members are taken together. A constant weight scores 1.
+    Heavy tails (a normal distribution has 3, a uniform one 1.8) mean outliers that stretch the grid. That the score
+    multiplies the error is a choice made here. Of a group, the elements of all members are taken together. A constant
+    weight scores 1.
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))

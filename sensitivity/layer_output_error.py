@@ -20,9 +20,9 @@ class LayerOutputError:
 
         sensitivity(l, o) = sum over samples ||y_l at o - y_l||^2 / sum over samples ||y_l||^2   [relative]
 
-    Sees which input channels matter, not what the error does behind the layer. Of a group, the members' errors and sizes add up
-    over the members before dividing. One forward pass in all; each layer is run again alone at each precision. The
-    standard error is over samples, the sizes taken as known.
+    Sees which input channels matter, not what the error does behind the layer. Of a group, the members' errors and
+    sizes add up over the members before dividing. One forward pass in all; each layer is run again alone at each
+    precision. The standard error is over samples, the sizes taken as known.
 
     >>> import mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Setting
+from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import Mean, kl_divergence
 from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
 from mpsearch.relative import relative_error
@@ -23,9 +23,10 @@ class LinearityCoefficients(OneAtATime):
         W_l + t ||W_l|| / sqrt(n_l) x Gaussian noise  ->  damage(t);  alpha_l = sum t^2 damage / sum t^4
         sensitivity(l, o) = alpha_l x ||Q(W_l) - W_l||^2 / ||W_l||^2   [nats]
 
-    The damage is the KL to the unquantized output. Regression through the origin over J levels with t^2 evenly spaced up to
-    `greatest`; on a quadratic damage, alpha = 1/2 tr(H_l) ||W_l||^2 / n_l up to the scatter of the draws. One forward pass a
-    level and layer whatever the number of precisions. Gaussian noise has no preferred direction and quantization error has:
+    The damage is the KL to the unquantized output. Regression through the origin over J levels with t^2 evenly spaced
+    up to `greatest`; on a quadratic damage, alpha = 1/2 tr(H_l) ||W_l||^2 / n_l up to the scatter of the draws. One
+    forward pass a level and layer whatever the number of precisions. Gaussian noise has no preferred direction and
+    quantization error has:
     the theorem holds after a random rotation of the weights. Inputs that are quantized count as weights with the same
     relative error. The standard error is that of the regression: it covers draws of noise and misfit, not samples.
 
@@ -58,6 +59,10 @@ class LinearityCoefficients(OneAtATime):
     def probes_per_unit(self, precisions: int) -> int:
         """One a level."""
         return self.levels
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward passes over the data, at most: one of them measures the inputs where these are quantized."""
+        return Passes(super().cost(batches, units, precisions).forward + 1, 0)
 
     def _squared(self) -> list[float]:
         return [self.greatest**2 * (j + 1) / self.levels for j in range(self.levels)]

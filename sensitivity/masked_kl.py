@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.estimator import Estimate, Setting
+from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import Mean, kl_divergence
 from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
 from mpsearch.relative import cells_from_scores
@@ -20,9 +20,9 @@ class MaskedKL(OneAtATime):
 
         sensitivity(l, o) = mean KL(p || p_with W_l = 0) x ||Q(W_l) - W_l||^2 / ||W_l||^2   [relative]
 
-    A mask gives one number a layer, for one forward pass a layer whatever the number of precisions; the bit axis comes from
-    the error of the quantizer (the paper's own weighting could not be checked). Precisions that quantize activations
-    add the relative error of the inputs.
+    A mask gives one number a layer, for one forward pass a layer whatever the number of precisions; the bit axis
+    comes from the error of the quantizer (the paper's own weighting could not be checked). Precisions that quantize
+    activations add the relative error of the inputs.
 
     >>> import math, torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
@@ -36,8 +36,12 @@ class MaskedKL(OneAtATime):
     unit: ClassVar[str] = "relative"
 
     def probes_per_unit(self, precisions: int) -> int:
-        """One, and the forward pass that measures the inputs counts nothing here."""
+        """One."""
         return 1
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward passes over the data, at most: one of them measures the inputs where these are quantized."""
+        return Passes(super().cost(batches, units, precisions).forward + 1, 0)
 
     def probes(self, setting: Setting) -> list[Probe]:
         """Each unit with its weights set to zero."""

@@ -36,11 +36,11 @@ class MetricDecoupled(OneAtATime):
 
         sensitivity(l, o) = share_g x damage_g(l, o) / mean of damage_g over the cells of part g   [relative]
 
-    MixDQ judges layers that form the content of an image by structural similarity and all others by noise power, and gives each group
-    its share of the budget. Metrics of different units cannot be added: here each part is brought to mean 1 and weighted by
-    its share, so that one solve splits the budget; sweep the shares as the paper sweeps its budget ratio. The first
-    pattern that fits a layer counts; the layers that none fits are refused. A group lies in the part of its first
-    layer. Cost as `KLDivergence`.
+    MixDQ judges layers that form the content of an image by structural similarity and all others by noise power, and
+    gives each group its share of the budget. Metrics of different units cannot be added: here each part is brought to
+    mean 1 and weighted by its share, so that one solve splits the budget; sweep the shares as the paper sweeps its
+    budget ratio. The first pattern that fits a layer counts; the layers that none fits are refused. A group lies in
+    the part of its first layer. Cost as `KLDivergence`.
 
     Attributes:
         parts: `Part(pattern, metric, share)`, at least one.

@@ -17,8 +17,8 @@ class PredictionDifference(OneAtATime):
 
         sensitivity(l, o) = mean over predictions of KL(softmax(z / T) || softmax(z_with l at o / T))   [relative]
 
-    The paper uses it to choose scales inside a unit, with T = 4 for ResNets and 1 for MobileNetV2; here it is the signal
-    itself. A high temperature looks at all logits alike; at T = 1 it is `KLDivergence`. Cost as there.
+    The paper uses it to choose scales inside a unit, with T = 4 for ResNets and 1 for MobileNetV2; here it is the
+    signal itself. A high temperature looks at all logits alike; at T = 1 it is `KLDivergence`. Cost as there.
 
     Attributes:
         temperature: T > 0.

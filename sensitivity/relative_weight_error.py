@@ -12,8 +12,8 @@ class RelativeWeightError:
 
         sensitivity(l, o) = ||Q(W) - W||^2 / ||W||^2   [relative]
 
-    Knows nothing of what a layer does for the output: a baseline that any other signal must beat. Precisions that quantize
-    activations add ||Q(a) - a||^2 / ||a||^2, at one forward pass.
+    Knows nothing of what a layer does for the output: a baseline that any other signal must beat. Precisions that
+    quantize activations add ||Q(a) - a||^2 / ||a||^2, at one forward pass.
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False))

@@ -38,12 +38,14 @@ class TaskMetric(OneAtATime):
 
         sensitivity(l, o) = mean over predictions of +-(metric(z) - metric(z_with l at o))   [nats for cross-entropy, else relative]
 
-    Signed: a cell that happens to improve the metric is negative, not set to a small positive number as in AdaQuant's code.
-    On a trained network such luck does not hold on other data, and plans from signed task losses are among the worst
-    measured; prefer `KLDivergence`. The standard error is over samples, or over batches for a metric of a whole batch.
+    Signed: a cell that happens to improve the metric is negative, not set to a small positive number as in AdaQuant's
+    code. On a trained network such luck does not hold on other data, and plans from signed task losses are among the
+    worst measured; prefer `KLDivergence`. The standard error is over samples, or over batches for a metric of a whole
+    batch.
 
     Attributes:
-        metric: `accuracy`, `cross-entropy`, `module:function`, or `metric(logits, labels)`, which gets (N, C) logits and (N,) labels (None
+        metric: `accuracy`, `cross-entropy`, `module:function`, or `metric(logits, labels)`, which gets (N, C) logits
+            and (N,) labels (None
             without labels) and returns (N,) values or one number for the batch.
         higher_is_better: direction of an own metric; the named ones know theirs.
 

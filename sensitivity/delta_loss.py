@@ -1,0 +1,139 @@
+"""AutoRound: change of the loss read from gradients at the quantized model."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.measure import kl_divergence
+from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
+
+
+@dataclass(frozen=True)
+class DeltaLoss:
+    """First-order change of the loss at the fully quantized model, element by element (AutoRound AutoScheme, 2309.05516).
+
+        sensitivity(l, o) = mean over batches of sum |dT/dW_q (W_q - W)| + sum |dT/dx_q (x_q - x)|   [relative]
+
+    The gradient is taken with every unit at precision o, rounding passed through unchanged; T is the KL to the
+    unquantized model (whose gradient is not 0 there), or the loss. Absolute values before the sum make it an upper
+    bound of the first-order change: large layers score too high, and columns of the table come from different
+    networks. For each precision and batch one forward and one backward pass, and for the KL a second forward: the
+    cost grows with the number of precisions. All quantized weights of one precision are held at once. The standard
+    error is over batches.
+
+    Logits (0, w x) at w_q = 0 from w = 1 with x = 1: p = 1/(1 + e) and 1/2, dT/dz = 1/2 - e/(1 + e):
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[0.0], [1.0]]))
+    >>> table = mps.profile(model, [torch.ones(1, 1)], DeltaLoss(), mps.precisions("w4"), quantizer=lambda w, p: 0 * w)
+    >>> table.sensitivity.round(4), round(math.e / (1 + math.e) - 0.5, 4)
+    (array([[0.2311]]), 0.2311)
+    """
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the model cannot be differentiated, or a gradient is not finite.
+        """
+        parameters = {p: None for unit in setting.units for p in setting.parameters(unit)}
+        for parameter in setting.model.parameters():
+            parameter.requires_grad_(parameter in parameters)
+        total = sum(samples(batch) for batch in setting.batches)
+        count = len(setting.batches)
+        share = np.array([samples(batch) / total for batch in setting.batches])
+        draws = np.zeros((count, len(setting.units), len(setting.precisions)))
+        bar = setting.progress(None, count * len(setting.precisions), "Delta loss")
+        with bar:
+            for p, precision in enumerate(setting.precisions):
+                chosen = {layer.name: precision for unit in setting.units for layer in unit.layers}
+                changed = quantized_weights(setting.model, chosen, setting.quantizer)
+                differences = {parameter: (new - parameter.detach()) for parameter, new in changed.items()}
+                for number, batch in enumerate(setting.batches):
+                    name = f"delta loss | {precision} | {number}"
+                    stored = setting.checkpoint.get(name)
+                    if stored is None and (changed or precision.quantizes_activation):
+                        stored = self._batch(setting, p, changed, differences, batch, number)
+                        setting.checkpoint.put(name, stored)
+                    if stored is not None:
+                        draws[number, :, p] = stored
+                    bar.update(1)
+        mean = np.tensordot(share, draws, 1)
+        spread = np.tensordot(share**2, (draws - mean) ** 2, 1)
+        se = np.sqrt(spread * count / (count - 1)) if count > 1 else np.full_like(mean, math.nan)
+        return Estimate(mean, se, "relative")
+
+    def _batch(
+        self,
+        setting: Setting,
+        p: int,
+        changed: Mapping[nn.Parameter, Tensor],
+        differences: Mapping[nn.Parameter, Tensor],
+        batch: Batch,
+        number: int,
+    ) -> list[float]:
+        score = [0.0] * len(setting.units)
+        total = len(setting.batches)
+        reference = None
+        if setting.loss == "kl":
+            with torch.no_grad():
+                reference, _, _ = predictions(setting.model, call(setting.model, batch), batch)
+            setting.passes.add(total, forward=1)
+
+        def rounded(u: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+            def quantize(x: Tensor) -> Tensor:
+                change = (function(x) - x).detach()
+                y = x + change
+                if not y.requires_grad:
+                    y.requires_grad_()
+
+                def add(g: Tensor) -> None:
+                    score[u] += float((g.double() * change.double()).abs().sum())
+
+                y.register_hook(add)
+                return y
+
+            return quantize
+
+        hooks: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+        for u, unit in enumerate(setting.units):
+            for layer in unit.layers:
+                function = input_quantizer(layer.name, setting.precisions[p], setting.quantizer, setting.ranges)
+                if function is not None:
+                    hooks[setting.module(layer)] = rounded(u, function)
+        with torch.enable_grad(), weights(changed), inputs(hooks):
+            if reference is None:
+                loss = setting.mean_loss(batch)
+            else:
+                logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
+                loss = kl_divergence(reference, logits).mean()
+            points = list(differences) or list(setting.parameters(setting.units[0]))
+            try:
+                gradients = torch.autograd.grad(loss, points, allow_unused=True)
+            except RuntimeError as error:
+                raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
+        setting.passes.add(total, forward=1, backward=1)
+        slope = dict(zip(points, gradients, strict=True))
+        for u, unit in enumerate(setting.units):
+            for parameter in setting.parameters(unit):
+                g = slope.get(parameter)
+                if g is not None and parameter in differences:
+                    score[u] += float((g.double() * differences[parameter].double()).abs().sum())
+            if not math.isfinite(score[u]):
+                raise EstimatorError(
+                    f"sensitivity of layer {unit.name!r} at {setting.precisions[p]} is {score[u]}, expected a finite number "
+                    f"({self!r}, batch {number})"
+                )
+        return score
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most: the second forward is for the KL."""
+        return Passes(2 * precisions, precisions)

@@ -1,0 +1,60 @@
+"""|gradient x weight| of a layer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Setting
+from mpsearch.relative import cells_from_scores
+from mpsearch.sweep import GradientEstimator, Gradients, Quantity, TokenWeights
+
+
+@dataclass(frozen=True)
+class GradientImportance(GradientEstimator):
+    """Importance |g w| of the weights of a layer, times its relative quantization error (gradient-based PTQ, 2308.07662).
+
+        sensitivity(l, o) = mean over predictions of sum over elements |grad_w T w|  x  ||Q_o(W) - W||^2 / ||W||^2   [relative]
+
+    T is -log p(y) with y drawn from the model's own prediction for the loss `kl`, else the loss. The paper ranks
+    channels and neurons; the sum over the layer and the bit axis are choices made here (its criterion could not be
+    checked). One forward and `draws` backward passes; the standard error is over samples and their draws.
+
+    Attributes:
+        draws: labels drawn for each prediction.
+        seed: of the draws.
+        token_weights: `function(model, batch)` returns (B, T) importance of tokens of mean 1 (RSQ, 2503.01820), or
+            None.
+
+    Two equal logits w x: p = 1/2, gradients +-1/2:
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [1.0]]))
+    >>> double = lambda weight, precision: 2 * weight                    # relative error 1
+    >>> mps.profile(model, [torch.ones(2, 1)], GradientImportance(), mps.precisions("w4"), quantizer=double).sensitivity
+    array([[1.]])
+    """
+
+    needs: ClassVar[frozenset[Quantity]] = frozenset({"importance"})
+    unit: ClassVar[str] = "relative"
+
+    draws: int = 1
+    seed: int = 0
+    token_weights: TokenWeights | None = None
+
+    def __post_init__(self) -> None:
+        if self.draws < 1:
+            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
+
+    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+        """(N, U)."""
+        return lambda found: found.importance
+
+    def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
+        """Importance x relative error."""
+        return cells_from_scores(setting, mean, se)

@@ -1,0 +1,156 @@
+"""HAWQ: the largest eigenvalue of a layer's Hessian."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.measure import wide
+from mpsearch.model import Batch, samples
+
+
+@dataclass(frozen=True)
+class HessianTopEigenvalue:
+    """Largest eigenvalue of the Hessian block of a layer times its squared perturbation (HAWQ, 1905.03696, section 3).
+
+        v <- H_l v / |H_l v|,   lambda_l = v^T H_l v,   sensitivity(l, o) = 1/2 |lambda_l| ||Q_o(W_l) - W_l||^2   [relative]
+
+    An upper bound of the second-order term, reached only by a perturbation along one direction. HAWQ orders layers by
+    lambda / n, which has no bit axis; the product with the perturbation is its Omega. Power iteration finds the
+    eigenvalue of largest absolute value, which may be negative for a loss with labels (it is kept with its sign in
+    the table's origin); the default loss, the KL to the unquantized model, has none below 0. Of a group, members'
+    scores are added. Weights only.
+
+    With `slices` the eigenvalue is taken on each batch alone, and the score is |mean| + standard deviation over
+    batches (Q-BERT, 1909.05840, equation 2).
+
+    Each iteration takes, for each batch, one forward, one backward and one double backward pass for each layer that
+    has not settled: the most expensive of the curvature signals.
+
+    Attributes:
+        iterations: at most, for each layer.
+        tolerance: relative change of lambda at which a layer has settled.
+        slices: Q-BERT's mean and deviation over batches.
+        seed: of the starting directions.
+
+    For the loss 1/2 (w1^2 + 3 w2^2) the largest eigenvalue is 3:
+
+    >>> import mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> loss = lambda model, batch: 0.5 * (torch.tensor([[1.0, 3.0]]) * model[0].weight ** 2).sum() + 0 * model(batch).sum()
+    >>> table = mps.profile(model, [torch.ones(1, 2)], HessianTopEigenvalue(), mps.precisions("w4"), loss=loss,
+    ...                     quantizer=lambda weight, precision: weight + 0.5)
+    >>> table.sensitivity.round(3)    # 1/2 * 3 * (0.5^2 + 0.5^2)
+    array([[0.75]])
+    """
+
+    iterations: int = 100
+    tolerance: float = 1e-3
+    slices: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1:
+            raise EstimatorError(f"iterations={self.iterations}: expected 1 or more")
+        if not self.tolerance > 0:
+            raise EstimatorError(f"tolerance={self.tolerance}: expected a number above 0")
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the model cannot be differentiated twice, or a precision quantizes activations.
+        """
+        for precision in setting.precisions:
+            if precision.quantizes_activation:
+                raise EstimatorError(
+                    f"HessianTopEigenvalue scores weights, not inputs: {precision} quantizes activations"
+                )
+        weights = list({p: None for unit in setting.units for p in setting.parameters(unit)})
+        for parameter in setting.model.parameters():
+            parameter.requires_grad_(parameter in set(weights))
+        groups = [[batch] for batch in setting.batches] if self.slices else [list(setting.batches)]
+        found = np.array([self._eigenvalues(setting, weights, batches) for batches in groups])
+        mean = found.mean(axis=0)
+        deviation = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(weights))
+        score = dict(zip(weights, np.abs(mean) + deviation, strict=True))
+        spread = dict(zip(weights, deviation / math.sqrt(len(found)), strict=True))
+        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
+        variance = np.zeros_like(sensitivity)
+        for u, p in setting.cells():
+            for parameter, layer in setting.parameters(setting.units[u]).items():
+                squared = float(wide(setting.perturbation(layer, setting.precisions[p])).square().sum())
+                sensitivity[u, p] += 0.5 * score[parameter] * squared
+                variance[u, p] += (0.5 * spread[parameter] * squared) ** 2
+        place = {parameter: i for i, parameter in enumerate(weights)}
+        facts = {
+            "eigenvalues": {
+                unit.name: [float(mean[place[parameter]]) for parameter in setting.parameters(unit)]
+                for unit in setting.units
+            }
+        }
+        return Estimate(sensitivity, np.sqrt(variance) if self.slices else None, "relative", facts)
+
+    def _eigenvalues(self, setting: Setting, weights: list[nn.Parameter], batches: list[Batch]) -> list[float]:
+        generator = torch.Generator().manual_seed(self.seed)
+        directions = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
+        directions = [v / v.norm() for v in directions]
+        values = [0.0] * len(weights)
+        unsettled = list(range(len(weights)))
+        steps = setting.progress(range(self.iterations), self.iterations, "Power iteration")
+        for _ in steps:
+            products = self._products(setting, weights, directions, unsettled, batches)
+            left = []
+            for i in unsettled:
+                value = float((wide(directions[i]) * products[i]).sum())
+                if not math.isfinite(value):
+                    raise EstimatorError("a Hessian-vector product is not finite")
+                length = float(products[i].norm())
+                settled = length == 0 or abs(value - values[i]) <= self.tolerance * (abs(value) + 1e-12)
+                values[i] = value
+                if not settled:
+                    directions[i] = (products[i] / length).to(directions[i])
+                    left.append(i)
+            unsettled = left
+            if not unsettled:
+                break
+        return values
+
+    def _products(
+        self,
+        setting: Setting,
+        weights: list[nn.Parameter],
+        directions: list[Tensor],
+        wanted: list[int],
+        batches: list[Batch],
+    ) -> dict[int, Tensor]:
+        """H_l v_l of each wanted layer, mean over the samples of batches."""
+        total = sum(samples(batch) for batch in batches)
+        found = {i: wide(torch.zeros_like(directions[i])) for i in wanted}
+        for batch in batches:
+            with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                loss = setting.mean_loss(batch)
+                points = [weights[i] for i in wanted]
+                try:
+                    gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
+                    for k, (i, g) in enumerate(zip(wanted, gradients, strict=True)):
+                        if g is None or not g.requires_grad:
+                            continue
+                        dot = (wide(g) * directions[i]).sum()
+                        (product,) = torch.autograd.grad(
+                            dot, [weights[i]], retain_graph=k + 1 < len(wanted), allow_unused=True
+                        )
+                        if product is not None:
+                            found[i] += wide(product) * samples(batch) / total
+                except RuntimeError as error:
+                    raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+            setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * len(wanted))
+        return found
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most: as if no layer settled early; a unit counts one weight."""
+        return Passes(self.iterations, self.iterations * (1 + 2 * units))
