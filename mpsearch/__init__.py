@@ -31,6 +31,7 @@ from mpsearch.table import Peak as Peak
 if TYPE_CHECKING:
     from mpsearch._evaluate import evaluate as evaluate
     from mpsearch._layers import layers as layers
+    from mpsearch._profile import forecast as forecast
     from mpsearch._profile import profile as profile
     from mpsearch.evaluation import Evaluation as Evaluation
 
@@ -40,6 +41,7 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "evaluate": "mpsearch._evaluate",
     "Evaluation": "mpsearch.evaluation",
     "layers": "mpsearch._layers",
+    "forecast": "mpsearch._profile",
     "profile": "mpsearch._profile",
 }
 _FOLDERS = ("sensitivity", "solvers", "testing")

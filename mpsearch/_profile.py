@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from mpsearch._layers import layers as find_layers
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint, digest
 from mpsearch.errors import EstimatorError, TableError, nearest
-from mpsearch.estimator import Estimate, Estimator, Loss, Setting, Unit
+from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
 from mpsearch.modules import weight_of
@@ -201,6 +201,43 @@ def _identity(
 def _name(function: Any) -> str:
     """Name of a function, the same in every process."""
     return getattr(function, "__qualname__", None) or repr(function)
+
+
+def forecast(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    estimator: Estimator,
+    precisions: Sequence[Precision],
+    *,
+    layers: Sequence[Layer] | None = None,
+    exclude: Sequence[str] = (),
+    groups: Any = "auto",
+) -> Passes | None:
+    """The passes over the data that `profile` will take with an estimator, at most; no more than one is run to tell.
+
+    Args:
+        model: as for `profile`.
+        batches: as for `profile`.
+        estimator: as for `profile`.
+        precisions: as for `profile`.
+        layers: as for `profile`.
+        exclude: as for `profile`.
+        groups: as for `profile`.
+
+    Returns:
+        forward and backward passes, each over all batches; None for an estimator that does not tell (no method `cost`).
+
+    >>> from mpsearch import precisions
+    >>> from mpsearch.sensitivity import Fisher
+    >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))
+    >>> forecast(model, [torch.ones(1, 1)], Fisher(draws=3), precisions("w2 w4"))
+    Passes(forward=2, backward=3)
+    """
+    data = collect(batches)
+    with preserved(model):
+        decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
+    cost = getattr(estimator, "cost", None)
+    return None if cost is None else cost(len(data), len(_units(decisions)), len(_checked_precisions(precisions)))
 
 
 class _Progress:

@@ -110,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
     profile.add_argument("--loss", help="kl (default), cross-entropy, or file.py:function(model, batch)")
     profile.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    profile.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
     profile.add_argument("--resources", default="memory_bytes,bitops", help="columns (default: %(default)s)")
     profile.add_argument("-o", "--out", required=True, metavar="FILE", help="table, .csv or .npz")
 
@@ -221,29 +222,39 @@ def _profile(options: argparse.Namespace) -> None:
 
     estimator = part(options.estimator, ESTIMATORS, "estimator", options.option)
     loss = options.loss if options.loss in (None, "kl", "cross-entropy") else load(options.loss, "loss")
+    model, data = _model(options.model), list(call(options.data, "data"))
+    precisions = mps.precisions(options.precisions)
+    if sys.stderr.isatty() and not options.quiet:  # beside the progress bar
+        passes = mps.forecast(model, data, estimator, precisions, exclude=options.exclude)
+        if passes is not None:
+            print(
+                f"mpsearch: {estimator!r}: at most {report.passes(passes.forward, passes.backward)} over the data",
+                file=sys.stderr,
+            )
     table = mps.profile(
-        _model(options.model),
-        call(options.data, "data"),
+        model,
+        data,
         estimator,
-        mps.precisions(options.precisions),
+        precisions,
         loss=loss,
         exclude=options.exclude,
         resources=[name.strip() for name in options.resources.split(",") if name.strip()],
+        checkpoint=options.checkpoint,
         progress=not options.quiet,
     )
     table.save(options.out)
-    passes = table.origin["passes"]
+    used, peak = table.origin["passes"], table.origin["peak_memory_bytes"]
     content = {
         "table": options.out,
         "layers": len(table.layers),
         "precisions": [str(p) for p in table.precisions],
     }
-    content |= {"passes": passes, "seconds": table.origin["seconds"], "unit": table.unit}
+    content |= {"passes": used, "seconds": table.origin["seconds"], "peak_memory_bytes": peak, "unit": table.unit}
 
     def text() -> str:
         return _table_text(table) + (
-            f"\n\n{table.origin['estimator']}: {passes['forward']:g} forward and {passes['backward']:g} backward passes "
-            f"over the data, {table.origin['seconds']:.1f} s"
+            f"\n\n{table.origin['estimator']}: {report.passes(**used)}, {table.origin['seconds']:.1f} s"
+            + ("" if peak is None else f", at most {report.amount('memory_bytes', peak)} above the model and data")
         )
 
     _emit(options, content, text)

@@ -40,6 +40,17 @@ def amount(resource: str, value: float) -> str:
     return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")])
 
 
+def passes(forward: float, backward: float) -> str:
+    """Runs of the model over the data.
+
+    >>> passes(14.5, 0), passes(1, 32)
+    ('14.5 forward passes', '1 forward and 32 backward passes')
+    """
+    if not backward:
+        return f"{forward:.4g} forward passes"
+    return f"{forward:.4g} forward and {backward:.4g} backward passes"
+
+
 def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
     for size, unit in units:
         if abs(value) >= size:

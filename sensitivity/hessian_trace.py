@@ -1,16 +1,19 @@
 """HAWQ-V2: average Hessian trace times squared quantization error."""
 
-import itertools
-import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoint import digest
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.model import samples
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.layer import Layer
+from mpsearch.measure import wide
+from mpsearch.model import Batch, samples
 from mpsearch.perturb import inputs
 from mpsearch.relative import input_noise
 
@@ -30,8 +33,12 @@ class HessianTrace:
     passes.
 
     Attributes:
-        num_samples: probes a batch, at least 2; the standard error falls with its root.
+        num_samples: Hessian-vector products a batch (and layer, for hutch++); the standard error falls with its root.
         seed: of the probes.
+        method: `hutchinson`, or `hutch++` (Meyer et al., 2010.09649): a third of the products finds the range in which a
+            block's large eigenvalues lie, a third takes the trace there exactly, a third estimates the rest. Its error
+            falls with num_samples rather than its root, where few eigenvalues dominate, but each layer needs products of its own.
+            Inputs are probed by Hutchinson in either case.
 
     For the loss 1/2 (w1^2 + 3 w2^2) the Hessian is diagonal and every probe gives the trace 4 exactly:
 
@@ -47,10 +54,14 @@ class HessianTrace:
 
     num_samples: int = 32
     seed: int = 0
+    method: Literal["hutchinson", "hutch++"] = "hutchinson"
 
     def __post_init__(self) -> None:
-        if self.num_samples < 2:
-            raise EstimatorError(f"num_samples={self.num_samples}: expected 2 or more, for a standard error")
+        least = 2 if self.method == "hutchinson" else 6
+        if self.num_samples < least:
+            raise EstimatorError(
+                f"num_samples={self.num_samples}: expected {least} or more for {self.method}, for a standard error"
+            )
 
     def estimate(self, setting: Setting) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
@@ -58,104 +69,159 @@ class HessianTrace:
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
         """
-        parameters = {p: None for unit in setting.units for p in setting.parameters(unit)}
+        weights = list({p: None for unit in setting.units for p in setting.parameters(unit)})
         for parameter in setting.model.parameters():
-            parameter.requires_grad_(parameter in parameters)
+            parameter.requires_grad_(parameter in set(weights))
         activations = any(precision.quantizes_activation for precision in setting.precisions)
-        order = list(parameters)
         layers = [layer for unit in setting.units for layer in unit.layers] if activations else []
-        weight_trace, weight_var = np.zeros(len(order)), np.zeros(len(order))
-        input_trace, input_var = np.zeros(len(layers)), np.zeros(len(layers))
-        input_numel = np.zeros(len(layers))
         total = sum(samples(batch) for batch in setting.batches)
-        generator = torch.Generator().manual_seed(self.seed)
+        mean, variance = np.zeros(len(weights) + len(layers)), np.zeros(len(weights) + len(layers))
         for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "Hessian trace")):
-            seen: list[list[Tensor]] = [[] for _ in layers]
-            modules = {setting.module(layer): _recorder(seen[i]) for i, layer in enumerate(layers)}
+            name = f"hessian trace | {digest(repr(self))} | {number}"
+            found = setting.checkpoint.get(name)
+            if found is None:
+                found = self._batch(setting, weights, layers, batch, number)
+                setting.checkpoint.put(name, found)
             share = samples(batch) / total
-            with (
-                torch.enable_grad(),
-                inputs(modules),
-                torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
-            ):
-                loss = setting.mean_loss(batch)
-                points = [*order, *(x for xs in seen for x in xs)]
-                weight_draws, input_draws = self._draws(loss, points, len(order), [len(xs) for xs in seen], generator)
-            setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * self.num_samples)
-            for trace, var, draws in (
-                (weight_trace, weight_var, weight_draws),
-                (input_trace, input_var, input_draws),
-            ):
-                if not np.isfinite(draws).all():
-                    raise EstimatorError(f"a Hessian trace is not finite in batch {number}")
-                if draws.shape[1]:
-                    trace += share * draws.mean(axis=0)
-                    var += share**2 * draws.var(axis=0, ddof=1) / self.num_samples
-            input_numel += [share * sum(x.numel() for x in xs) / samples(batch) for xs in seen]
-        traces = {p: (weight_trace[i] / p.numel(), math.sqrt(weight_var[i]) / p.numel()) for i, p in enumerate(order)}
-        sensitivity, variance = self._weights(setting, traces)
-        if activations:
-            noises = input_noise(setting)
-            row = 0
-            for u, unit in enumerate(setting.units):
-                for layer in unit.layers:
-                    if input_numel[row]:
-                        factor = 0.5 * noises[layer.name].noise / input_numel[row]
-                        sensitivity[u] += factor * input_trace[row]
-                        variance[u] += factor**2 * input_var[row]
-                    row += 1
-        return Estimate(sensitivity, np.sqrt(variance), "nats")
+            mean += share * np.array(found[0])
+            variance += share**2 * np.array(found[1])
+        return self._cells(setting, weights, layers, mean, variance)
 
-    def _draws(
-        self, loss: Tensor, points: list[Tensor], weights: int, counts: list[int], generator: torch.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """z_l^T (H z)_l for each probe, of weights and of layer inputs."""
-        try:
-            gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-        except RuntimeError as error:
-            raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
-        draws = np.zeros((self.num_samples, len(points)))
-        used = [i for i, g in enumerate(gradients) if g is not None and g.requires_grad]
-        for probe in range(self.num_samples if used else 0):
-            signs = [_rademacher(points[i], generator) for i in used]
-            pairs = zip(used, signs, strict=True)
-            dot = torch.stack([(gradients[i].double() * z).sum().cpu() for i, z in pairs]).sum()
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most; a unit counts one weight, a double backward pass two backward passes."""
+        products = self.num_samples * (units + 1 if self.method == "hutch++" else 1)
+        return Passes(2, 1 + 2 * products)
+
+    def _batch(
+        self, setting: Setting, weights: list[nn.Parameter], layers: list[Layer], batch: Batch, number: int
+    ) -> tuple[list[float], list[float]]:
+        """Mean trace of each weight, then of each layer's input, and their variances."""
+        generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
+        seen: list[list[Tensor]] = [[] for _ in layers]
+        modules = {setting.module(layer): _recorder(seen[i]) for i, layer in enumerate(layers)}
+        with (
+            torch.enable_grad(),
+            inputs(modules),
+            torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        ):
+            loss = setting.mean_loss(batch)
+            blocks = [[w] for w in weights] + seen
+            points = [point for block in blocks for point in block]
             try:
-                products = torch.autograd.grad(
-                    dot,
-                    [points[i] for i in used],
-                    retain_graph=probe + 1 < self.num_samples,
-                    allow_unused=True,
-                )
+                slopes = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
             except RuntimeError as error:
-                raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
-            for i, z, product in zip(used, signs, products, strict=True):
-                if product is not None:
-                    draws[probe, i] = float((product.double() * z).sum())
-        ends = weights + np.cumsum([0, *counts])
-        spans = [draws[:, a:b].sum(axis=1) for a, b in itertools.pairwise(ends)]
-        return draws[:, :weights], np.array(spans).T.reshape(self.num_samples, len(counts))
+                raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
+            curved = [
+                (point, slope)
+                for point, slope in zip(points, slopes, strict=True)
+                if slope is not None and slope.requires_grad
+            ]
+            setting.passes.add(len(setting.batches), forward=1, backward=1)
+            own = {id(w) for w in weights}
+            if self.method == "hutchinson":
+                values = self._hutchinson(setting, blocks, curved, generator)
+            else:
+                first = [self._hutch_plus_plus(setting, w, curved, generator) for w in weights]
+                rest = [pair for pair in curved if id(pair[0]) not in own]
+                values = first + self._hutchinson(setting, seen, rest, generator)
+        if not np.isfinite(values).all():
+            raise EstimatorError(f"a Hessian trace is not finite in batch {number}")
+        means, variances = [float(m) for m, _ in values], [float(v) for _, v in values]
+        return means, variances
 
-    def _weights(
-        self, setting: Setting, traces: dict[nn.Parameter, tuple[float, float]]
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _hutchinson(
+        self,
+        setting: Setting,
+        blocks: Sequence[Sequence[Tensor]],
+        curved: Sequence[tuple[Tensor, Tensor]],
+        generator: torch.Generator,
+    ) -> list[tuple[float, float]]:
+        """Trace of each block and its variance: z_l^T (H z)_l of probes over all blocks at once."""
+        draws = np.zeros((self.num_samples, len(blocks)))
+        block_of = {id(point): b for b, block in enumerate(blocks) for point in block}
+        for probe in range(self.num_samples if curved else 0):
+            signs = [_rademacher(point, generator) for point, _ in curved]
+            products = _products(curved, signs)
+            setting.passes.add(len(setting.batches), backward=2)
+            for (point, _), z, product in zip(curved, signs, products, strict=True):
+                if product is not None:
+                    draws[probe, block_of[id(point)]] += float((wide(product) * z).sum())
+        variances = draws.var(axis=0, ddof=1) / self.num_samples
+        return list(zip(draws.mean(axis=0), variances, strict=True))
+
+    def _hutch_plus_plus(
+        self,
+        setting: Setting,
+        weight: nn.Parameter,
+        curved: Sequence[tuple[Tensor, Tensor]],
+        generator: torch.Generator,
+    ) -> tuple[float, float]:
+        """Trace of one block and its variance: exact on a sketch of its range, Hutchinson on the rest."""
+        pair = [(point, slope) for point, slope in curved if point is weight]
+        if not pair:
+            return 0.0, 0.0
+        third = min(self.num_samples // 3, weight.numel())
+
+        def product(columns: Tensor) -> Tensor:
+            """H times the columns of (n, k)."""
+            found = []
+            for column in columns.T:
+                (one,) = _products(pair, [column.reshape(weight.shape)])
+                setting.passes.add(len(setting.batches), backward=2)
+                found.append(torch.zeros_like(column) if one is None else wide(one).flatten())
+            return torch.stack(found, 1)
+
+        def signs() -> Tensor:
+            return torch.stack([_rademacher(weight, generator).flatten() for _ in range(third)], 1)
+
+        basis, _ = torch.linalg.qr(product(signs()))
+        exact = float((basis * product(basis)).sum())
+        probes = signs()
+        probes = probes - basis @ (basis.T @ probes)
+        draws = (probes * product(probes)).sum(0)
+        rest = float(draws.mean())
+        return exact + rest, float(draws.var(correction=1)) / third if third > 1 else 0.0
+
+    def _cells(
+        self, setting: Setting, weights: list[nn.Parameter], layers: list[Layer], mean: np.ndarray, variance: np.ndarray
+    ) -> Estimate:
+        place = {parameter: i for i, parameter in enumerate(weights)}
+        row = {layer.name: len(weights) + i for i, layer in enumerate(layers)}
+        noises = input_noise(setting) if layers else {}
         sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
-        variance = np.zeros_like(sensitivity)
-        for u, p in setting.cells():
-            for parameter, layer in setting.parameters(setting.units[u]).items():
-                squared = float(setting.perturbation(layer, setting.precisions[p]).double().square().sum())
-                mean, se = traces[parameter]
-                sensitivity[u, p] += 0.5 * mean * squared
-                variance[u, p] += (0.5 * se * squared) ** 2
-        return sensitivity, variance
+        squares = np.zeros_like(sensitivity)
+        for u, unit in enumerate(setting.units):
+            terms = []
+            for parameter, layer in setting.parameters(unit).items():
+                errors = [wide(setting.perturbation(layer, p)).square().sum() for p in setting.precisions]
+                terms.append((place[parameter], np.array([float(e) for e in errors]) / parameter.numel()))
+            for layer in unit.layers:
+                if layer.name in row and noises[layer.name].numel:
+                    terms.append((row[layer.name], noises[layer.name].noise / noises[layer.name].numel))
+            for index, power in terms:
+                sensitivity[u] += 0.5 * power * mean[index]
+                squares[u] += (0.5 * power) ** 2 * variance[index]
+        return Estimate(sensitivity, np.sqrt(squares), "nats")
+
+
+def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
+    """Hessian-vector products, from points with their gradients."""
+    dot = torch.stack([(wide(g) * v).sum() for (_, g), v in zip(curved, directions, strict=True)]).sum()
+    try:
+        found: tuple[Tensor | None, ...] = torch.autograd.grad(
+            dot, [point for point, _ in curved], retain_graph=True, allow_unused=True
+        )
+    except RuntimeError as error:
+        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+    return found
 
 
 def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
     signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
-    return (2 * signs.to(like.device) - 1).double()
+    return wide(2 * signs.to(like.device) - 1)
 
 
-def _recorder(seen: list[Tensor]):  # type: ignore[no-untyped-def]
+def _recorder(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
     def record(x: Tensor) -> Tensor:
         x = x if x.requires_grad else x.detach().requires_grad_()
         seen.append(x)

@@ -1,6 +1,5 @@
 """Any metric of the task, measured with one layer quantized."""
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
+from mpsearch.loading import load
 from mpsearch.measure import log_softmax
 from mpsearch.one_at_a_time import OneAtATime, Output, Probe
 
@@ -44,7 +44,7 @@ class TaskMetric(OneAtATime):
     batch.
 
     Attributes:
-        metric: `accuracy`, `cross-entropy`, `module:function`, or `metric(logits, labels)`, which gets (N, C) logits
+        metric: `accuracy`, `cross-entropy`, `file.py:function`, `module:function`, or `metric(logits, labels)`, which gets (N, C) logits
             and (N,) labels (None
             without labels) and returns (N,) values or one number for the batch.
         higher_is_better: direction of an own metric; the named ones know theirs.
@@ -76,14 +76,7 @@ class TaskMetric(OneAtATime):
             return self.metric, self.higher_is_better
         if self.metric in _NAMED:
             return _NAMED[self.metric]
-        module, _, name = self.metric.partition(":")
-        try:
-            found = getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError, ValueError) as error:
-            raise EstimatorError(
-                f"metric {self.metric!r}: expected {', '.join(_NAMED)} or module:function ({error})"
-            ) from None
-        return found, self.higher_is_better
+        return load(self.metric, "metric"), self.higher_is_better
 
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) or () loss of the metric."""

@@ -101,7 +101,7 @@ def test_from_model_to_measured_plan(here, capsys, estimator):
 
 def test_options_reach_the_estimator(here, capsys):
     run(capsys, *PROFILE, "--estimator", "hessian-trace", "--option", "num_samples=3", "--option", "seed=5")
-    assert CostTable.load("t.csv").origin["estimator"] == "HessianTrace(num_samples=3, seed=5)"
+    assert CostTable.load("t.csv").origin["estimator"] == "HessianTrace(num_samples=3, seed=5, method='hutchinson')"
 
 
 def test_a_plugin(here, capsys):

@@ -190,7 +190,7 @@ def test_a_list_of_estimators_gives_a_list_of_tables():
     tables = mps.profile(net(), batches(), [KLDivergence(), HessianTrace(2)], OPTIONS)
     assert [table.origin["estimator"] for table in tables] == [
         "KLDivergence()",
-        "HessianTrace(num_samples=2, seed=0)",
+        "HessianTrace(num_samples=2, seed=0, method='hutchinson')",
     ]
     assert tables[0] == CostTable_without_time(tables[0], mps.profile(net(), batches(), KLDivergence(), OPTIONS))
 

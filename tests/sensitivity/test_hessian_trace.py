@@ -232,3 +232,55 @@ def test_what_cannot_be_differentiated_is_one_clear_line():
 
     with pytest.raises(mps.EstimatorError, match="cannot be differentiated"):
         traces(net(), data(), no_graph, 2)
+
+
+def plus_plus(model, batches, loss, num_samples, seed=0):
+    table = mps.profile(
+        model,
+        batches,
+        HessianTrace(num_samples, seed, "hutch++"),
+        mps.precisions("w4"),
+        loss=loss,
+        quantizer=unit_error,
+    )
+    return 2 * table.sensitivity[:, 0], 2 * table.sensitivity_se[:, 0]
+
+
+def test_hutch_plus_plus_is_exact_where_the_sketch_holds_the_whole_range():
+    model, batches = net(), data(sizes=(8,))
+    trace, _ = dense(model, batches, cross_entropy)
+    found, _ = plus_plus(model, batches, cross_entropy, 3 * 12)  # blocks have 12 weights
+    np.testing.assert_allclose(found, trace, rtol=1e-9)
+
+
+def test_hutch_plus_plus_is_unbiased_and_its_errors_cover():
+    model, batches = net(), data(sizes=(8,))
+    trace, _ = dense(model, batches, cross_entropy)
+    runs = [plus_plus(model, batches, cross_entropy, 18, seed) for seed in range(40)]
+    found, se = np.array([r[0] for r in runs]), np.array([r[1] for r in runs])
+    assert (np.abs(found.mean(0) - trace) <= 4 * found.std(0, ddof=1) / math.sqrt(len(runs)) + 1e-12).all()
+    # six draws: 5 degrees of freedom, 4.03 standard errors hold 99 %
+    assert (np.abs(found - trace) <= 4.03 * se + 1e-12).mean() >= 0.95
+
+
+def test_hutch_plus_plus_errs_less_than_hutchinson_on_the_same_number_of_products():
+    model, batches = net(), data(sizes=(8,))
+    trace, _ = dense(model, batches, cross_entropy)
+    one = np.mean([np.abs(traces(model, batches, cross_entropy, 24, s)[0] - trace) for s in range(10)], axis=0)
+    two = np.mean([np.abs(plus_plus(model, batches, cross_entropy, 24, s)[0] - trace) for s in range(10)], axis=0)
+    assert (two < one).all()
+
+
+@pytest.mark.parametrize(("method", "count"), [("hutchinson", 1), ("hutch++", 5)])
+def test_too_few_products_are_refused(method, count):
+    with pytest.raises(mps.EstimatorError, match=f"num_samples={count}: expected"):
+        HessianTrace(count, method=method)
+
+
+def test_the_forecast_of_passes_holds():
+    for estimator in (HessianTrace(4), HessianTrace(6, method="hutch++")):
+        table = mps.profile(net(), data(), estimator, mps.precisions("w4"), loss=cross_entropy)
+        cost = estimator.cost(2, 2, 1)
+        assert table.origin["passes"]["forward"] <= cost.forward
+        assert table.origin["passes"]["backward"] <= cost.backward
+    assert HessianTrace(4).cost(2, 2, 1).backward == 1 + 2 * 4
