@@ -1,4 +1,4 @@
-"""Number formats: integers, minifloats, blocks with shared scales, NF4."""
+"""Number formats: integers, minifloats, NF4, and blocks with a shared scale."""
 
 import functools
 import math
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsearch.precision import format_bits
+
 _MINIFLOAT = re.compile(r"fp(\d)_e(\d)m(\d)")
 #: The 16 values of NF4 (QLoRA, 2305.14314, appendix E).
 _NF4 = (
@@ -15,15 +17,18 @@ _NF4 = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-#: Block formats: elements that share a scale, element format, greatest element exponent.
+#: Block formats of a fixed size: elements that share a scale, format of an element.
 _BLOCKS = {
-    "mxfp4": (32, "fp4_e2m1", 2),
-    "mxfp6_e2m3": (32, "fp6_e2m3", 2),
-    "mxfp6_e3m2": (32, "fp6_e3m2", 4),
-    "mxfp8": (32, "fp8_e4m3", 8),
-    "mxint8": (32, "int8", 0),
-    "nvfp4": (16, "fp4_e2m1", 2),
+    "mxfp4": (32, "fp4_e2m1"),
+    "mxfp6_e2m3": (32, "fp6_e2m3"),
+    "mxfp6_e3m2": (32, "fp6_e3m2"),
+    "mxfp8": (32, "fp8_e4m3"),
+    "mxfp8_e5m2": (32, "fp8_e5m2"),
+    "mxint8": (32, "8"),
+    "nvfp4": (16, "fp4_e2m1"),
 }
+#: Formats in which a weight is cast, not scaled.
+CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,47 @@ class Grid:
         """The integer code of 0."""
         return (-low.clamp(max=0) / scale).round().clamp(self.low, self.high)
 
+    def encode(self, values: Tensor) -> Tensor:
+        """The stored code, int64 from 0, of values of the grid (asymmetric integers: of the code itself).
 
+        Minifloats: sign, exponent and mantissa from the highest bit down; signed integers: the value + 2^(b-1).
+
+        >>> grid_of("fp4_e2m1", True).encode(torch.tensor([0.5, -6.0])), grid_of("3", True).encode(torch.tensor([-3.0]))
+        (tensor([ 1, 15]), tensor([1]))
+        """
+        if self.asymmetric:
+            return values.round().long()
+        bits = format_bits(self.name)
+        if self.name == "1":
+            return ((values + 1) / 2).round().long()
+        if self.name.isdecimal():
+            return values.round().long() + (1 << (bits - 1))
+        if self.name == "nf4":
+            return _nearest(values, _NF4)
+        magnitude = _nearest(values.abs(), enumerate_minifloat(self.name))
+        return magnitude | (torch.signbit(values).long() << (bits - 1))
+
+    def decode(self, codes: Tensor, dtype: torch.dtype) -> Tensor:
+        """The values of codes; see `encode`.
+
+        >>> grid_of("fp4_e2m1", True).decode(torch.tensor([1, 15]), torch.float32)
+        tensor([ 0.5000, -6.0000])
+        """
+        if self.asymmetric:
+            return codes.to(dtype)
+        bits = format_bits(self.name)
+        if self.name == "1":
+            return (2 * codes - 1).to(dtype)
+        if self.name.isdecimal():
+            return (codes - (1 << (bits - 1))).to(dtype)
+        if self.name == "nf4":
+            return torch.tensor(_NF4, dtype=dtype, device=codes.device)[codes]
+        half = 1 << (bits - 1)
+        magnitude = torch.tensor(enumerate_minifloat(self.name), dtype=dtype, device=codes.device)[codes % half]
+        return torch.where(codes < half, magnitude, -magnitude)
+
+
+@functools.cache
 def grid_of(name: str, symmetric: bool) -> Grid:
     """The grid of an integer format, a minifloat or NF4; the last two are symmetric always.
 
@@ -76,17 +121,22 @@ def grid_of(name: str, symmetric: bool) -> Grid:
 
 def round_to_grid(x: Tensor, scale: Tensor, zero: Tensor, grid: Grid) -> Tensor:
     """Nearest value of a grid, saturating: s (clip(round(x / s) + z) - z) for integers."""
+    scaled = x / scale
     if grid.asymmetric:
-        return ((x / scale).round() + zero).clamp(grid.low, grid.high).sub(zero).mul(scale)
+        return scaled.round_().add_(zero).clamp_(grid.low, grid.high).sub_(zero).mul_(scale)
     if grid.name == "1":
         return torch.where(x >= 0, scale, -scale)
     if grid.name.isdecimal():
-        return (x / scale).round().clamp(grid.low, grid.high) * scale
+        return scaled.round_().clamp_(grid.low, grid.high).mul_(scale)
     if grid.name == "nf4":
-        levels = torch.tensor(_NF4, dtype=x.dtype, device=x.device)
-        edges = (levels[1:] + levels[:-1]) / 2
-        return levels[torch.bucketize(x / scale, edges)] * scale
-    return round_minifloat(x / scale, grid.name) * scale
+        return torch.tensor(_NF4, dtype=x.dtype, device=x.device)[_nearest(scaled, _NF4)] * scale
+    return round_minifloat(scaled, grid.name).mul_(scale)
+
+
+def _nearest(x: Tensor, values: tuple[float, ...]) -> Tensor:
+    """Index of the nearest of sorted values; the lower one of two that are equally near."""
+    levels = torch.tensor(values, dtype=x.dtype, device=x.device)
+    return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2)
 
 
 @functools.cache
@@ -96,7 +146,7 @@ def _split(name: str) -> tuple[int, int, int]:
     if match is None:
         raise ValueError(f"{name} is no minifloat")
     exponent, mantissa = int(match[2]), int(match[3])
-    return exponent, mantissa, max(2 ** (exponent - 1) - 1, 1) if exponent > 1 else 1
+    return exponent, mantissa, max(2 ** (exponent - 1) - 1, 1)
 
 
 @functools.cache
@@ -119,82 +169,32 @@ def round_minifloat(x: Tensor, name: str) -> Tensor:
 
     v = (-1)^s 2^(max(E, 1) - B) ([E > 0] + M / 2^m) (OCP 8-bit and microscaling specifications, 2023).
 
+    Args:
+        x: float32 or float64.
+        name: the format.
+
     >>> round_minifloat(torch.tensor([0.24, 0.26, 2.5, 9.0]), "fp4_e2m1")
     tensor([0.0000, 0.5000, 2.0000, 6.0000])
     """
     _, mantissa, bias = _split(name)
-    _, power = torch.frexp(x)  # |x| = f 2^power, f in [1/2, 1)
-    step = torch.ldexp(torch.ones_like(x), (power - 1).clamp(min=1 - bias) - mantissa)
+    step = _power_of_two(x).clamp_(min=2.0 ** (1 - bias)).mul_(2.0**-mantissa)
     limit = minifloat_max(name)
-    return ((x / step).round() * step).clamp(-limit, limit)
+    return (x / step).round_().mul_(step).clamp_(-limit, limit)
 
 
-def cast_float(x: Tensor, name: str) -> Tensor:
-    """Through bfloat16, float16 (saturating) or float32 and back."""
-    if name == "bf16":
-        return x.to(torch.bfloat16).to(x.dtype)
-    if name == "fp16":
-        return x.clamp(-65504, 65504).to(torch.float16).to(x.dtype)
-    return x.float().to(x.dtype)
+def _power_of_two(x: Tensor) -> Tensor:
+    """2^floor(log2 |x|), 0 for zeros and subnormals: the exponent bits alone."""
+    if x.dtype == torch.float64:
+        return (x.view(torch.int64) & 0x7FF0000000000000).view(torch.float64)
+    return (x.view(torch.int32) & 0x7F800000).view(torch.float32)
 
 
-def block_size(name: str) -> int | None:
-    """Elements that share a scale by definition of the format; None where the scale is a free choice."""
-    if name == "nf4":
-        return 64
-    return _BLOCKS[name][0] if name in _BLOCKS else None
-
-
-def zero_point_bits(name: str, symmetric: bool) -> int:
-    """Bits of a stored zero-point."""
-    return int(name) if name.isdecimal() and not symmetric else 0
-
-
-def quantize_blocks(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Values and scales of a block format.
-
-    MX (OCP microscaling, 2023, section 6.3): scale 2^(floor(log2 max|x|) - emax), E8M0. NVFP4: scale max|x| / 6 in E4M3 under one
-    float32 scale for the tensor, max|x| / (6 * 448). NF4: scale max|x|.
-
-    Args:
-        rows: (S, block) or (N, n) with n cut into blocks, the last one short.
-        name: the format.
-
-    Returns:
-        Values of the shape of `rows`, and (blocks, 1) scales.
-    """
-    size = block_size(name)
-    if size is None:
-        raise ValueError(f"{name} is no block format")
-    width = rows.shape[1]
-    blocks = torch.nn.functional.pad(rows, (0, -width % size)).reshape(-1, size)
-    top = blocks.abs().amax(1, keepdim=True)
-    if name == "nf4":
-        scale = torch.where(top > 0, top, torch.ones_like(top))
-        values = round_to_grid(blocks, scale, torch.zeros_like(scale), grid_of(name, True))
-    elif name == "nvfp4":
-        tensor_scale = top.max() / (6.0 * 448.0)
-        tensor_scale = torch.where(tensor_scale > 0, tensor_scale, torch.ones_like(tensor_scale))
-        scale = round_minifloat(top / 6.0 / tensor_scale, "fp8_e4m3") * tensor_scale
-        scale = torch.where(scale > 0, scale, torch.ones_like(scale))
-        values = round_minifloat(blocks / scale, "fp4_e2m1") * scale
-    else:
-        _, element, emax = _BLOCKS[name]
-        _, power = torch.frexp(torch.where(top > 0, top, torch.ones_like(top)))
-        exponent = (power - 1 - emax).clamp(-127, 127)
-        scale = torch.ldexp(torch.ones_like(top), exponent)
-        if element == "int8":
-            values = (blocks / scale * 64).round().clamp(-127, 127) / 64 * scale
-        else:
-            values = round_minifloat(blocks / scale, element) * scale
-    return values.reshape(len(rows), -1)[:, :width], scale
-
-
-def enumerate_minifloat(name: str) -> list[float]:
-    """All finite values of at least 0, in order.
+@functools.cache
+def enumerate_minifloat(name: str) -> tuple[float, ...]:
+    """All finite values of at least 0, in order: the value at place i has the code i.
 
     >>> enumerate_minifloat("fp4_e2m1")
-    [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
+    (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
     """
     exponent, mantissa, bias = _split(name)
     values = [
@@ -202,4 +202,85 @@ def enumerate_minifloat(name: str) -> list[float]:
         for e in range(2**exponent)
         for m in range(2**mantissa)
     ]
-    return [value for value in values if value <= minifloat_max(name)]
+    return tuple(value for value in values if value <= minifloat_max(name))
+
+
+def block_size(name: str) -> int | None:
+    """Elements that share a scale by definition or custom of the format; None where there is neither.
+
+    >>> block_size("mxfp4"), block_size("nf4"), block_size("bfp4"), block_size("4")
+    (32, 64, 16, None)
+    """
+    if name in _BLOCKS:
+        return _BLOCKS[name][0]
+    if name == "nf4":
+        return 64
+    return 16 if name.startswith("bfp") else None
+
+
+def has_fixed_block(name: str) -> bool:
+    """True where the format defines the size of its blocks."""
+    return name in _BLOCKS
+
+
+def element_of(name: str) -> str | None:
+    """Format of an element of a block format whose scale is a byte; None for any other format.
+
+    >>> element_of("mxfp8"), element_of("bfp5"), element_of("nf4")
+    ('fp8_e4m3', '5', None)
+    """
+    if name in _BLOCKS:
+        return _BLOCKS[name][1]
+    return name.removeprefix("bfp") if name.startswith("bfp") else None
+
+
+def fit_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+    """The stored scales of a block format.
+
+    MX (OCP microscaling, 2023, section 6.3) and block floating point: 2^(floor(log2 max|x|) - emax), as E8M0, the exponent
+    plus 127; an integer element counts as a fraction with one digit before the point. NVFP4: max|x| / 6 in E4M3, at least its
+    smallest positive value, under one float32 scale for the tensor, max|x| / (6 * 448).
+
+    Args:
+        blocks: (S, size), float32 or float64.
+        name: the format.
+
+    Returns:
+        (S, 1) uint8, and the scale of the tensor, (1,) float32, or None.
+    """
+    top = blocks.abs().amax(1, keepdim=True)
+    if name == "nvfp4":
+        whole = (top.max() / (6.0 * 448.0)).float().reshape(1)
+        whole = torch.where(whole > 0, whole, torch.ones_like(whole))
+        kept = round_minifloat(top / 6.0 / whole.to(top.dtype), "fp8_e4m3")
+        kept = torch.where(top > 0, kept.clamp(min=2.0**-9), kept)
+        return grid_of("fp8_e4m3", True).encode(kept).to(torch.uint8), whole
+    element = element_of(name)
+    assert element is not None
+    greatest = 0 if element.isdecimal() else math.frexp(minifloat_max(element))[1] - 1
+    _, power = torch.frexp(top)
+    return ((power - 1 - greatest).clamp(-127, 127) + 127).to(torch.uint8), None
+
+
+def block_scales(stored: Tensor, whole: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:
+    """The step by which the elements of each block are multiplied, from what `fit_blocks` gave; 1 for a step of 0, a block of zeros."""
+    if whole is not None:
+        steps = grid_of("fp8_e4m3", True).decode(stored.long(), dtype) * whole.to(dtype)
+        return torch.where(steps > 0, steps, torch.ones_like(steps))
+    element = element_of(name)
+    assert element is not None
+    shift = int(element) - 2 if element.isdecimal() else 0  # integers of b bits: b - 2 digits after the point
+    return torch.ldexp(torch.ones_like(stored, dtype=dtype), stored.int() - 127 - shift)
+
+
+def quantize_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Values, stored scales and scale of the tensor of a block format; see `fit_blocks`.
+
+    >>> quantize_blocks(torch.tensor([[5.0, 0.3, -1.9]]), "mxfp4")
+    (tensor([[ 4.0000,  0.5000, -2.0000]]), tensor([[127]], dtype=torch.uint8), None)
+    """
+    element = element_of(name)
+    assert element is not None
+    stored, whole = fit_blocks(blocks, name)
+    steps = block_scales(stored, whole, name, blocks.dtype)
+    return round_to_grid(blocks, steps, torch.zeros_like(steps), grid_of(element, True)), stored, whole

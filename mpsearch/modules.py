@@ -49,6 +49,15 @@ def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
     return tensor.device, tensor.data_ptr(), tensor.numel()
 
 
+def channel_axis(module: nn.Module) -> int:
+    """Axis of the channels in the input of a module, from the end.
+
+    >>> channel_axis(nn.Linear(3, 2)), channel_axis(nn.Conv2d(3, 2, 1))
+    (-1, -3)
+    """
+    return -1 - len(module.kernel_size) if isinstance(module, nn.modules.conv._ConvNd) else -1
+
+
 def canonical(module: nn.Module) -> Tensor:
     """The weight with output channels first, as quantizers see it: (out, in / groups, ...).
 

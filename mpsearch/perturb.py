@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.model import Batch, call
-from mpsearch.modules import canonical, restore, weight_of
+from mpsearch.modules import canonical, channel_axis, restore, weight_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
-#: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first.
+#: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first. It may also have
+#: `activation_values(x, format, low, high)` for inputs, channels last, and `of_layer(name)`, the quantizer of one layer.
 Quantizer = Callable[[Tensor, Precision], Tensor]
 #: Least and greatest input of each layer over the calibration data.
 Ranges = Mapping[str, tuple[float, float]]
@@ -32,7 +33,7 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
     with torch.no_grad():
         weight = canonical(module).detach()
         try:
-            found = quantizer(weight, precision)
+            found = _of_layer(quantizer, name)(weight, precision)
         except EstimatorError as error:
             raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
         if found.shape != weight.shape or found.dtype != weight.dtype or found.device != weight.device:
@@ -45,6 +46,11 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
                 f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
             )
         return restore(module, found)
+
+
+def _of_layer(quantizer: Quantizer, name: str) -> Quantizer:
+    of_layer: Callable[[str], Quantizer] | None = getattr(quantizer, "of_layer", None)
+    return quantizer if of_layer is None else of_layer(name)
 
 
 @contextlib.contextmanager
@@ -100,20 +106,31 @@ def _is_input(value: Any) -> bool:
 
 
 def input_quantizer(
-    name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges
+    name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges, axis: int = -1
 ) -> Callable[[Tensor], Tensor] | None:
-    """The function that fake-quantizes the input of a layer; None where it is left alone."""
+    """The function that fake-quantizes the input of a layer; None where it is left alone.
+
+    Args:
+        name: the layer.
+        precision: its precision.
+        quantizer: its own `activation_values`, or that of `RoundToNearest()`.
+        ranges: calibrated ranges by layer.
+        axis: of the channels, `modules.channel_axis`: blocks, and tokens, lie along it.
+    """
     if not precision.quantizes_activation:
         return None
-    values = getattr(quantizer, "activation_values", None) or RoundToNearest().activation_values
+    inner = _of_layer(quantizer, name)
+    while not hasattr(inner, "activation_values"):
+        inner = getattr(inner, "quantizer", RoundToNearest())  # a wrapper leaves inputs to what it is around
+    values = inner.activation_values
     low, high = ranges.get(name, (math.nan, math.nan))
 
     def quantize(x: Tensor) -> Tensor:
         try:
-            found: Tensor = values(x, precision.activation, low, high)
+            found: Tensor = values(x.movedim(axis, -1), precision.activation, low, high)
         except EstimatorError as error:
             raise EstimatorError(f"input of layer {name!r} at {precision}: {error}") from None
-        return found
+        return found.movedim(-1, axis)
 
     return quantize
 
@@ -134,11 +151,13 @@ def input_quantizers(
     model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer, ranges: Ranges
 ) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
     """Functions that fake-quantize the inputs of layers, where they are quantized."""
-    functions = {
-        model.get_submodule(name): input_quantizer(name, precision, quantizer, ranges)
-        for name, precision in precisions.items()
-    }
-    return {module: function for module, function in functions.items() if function is not None}
+    functions = {}
+    for name, precision in precisions.items():
+        module = model.get_submodule(name)
+        function = input_quantizer(name, precision, quantizer, ranges, channel_axis(module))
+        if function is not None:
+            functions[module] = function
+    return functions
 
 
 @contextlib.contextmanager

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from mpsearch.errors import PlanError
 
-#: Named formats and their nominal bits an element; `fp<n>_e<e>m<m>` is any split with 1 + e + m = n.
+#: Named formats and their nominal bits an element; `fp<n>_e<e>m<m>` is any split with 1 + e + m = n, `bfp<n>` block floating
+#: point with n bits an element; the last rows are the types of GGUF files.
 NAMED_BITS = {
     "bf16": 16,
     "fp16": 16,
@@ -15,12 +16,28 @@ NAMED_BITS = {
     "mxfp6_e2m3": 6,
     "mxfp6_e3m2": 6,
     "mxfp8": 8,
+    "mxfp8_e5m2": 8,
     "mxint8": 8,
     "nvfp4": 4,
     "nf4": 4,
+    "q4_0": 4,
+    "q4_1": 4,
+    "q5_0": 5,
+    "q5_1": 5,
+    "q8_0": 8,
+    "q2_k": 2,
+    "q3_k": 3,
+    "q4_k": 4,
+    "q5_k": 5,
+    "q6_k": 6,
+    "iq4_nl": 4,
+    "iq4_xs": 4,
+    "tq1_0": 2,
+    "tq2_0": 2,
 }
 _MINIFLOAT = re.compile(r"fp(\d)_e(\d)m(\d)")
-_FORMAT = r"\d+|fp\d_e\d+m\d+|" + "|".join(sorted(NAMED_BITS, key=len, reverse=True))
+_SHARED_EXPONENT = re.compile(r"bfp(\d+)")
+_FORMAT = r"\d+|fp\d_e\d+m\d+|bfp\d+|" + "|".join(sorted(NAMED_BITS, key=len, reverse=True))
 _GRAMMAR = re.compile(rf"w(?P<w>{_FORMAT})(?:a(?P<a>{_FORMAT}))?(?:g(?P<g>\d+))?")
 
 
@@ -44,9 +61,12 @@ def format_bits(name: str) -> int:
         bits, exponent, mantissa = map(int, match.groups())
         if 3 <= bits <= 8 and 1 + exponent + mantissa == bits and exponent >= 1:
             return bits
+    match = _SHARED_EXPONENT.fullmatch(name)
+    if match and 2 <= int(match[1]) <= 16:
+        return int(match[1])
     raise PlanError(
         f"unknown number format {name!r}; known: integers 1 to 16, fp3..fp8 as fp<n>_e<e>m<m> with "
-        f"1 + e + m = n, {', '.join(sorted(NAMED_BITS))}"
+        f"1 + e + m = n, bfp2..bfp16, {', '.join(sorted(NAMED_BITS))}"
     )
 
 

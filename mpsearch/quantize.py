@@ -1,21 +1,26 @@
 """The reference quantizers: round to nearest, with scales by largest value or by least squared error."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch import ggml
 from mpsearch.errors import EstimatorError
 from mpsearch.formats import (
+    CASTS,
     Grid,
+    block_scales,
     block_size,
-    cast_float,
+    element_of,
     grid_of,
+    has_fixed_block,
     quantize_blocks,
     round_to_grid,
-    zero_point_bits,
 )
 from mpsearch.precision import Precision, format_bits
 
@@ -23,8 +28,13 @@ from mpsearch.precision import Precision, format_bits
 _FACTORS = tuple(1 - 0.01 * step for step in range(80))
 #: Distances from the full-range scale, in machine epsilons, at which the scale of weights on a grid may lie.
 _NEIGHBOURS = (0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0)
-#: Elements worked on at once, so that the search needs little memory whatever the layer.
-_CHUNK = 1 << 22
+#: Elements worked on at once: few enough for the cache of a processor, enough to fill a graphics card.
+_CHUNK = {"cpu": 1 << 17}
+_CHUNK_ELSEWHERE = 1 << 23
+#: Every so many factors the search looks whether smaller ones can still win.
+_CHECK = 5
+#: Elements of a row that a scale must meet exactly before the rest is looked at.
+_PROBE = 32
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,10 @@ class RoundToNearest:
     Integers of b bits: symmetric codes -2^(b-1)+1 .. 2^(b-1)-1 (one bit: -1 and 1), w' = s round(w / s); or asymmetric codes 0 .. 2^b-1,
     w' = s (round(w / s) + z clipped - z) with an integer zero-point z, range widened to contain 0. Scales are kept in the weight's own
     dtype. `scale="mse"` tries 80 shrink factors of the range and keeps the least squared error for each scale; the full
-    range is among them, so it is never worse than `max`.
+    range is among them, so it is never worse than `max`. Minifloats are scaled and searched the same way.
+
+    Block formats (MX, NVFP4, block floating point), NF4 and the types of GGUF have scales of their own definition; NF4 has
+    blocks of 64, block floating point of 16, where the group size does not say otherwise.
 
     Attributes:
         symmetric: no zero-point.
@@ -62,7 +75,8 @@ class RoundToNearest:
             Same shape, dtype and device.
 
         Raises:
-            EstimatorError: where the weight is not finite, or a block format meets another group size.
+            EstimatorError: where the weight is not finite, its scale or a rounded weight does not fit its dtype, a block format
+                meets another group size, or a row is no multiple of the blocks of a GGUF type.
         """
         if not precision.quantizes_weight:
             return weight
@@ -74,95 +88,195 @@ class RoundToNearest:
             raise EstimatorError(f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite")
         name = precision.weight
         rows = self._rows(weight, precision)
-        if name in ("bf16", "fp16", "fp32"):
-            return Codes(precision, weight, rows, cast_float(rows, name), None, None, None)
-        if block_size(name) is not None:
-            values, scales = quantize_blocks(rows, name)
-            return Codes(precision, weight, rows, values, scales, None, None)
-        grid = grid_of(name, self.symmetric)
-        found = [self._chunk(part, grid, weight.dtype) for part in rows.split(max(1, _CHUNK // rows.shape[1]))]
-        values, scales, zeros = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return Codes(precision, weight, rows, values, scales, zeros if grid.asymmetric else None, grid)
+        if name in CASTS:
+            found = Codes(precision, weight, _cast(rows, name))
+        elif name in ggml.TYPES:
+            blocks = ggml.quantize(rows, name)
+            found = Codes(precision, weight, ggml.dequantize(blocks, name), blocks=blocks)
+        elif (element := element_of(name)) is not None:
+            values, scales, whole = quantize_blocks(rows, name)
+            found = Codes(precision, weight, values, scales, None, grid_of(element, True), whole)
+        else:
+            grid = grid_of(name, self.symmetric)
+            size = _CHUNK.get(rows.device.type, _CHUNK_ELSEWHERE)
+            parts = [self._search(part, grid, weight.dtype) for part in rows.split(max(1, size // rows.shape[1]))]
+            values, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
+            found = Codes(precision, weight, values, scales, zeros if grid.asymmetric else None, grid)
+        if not torch.isfinite(found.rounded.to(weight.dtype)).all():
+            raise EstimatorError(
+                f"weights from {float(weight.min()):.3g} to {float(weight.max()):.3g} overflow: the scale or a rounded "
+                f"weight is beyond the greatest number of {str(weight.dtype).removeprefix('torch.')}, "
+                f"{torch.finfo(weight.dtype).max:.3g}"
+            )
+        return found
 
     def activation_values(self, x: Tensor, name: str, low: float, high: float) -> Tensor:
         """An input after quantization and back.
 
         Args:
-            x: any shape; the last axis is the token's, where scales are per token.
+            x: any shape, channels last; blocks lie along the channels, and a token is all but them.
             name: the format.
-            low: least calibrated value, for one range a tensor.
+            low: least calibrated value, for one range a tensor; nan where no calibration data reached the layer.
             high: greatest.
 
         Returns:
             Same shape, dtype and device.
 
+        Raises:
+            EstimatorError: where the format needs a calibrated range and there is none.
+
         >>> RoundToNearest().activation_values(torch.tensor([-1.0, 0.2, 5.0]), "2", -1.0, 2.0)
         tensor([-1.,  0.,  2.])
         """
+        if not x.numel():
+            return x
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        if name in ("bf16", "fp16", "fp32"):
-            return cast_float(wide, name).to(x.dtype)
-        if block_size(name) is not None:
-            return quantize_blocks(wide.reshape(-1, x.shape[-1]), name)[0].reshape(x.shape).to(x.dtype)
-        if self.activation == "token" or not math.isfinite(low):
-            rows = wide.reshape(-1, x.shape[-1]) if x.ndim > 1 else wide.reshape(1, -1)
-            least, most = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-        else:
-            rows = wide.reshape(1, -1)
-            least, most = rows.new_full((1, 1), low), rows.new_full((1, 1), high)
+        if name in CASTS:
+            return _cast(wide, name).to(x.dtype)
+        if self.scales_on_the_spot(name):
+            return self._input_rows(wide.reshape(-1, x.shape[-1]), name).reshape(x.shape).to(x.dtype)
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise EstimatorError(
+                "no calibrated range: no calibration batch reached the layer; give data that does, or use "
+                "RoundToNearest(activation='token')"
+            )
         grid = grid_of(name, symmetric=False)
-        scales, zeros = grid.fit(least, most)
-        return round_to_grid(rows, scales, zeros, grid).reshape(x.shape).to(x.dtype)
+        scale, zero = grid.fit(wide.new_tensor(low), wide.new_tensor(high))
+        return round_to_grid(wide, scale, zero, grid).to(x.dtype)
+
+    def scales_on_the_spot(self, name: str) -> bool:
+        """True where inputs in a format need no calibrated range.
+
+        >>> RoundToNearest().scales_on_the_spot("8"), RoundToNearest().scales_on_the_spot("mxfp8")
+        (False, True)
+        """
+        return self.activation == "token" or name in ggml.TYPES or block_size(name) is not None
+
+    def _input_rows(self, rows: Tensor, name: str) -> Tensor:
+        """(N, K) values under scales that are taken on the spot: of blocks, or of each row."""
+        if name in ggml.TYPES:
+            return ggml.dequantize(ggml.quantize(rows, name), name)
+        size = block_size(name)
+        if size is None:
+            grid = grid_of(name, symmetric=False)
+            scales, zeros = grid.fit(*rows.aminmax(dim=1, keepdim=True))
+            return round_to_grid(rows, scales, zeros, grid)
+        blocks = _blocks(rows, size)
+        if element_of(name) is not None:
+            values = quantize_blocks(blocks, name)[0]
+        else:
+            values, _, _ = self._search(blocks, grid_of(name, True), rows.dtype)
+        return values.reshape(len(rows), -1)[:, : rows.shape[1]]
 
     def _rows(self, weight: Tensor, precision: Precision) -> Tensor:
         """(S, n) one row a scale, float32 or wider; short last groups are padded with zeros."""
         flat = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
         flat = flat.float() if weight.dtype in (torch.float16, torch.bfloat16) else flat
-        own = block_size(precision.weight)
-        if own is not None and precision.group_size not in (None, own):
-            raise EstimatorError(f"{precision.weight} has blocks of {own}, got a group size of {precision.group_size}")
-        size = precision.group_size or own
-        if size is None:
-            return flat if self.granularity == "channel" else flat.reshape(1, -1)
-        padding = -flat.shape[1] % size
-        return torch.nn.functional.pad(flat, (0, padding)).reshape(-1, size)
+        size = group_of(precision)
+        if size is not None:
+            return _blocks(flat, size)
+        whole = self.granularity == "tensor" and precision.weight not in ggml.TYPES
+        return flat.reshape(1, -1) if whole else flat
 
-    def _chunk(self, rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
-        best = values = scales = zeros = None
-        for factor in _FACTORS if self.scale == "mse" else _FACTORS[:1]:
-            s, _ = grid.fit(low * factor, high * factor)
-            s, z, found, error = _tried(rows, s, low * factor, grid, dtype)
-            if best is None or values is None or scales is None or zeros is None:
-                best, values, scales, zeros = error, found, s, z
-                continue
+    def _search(self, rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, scales as they are stored, and zero-points."""
+        low, high = rows.aminmax(dim=1, keepdim=True)
+        full, _ = grid.fit(low, high)
+        scales, zeros = _stored(full, low, grid, dtype)
+        best = _error(rows, scales, zeros, grid, dtype)
+        searched = self.scale == "mse" and grid.name != "nf4"  # NF4 is defined by its largest value
+        for place, factor in enumerate(_FACTORS[1:] if searched else ()):
+            scale, _ = grid.fit(low * factor, high * factor)
+            if place % _CHECK == 0:  # smaller scales clip more: stop where clipping alone costs more than the best
+                clipping = _clipping(rows, low * factor, high * factor, scale, grid, dtype)
+                if ((clipping > best) | (best == 0)).all():
+                    break
+            s, z = _stored(scale, low * factor, grid, dtype)
+            error = _error(rows, s, z, grid, dtype)
             better = error < best
             best = torch.where(better, error, best)
-            values, scales = torch.where(better, found, values), torch.where(better, s, scales)
-            zeros = torch.where(better, z, zeros)
-        assert best is not None
-        assert values is not None
-        assert scales is not None
-        assert zeros is not None
-        full, _ = grid.fit(low, high)
-        for step in _NEIGHBOURS:  # (7 s) / 7 may miss s by a last bit: weights on a grid get the scale that made them
-            s, z, found, error = _tried(rows, full + full * (step * torch.finfo(dtype).eps), low, grid, dtype)
-            exact = (error == 0) & (best > 0)
-            best = torch.where(exact, error, best)
-            values, scales = torch.where(exact, found, values), torch.where(exact, s, scales)
-            zeros = torch.where(exact, z, zeros)
-        return values, scales, zeros
+            scales, zeros = torch.where(better, s, scales), torch.where(better, z, zeros)
+        for candidate in _neighbours(full, grid, dtype):
+            s, z = _stored(candidate, low, grid, dtype)
+            if not ((_error(rows[:, :_PROBE], s, z, grid, dtype) == 0) & (best > 0)).any():
+                continue
+            exact = (_error(rows, s, z, grid, dtype) == 0) & (best > 0)
+            best = torch.where(exact, torch.zeros_like(best), best)
+            scales, zeros = torch.where(exact, s, scales), torch.where(exact, z, zeros)
+        return round_to_grid(rows, scales, zeros, grid), scales, zeros
 
 
-def _tried(
-    rows: Tensor, scale: Tensor, low: Tensor, grid: Grid, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scale as it is stored, zero-point, values, and squared error of the stored values, of one candidate."""
-    s = scale.to(dtype).to(rows.dtype)
-    s = torch.where(s > 0, s, torch.ones_like(s))
-    z = grid.zero_point(low, s) if grid.asymmetric else torch.zeros_like(s)
-    found = round_to_grid(rows, s, z, grid)
-    return s, z, found, (found.to(dtype) - rows).double().square().sum(1, keepdim=True)
+def group_of(precision: Precision) -> int | None:
+    """Consecutive weights that share a scale; None where a whole row does, or the format packs rows by itself.
+
+    Raises:
+        EstimatorError: where the format defines another size.
+
+    >>> group_of(Precision("mxfp4")), group_of(Precision("4")), group_of(Precision.parse("wnf4g128"))
+    (32, None, 128)
+    """
+    name, size, own = precision.weight, precision.group_size, block_size(precision.weight)
+    if size is None:
+        return own
+    if name in ggml.TYPES or (has_fixed_block(name) and size != own):
+        own = ggml.TYPES[name].size if name in ggml.TYPES else own
+        raise EstimatorError(f"{name} has blocks of {own} by definition: write w{name}, without g{size}")
+    return size
+
+
+def _blocks(flat: Tensor, size: int) -> Tensor:
+    """(N, K) cut into rows of `size`, the last ones filled up with zeros."""
+    return torch.nn.functional.pad(flat, (0, -flat.shape[1] % size)).reshape(-1, size)
+
+
+def _cast(x: Tensor, name: str) -> Tensor:
+    """Through bfloat16, float16 (saturating) or float32 and back."""
+    limit = torch.finfo(CASTS[name]).max
+    return x.clamp(-limit, limit).to(CASTS[name]).to(x.dtype)
+
+
+def _stored(scale: Tensor, low: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A scale as its dtype keeps it, and the zero-point under it.
+
+    Below the normal numbers of the dtype the scale is rounded up: there the nearest number may be 0, or clip much of the range.
+    """
+    info = torch.finfo(dtype)
+    unit = info.smallest_normal * info.eps
+    kept = torch.where(scale < info.smallest_normal, (scale / unit).ceil() * unit, scale).to(dtype).to(scale.dtype)
+    return kept, grid.zero_point(low, kept) if grid.asymmetric else torch.zeros_like(kept)
+
+
+def _error(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """(S, 1) squared error of the values as they are stored."""
+    gap = round_to_grid(rows, scale, zero, grid).to(dtype) - rows
+    return gap.double().square_().sum(1, keepdim=True)
+
+
+def _clipping(rows: Tensor, low: Tensor, high: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """(S, 1) squared error by clipping alone, at least, of this range and all inside it: elements beyond the outermost values."""
+    info = torch.finfo(dtype)
+    scale = scale.clamp(min=info.smallest_normal)
+    if grid.asymmetric:
+        margin = scale * (1 + (grid.high - grid.low) * info.eps)  # zero-point and stored scale are rounded
+        low, high = low.clamp(max=0) - margin, high.clamp(min=0) + margin
+    else:
+        high = scale * grid.high * (1 + 2 * info.eps)
+        low = -high
+    return (rows - rows.clamp(low, high)).double().square_().sum(1, keepdim=True)
+
+
+def _neighbours(full: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Scales near the full-range one, which may miss the scale of weights that lie on a grid.
+
+    (7 s) / 7 may miss s by a last bit; and the greatest codes stay unused where a stored scale came out larger than the range needs.
+    """
+    eps = torch.finfo(dtype).eps
+    levels = grid.high - grid.low
+    unused = 2 + math.ceil(levels * eps / 2) if grid.asymmetric else 1
+    for count in range(min(unused, int(levels))):
+        scale = full * (levels / (levels - count))
+        for step in ((0.0,) if count else ()) + _NEIGHBOURS:
+            yield scale + scale * (step * eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,46 +284,65 @@ class Codes:
     """A quantized weight: what is stored, and what it means.
 
     Attributes:
-        precision: the precision.
-        weight: the original, for shape and dtype.
-        rows: (S, n) the original, a row a scale.
-        rounded: (S, n) the values after rounding.
-        scales: (S, 1) scales, or None.
+        precision: its weight format and group size.
+        weight: the weight itself.
+        rounded: (S, n) values, one row a scale.
+        scales: (S, 1) scales of the grid, or a byte a block; None for casts and GGUF types.
         zeros: (S, 1) integer zero-points, or None.
-        grid: the values of the format, or None for casts and block formats.
+        grid: what the codes mean, or None.
+        tensor_scale: (1,) NVFP4's second scale, or None.
+        blocks: the bytes of a GGUF type, or None.
     """
 
     precision: Precision
     weight: Tensor
-    rows: Tensor
     rounded: Tensor
-    scales: Tensor | None
-    zeros: Tensor | None
-    grid: Grid | None
+    scales: Tensor | None = None
+    zeros: Tensor | None = None
+    grid: Grid | None = None
+    tensor_scale: Tensor | None = None
+    blocks: Tensor | None = None
 
     def values(self) -> Tensor:
-        """The dequantized weight, laid out as the original."""
-        outputs = self.weight.shape[0] if self.weight.ndim > 1 else 1
-        flat = self.rounded.reshape(outputs, -1)[:, : self.weight.numel() // outputs]
-        return flat.reshape(self.weight.shape).to(self.weight.dtype)
+        """The dequantized weight, in the weight's own shape and dtype."""
+        return self._shaped(self.rounded).to(self.weight.dtype)
 
-    def pack(self) -> "Packed":
-        """The stored bytes of an integer format: codes in a row, lowest bit first, then scales and zero-points.
+    def steps_and_zeros(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point of every element, in the shape of the weight.
 
         Raises:
-            EstimatorError: for a format without integer codes.
+            EstimatorError: for a format without scaled codes.
         """
-        if self.grid is None or self.scales is None or not self.precision.weight.isdecimal():
-            raise EstimatorError(f"only integer formats are packed here, not {self.precision.weight}")
-        bits = self.precision.weight_bits
-        zeros = self.zeros if self.zeros is not None else torch.zeros_like(self.scales)
-        codes = (self.rounded / self.scales + zeros).round().long()
-        if self.zeros is None:
-            codes = codes + (1 << (bits - 1)) if bits > 1 else (codes + 1) // 2
+        if self.scales is None:
+            raise EstimatorError(f"{self.precision.weight} has no scales apart from its codes")
+        zeros = torch.zeros_like(self.rounded) if self.zeros is None else self.zeros
+        steps = self._steps(self.scales).expand_as(self.rounded)
+        return self._shaped(steps), self._shaped(zeros.expand_as(self.rounded))
+
+    def _steps(self, scales: Tensor) -> Tensor:
+        """(S, 1) what the values of the grid are multiplied by."""
+        name = self.precision.weight
+        return scales if element_of(name) is None else block_scales(scales, self.tensor_scale, name, self.rounded.dtype)
+
+    def _shaped(self, rows: Tensor) -> Tensor:
+        """(S, n) in the shape of the weight, without padding."""
         outputs = self.weight.shape[0] if self.weight.ndim > 1 else 1
-        stored = codes.reshape(outputs, -1)[:, : self.weight.numel() // outputs].reshape(-1)  # padding is not stored
+        return rows.reshape(outputs, -1)[:, : self.weight.numel() // outputs].reshape(self.weight.shape)
+
+    def pack(self) -> "Packed":
+        """The stored bytes: codes in a row, lowest bit first, then scales and zero-points; padding of groups is not stored."""
+        name, dtype = self.precision.weight, self.weight.dtype
+        if self.blocks is not None:
+            return Packed(self.precision, dtype, _bytes_of(self.blocks))
+        if self.grid is None or self.scales is None:
+            return Packed(self.precision, dtype, _bytes_of(self.values().to(CASTS[name])))
+        kept = self.scales.to(dtype) if element_of(name) is None else self.scales
+        codes = self.grid.encode(self.rounded / self._steps(self.scales) + (0 if self.zeros is None else self.zeros))
+        bits = self.precision.weight_bits
         points = None if self.zeros is None else _pack_bits(self.zeros.reshape(-1).long(), bits)
-        return Packed(_pack_bits(stored, bits), self.scales.to(self.weight.dtype), points)
+        return Packed(
+            self.precision, dtype, _pack_bits(self._shaped(codes).reshape(-1), bits), kept, points, self.tensor_scale
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,43 +350,52 @@ class Packed:
     """The bytes of a quantized weight: the truth that `memory_bytes` is held against.
 
     Attributes:
-        codes: bit-packed codes.
-        scales: in the dtype of the weight.
+        precision: weight format and group size.
+        dtype: of the weight.
+        codes: bit-packed codes; for a GGUF type its blocks, scales included.
+        scales: in the dtype of the weight, or a byte a block; None where the codes hold all.
         zero_points: bit-packed zero-points, or None.
+        tensor_scale: NVFP4's second scale, float32, or None.
     """
 
+    precision: Precision
+    dtype: torch.dtype
     codes: bytes
-    scales: Tensor
-    zero_points: bytes | None
+    scales: Tensor | None = None
+    zero_points: bytes | None = None
+    tensor_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """All of it."""
-        return len(self.codes) + self.scales.numel() * self.scales.element_size() + len(self.zero_points or b"")
+        tensors = [tensor for tensor in (self.scales, self.tensor_scale) if tensor is not None]
+        return len(self.codes) + len(self.zero_points or b"") + sum(t.numel() * t.element_size() for t in tensors)
 
-    def unpack(self, bits: int, shape: tuple[int, ...], group_size: int | None = None) -> Tensor:
+    def unpack(self, shape: tuple[int, ...]) -> Tensor:
         """The dequantized weight from the bytes alone.
 
         Args:
-            bits: of a code.
             shape: of the weight.
-            group_size: of the scales.
         """
-        count = math.prod(shape)
-        codes = _unpack_bits(self.codes, bits, count).to(self.scales.device)
+        name = self.precision.weight
         outputs = shape[0] if len(shape) > 1 else 1
-        inner = count // outputs
-        size = group_size or (count // self.scales.numel())
-        row = torch.arange(inner, device=codes.device) // size if group_size else torch.zeros(inner, dtype=torch.long)
-        per_output = -(-inner // group_size) if group_size else (1 if self.scales.numel() > 1 else 0)
-        index = (torch.arange(outputs)[:, None] * per_output + row).reshape(-1)
-        scales = self.scales.reshape(-1).float() if self.scales.element_size() == 2 else self.scales.reshape(-1)
+        inner = math.prod(shape) // outputs
+        if self.scales is None:
+            data = torch.frombuffer(bytearray(self.codes), dtype=CASTS.get(name, torch.uint8)).reshape(outputs, -1)
+            values = data if name in CASTS else ggml.dequantize(data, name)
+            return values.reshape(shape).to(self.dtype)
+        wide = torch.promote_types(self.dtype, torch.float32)
+        element = element_of(name)
+        steps = self.scales.to(wide) if element is None else block_scales(self.scales, self.tensor_scale, name, wide)
+        grid = grid_of(element or name, self.zero_points is None)
+        bits = self.precision.weight_bits
+        values = grid.decode(_unpack_bits(self.codes, bits, outputs * inner).to(steps.device), wide)
+        size = group_of(self.precision) or inner
+        groups = torch.arange(outputs)[:, None] * -(-inner // size) + torch.arange(inner) // size
+        place = groups.reshape(-1).clamp(max=len(steps) - 1).to(steps.device)  # one scale for the tensor: place 0
         if self.zero_points is not None:
-            zeros = _unpack_bits(self.zero_points, bits, scales.numel()).to(scales.dtype)[index]
-            levels = codes - zeros
-        else:
-            levels = (codes - (1 << (bits - 1)) if bits > 1 else 2 * codes - 1).to(scales.dtype)
-        return (levels * scales[index]).reshape(shape).to(self.scales.dtype)
+            values = values - _unpack_bits(self.zero_points, bits, len(steps)).to(values)[place]
+        return (values * steps[place, 0]).reshape(shape).to(self.dtype)
 
 
 def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precision, quantizer: object) -> int:
@@ -264,37 +406,47 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
         outputs: output channels.
         dtype_bytes: of the unquantized weight, and of a scale.
         precision: its format and group size.
-        quantizer: tells symmetric and granularity, where it is a `RoundToNearest`; else symmetric, per channel.
+        quantizer: tells symmetric and granularity, where it is a `RoundToNearest` or around one; else symmetric, per channel.
+
+    Raises:
+        EstimatorError: where the format cannot hold rows of this length.
 
     >>> packed_bytes(1000, 10, 2, Precision.parse("w4g128"), RoundToNearest())   # 500 of codes, 10 scales of 2
     520
+    >>> packed_bytes(4096 * 4096, 4096, 2, Precision("q4_k"), RoundToNearest()) * 8 / 4096**2
+    4.5
     """
     name = precision.weight
     if not precision.quantizes_weight:
         return numel * dtype_bytes
-    if name in ("bf16", "fp16", "fp32"):
-        return numel * format_bits(name) // 8
-    symmetric = getattr(quantizer, "symmetric", True)
-    size = precision.group_size or block_size(name)
+    quantizer = getattr(quantizer, "quantizer", quantizer)
+    size = group_of(precision)
+    if name in ggml.TYPES:
+        ggml.check_width(numel // outputs, name)
+        return numel // ggml.TYPES[name].size * ggml.TYPES[name].nbytes
+    bits = format_bits(name)
+    codes = -(-numel * bits // 8)
+    if name in CASTS:
+        return codes
     if size is not None:
         scales = outputs * -(-(numel // outputs) // size)
     else:
         scales = outputs if getattr(quantizer, "granularity", "channel") == "channel" else 1
-    codes = -(-numel * format_bits(name) // 8)
-    if block_size(name) is not None and name != "nf4":
+    if element_of(name) is not None:
         return codes + scales + (4 if name == "nvfp4" else 0)  # one byte a block; a float32 for the tensor
-    points = -(-scales * zero_point_bits(name, symmetric) // 8)
-    return codes + scales * dtype_bytes + points
+    asymmetric = name.isdecimal() and not getattr(quantizer, "symmetric", True)
+    return codes + scales * dtype_bytes + (-(-scales * bits // 8) if asymmetric else 0)
+
+
+def _bytes_of(tensor: Tensor) -> bytes:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _pack_bits(values: Tensor, bits: int) -> bytes:
-    shifts = torch.arange(bits)
-    stream = ((values.cpu()[:, None] >> shifts) & 1).reshape(-1).to(torch.uint8)
-    stream = torch.nn.functional.pad(stream, (0, -len(stream) % 8)).reshape(-1, 8)
-    return bytes((stream << torch.arange(8, dtype=torch.uint8)).sum(1).to(torch.uint8).tolist())
+    stream = (values.cpu()[:, None] >> torch.arange(bits)) & 1
+    return np.packbits(stream.to(torch.uint8).numpy().reshape(-1), bitorder="little").tobytes()
 
 
 def _unpack_bits(data: bytes, bits: int, count: int) -> Tensor:
-    stream = torch.tensor(list(data), dtype=torch.long)
-    flat = ((stream[:, None] >> torch.arange(8)) & 1).reshape(-1)[: count * bits].reshape(count, bits)
-    return (flat << torch.arange(bits)).sum(1)
+    stream = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
+    return (torch.from_numpy(stream).reshape(count, bits).long() << torch.arange(bits)).sum(1)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
 from mpsearch.modules import canonical, storage_of, weight_of
 from mpsearch.precision import Precision
@@ -20,8 +21,9 @@ class MemoryBytes:
     """Bytes of the packed weights, scales and zero-points, and of everything that is left alone.
 
     Codes are packed without gaps and padded to whole bytes a layer; a scale has the dtype of the unquantized weight, a zero-point the bits
-    of a code. What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a weight that
-    several layers share counts once, in the first of them. Equal to the byte to `quantize.Codes.pack`.
+    of a code. A block of MX, NVFP4 and block floating point has a scale of one byte, NVFP4 a float32 more a tensor; the types of GGUF
+    have their scales inside. What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a
+    weight that several layers share counts once, in the first of them. Equal to the byte to `quantize.Codes.pack`.
 
     Attributes:
         quantizer: tells symmetric or not, and the granularity of the scales.
@@ -38,7 +40,11 @@ class MemoryBytes:
     quantizer: Any = RoundToNearest()  # noqa: RUF009 frozen
 
     def __call__(self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision]) -> Resource:
-        """Count; see `Resource`."""
+        """Count; see `Resource`.
+
+        Raises:
+            EstimatorError: where a format cannot hold the rows of a layer.
+        """
         usage = np.zeros((len(layers), len(precisions)))
         seen: set[tuple[torch.device, int, int]] = set()
         for row, layer in enumerate(layers):
@@ -48,10 +54,13 @@ class MemoryBytes:
                 continue
             seen.add(storage_of(weight_of(module)))
             outputs = weight.shape[0] if weight.ndim > 1 else 1
-            usage[row] = [
-                packed_bytes(weight.numel(), outputs, weight.element_size(), precision, self.quantizer)
-                for precision in precisions
-            ]
+            for column, precision in enumerate(precisions):
+                try:
+                    usage[row, column] = packed_bytes(
+                        weight.numel(), outputs, weight.element_size(), precision, self.quantizer
+                    )
+                except EstimatorError as error:
+                    raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
         everything = {
             storage_of(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.numel()
         }

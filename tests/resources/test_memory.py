@@ -49,18 +49,18 @@ def test_every_plan_to_the_byte(dtype, quantizer):
     assert found.reference == stored
     names = [layer.name for layer in layers]
     assert names == ["embed", "conv", "up", "mid", "head"]
+    packed, decided = {}, 0
+    for name in names[:4]:  # the head's weight is the embedding's
+        weight = canonical(model.get_submodule(name)).detach()
+        decided += weight.numel() * weight.element_size()
+        for column, option in enumerate(options):
+            whole = weight.numel() * weight.element_size()
+            packed[name, column] = quantizer.codes(weight, option).pack().nbytes if option.quantizes_weight else whole
     for columns in itertools.product(range(3), repeat=5):
         if columns[0] != columns[4]:
             continue  # one tensor has one precision
-        packed, decided = 0, 0
-        for name, column in zip(names[:4], columns[:4], strict=True):  # the head's weight is the embedding's
-            weight = canonical(model.get_submodule(name)).detach()
-            decided += weight.numel() * weight.element_size()
-            if options[column].quantizes_weight:
-                packed += quantizer.codes(weight, options[column]).pack().nbytes
-            else:
-                packed += weight.numel() * weight.element_size()
-        assert usage_of(table, torch.tensor(columns).numpy())["memory_bytes"] == packed + stored - decided
+        total = sum(packed[name, column] for name, column in zip(names[:4], columns[:4], strict=True))
+        assert usage_of(table, torch.tensor(columns).numpy())["memory_bytes"] == total + stored - decided
 
 
 def test_the_profile_counts_with_its_quantizer():
@@ -70,3 +70,26 @@ def test_the_profile_counts_with_its_quantizer():
         for q in (RoundToNearest(), RoundToNearest(symmetric=False), lambda weight, precision: weight)
     ]
     assert [table.usage["memory_bytes"][0, 0] for table in tables] == [16 + 32, 16 + 32 + 4, 16 + 32]
+
+
+@pytest.mark.parametrize("text", ["wnf4", "wnf4g3", "wfp6_e2m3g4", "wmxfp4", "wmxint8", "wnvfp4", "wbfp5g4", "wbf16"])
+def test_other_formats_to_the_byte(text):
+    model, option = Model().eval(), mps.Precision.parse(text)
+    layers = mps.layers(model, torch.tensor([[1, 2, 3, 4, 5]]))
+    found = MemoryBytes()(model, layers, [option])
+    packed = [
+        RoundToNearest().codes(canonical(model.get_submodule(layer.name)).detach(), option).pack().nbytes
+        for layer in layers
+    ]
+    packed[[layer.name for layer in layers].index("head")] = 0  # the embedding's weight
+    assert found.usage[:, 0].tolist() == packed
+
+
+def test_a_format_that_cannot_hold_a_layer_is_refused_by_name():
+    model = nn.Sequential(nn.Linear(256, 4), nn.Linear(4, 8))
+    layers = mps.layers(model, torch.ones(1, 256))
+    assert MemoryBytes()(model, layers[:1], mps.precisions("wq4_k w16")).usage.tolist() == [[4 * 144, 4 * 1024]]
+    with pytest.raises(
+        mps.EstimatorError, match=r"layer '1' at wq4_k: q4_k packs rows of a multiple of 256 weights, got 4"
+    ):
+        MemoryBytes()(model, layers, mps.precisions("wq4_k"))
