@@ -1,0 +1,110 @@
+"""Plans in the hands of other quantizers: `export.<target>(plan, model)`, and `verify`, which reads back what they did."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mpsearch.errors import ExportError, nearest
+from mpsearch.export.aimet import aimet as aimet
+from mpsearch.export.auto_round import auto_round as auto_round
+from mpsearch.export.bitsandbytes import bitsandbytes as bitsandbytes
+from mpsearch.export.brevitas import brevitas as brevitas
+from mpsearch.export.brevitas import read_brevitas as _read_brevitas
+from mpsearch.export.compressed_tensors import compressed_tensors as compressed_tensors
+from mpsearch.export.compressed_tensors import read_compressed_tensors as _read_compressed_tensors
+from mpsearch.export.exllamav3 import exllamav3 as exllamav3
+from mpsearch.export.fitting import Snapped as Snapped
+from mpsearch.export.fitting import fitted as _fitted
+from mpsearch.export.fitting import snapped as snapped
+from mpsearch.export.gguf import gguf as gguf
+from mpsearch.export.gguf import read_gguf as _read_gguf
+from mpsearch.export.gptqmodel import gptqmodel as gptqmodel
+from mpsearch.export.hqq import hqq as hqq
+from mpsearch.export.hqq import read_hqq as _read_hqq
+from mpsearch.export.llama_quantize import llama_quantize as llama_quantize
+from mpsearch.export.llm_compressor import llm_compressor as llm_compressor
+from mpsearch.export.mct import mct as mct
+from mpsearch.export.min_max import MinMax as MinMax
+from mpsearch.export.mlx import mlx as mlx
+from mpsearch.export.mlx import read_mlx as _read_mlx
+from mpsearch.export.modelopt import modelopt as modelopt
+from mpsearch.export.modelopt import read_modelopt as _read_modelopt
+from mpsearch.export.neutral import neutral as neutral
+from mpsearch.export.nncf import nncf as nncf
+from mpsearch.export.onnxruntime import onnxruntime as onnxruntime
+from mpsearch.export.onnxruntime import read_onnxruntime as _read_onnxruntime
+from mpsearch.export.onnxruntime_static import onnxruntime_static as onnxruntime_static
+from mpsearch.export.onnxruntime_static import read_onnxruntime_static as _read_onnxruntime_static
+from mpsearch.export.package import version as _version
+from mpsearch.export.pt2e import pt2e as pt2e
+from mpsearch.export.pt2e import read_pt2e as _read_pt2e
+from mpsearch.export.quanto import quanto as quanto
+from mpsearch.export.targets import TARGETS as TARGETS
+from mpsearch.export.torchao import read_torchao as _read_torchao
+from mpsearch.export.torchao import torchao as torchao
+from mpsearch.export.verification import Reader as _Reader
+from mpsearch.export.verification import Verification as Verification
+from mpsearch.export.verification import verified as _verified
+from mpsearch.plan import Plan
+
+#: Target -> `export(plan, model=None, *, snap=False, path=None, **options)`.
+EXPORTERS: dict[str, Callable[..., Any]] = {
+    "torchao": torchao,
+    "compressed-tensors": compressed_tensors,
+    "onnxruntime": onnxruntime,
+    "onnxruntime-static": onnxruntime_static,
+    "gguf": gguf,
+    "llama-quantize": llama_quantize,
+    "hqq": hqq,
+    "mlx": mlx,
+    "pt2e": pt2e,
+    "brevitas": brevitas,
+    "gptqmodel": gptqmodel,
+    "auto-round": auto_round,
+    "exllamav3": exllamav3,
+    "llm-compressor": llm_compressor,
+    "aimet": aimet,
+    "mct": mct,
+    "modelopt": modelopt,
+    "nncf": nncf,
+    "quanto": quanto,
+    "bitsandbytes": bitsandbytes,
+    "neutral": neutral,
+}
+#: Target -> its package, and what carries a plan out with it and reads it back.
+READERS: dict[str, tuple[str, _Reader]] = {
+    "torchao": ("torchao", _read_torchao),
+    "compressed-tensors": ("compressed-tensors", _read_compressed_tensors),
+    "onnxruntime": ("onnxruntime", _read_onnxruntime),
+    "onnxruntime-static": ("onnxruntime", _read_onnxruntime_static),
+    "gguf": ("gguf", _read_gguf),
+    "hqq": ("hqq", _read_hqq),
+    "mlx": ("mlx", _read_mlx),
+    "pt2e": ("torchao", _read_pt2e),
+    "brevitas": ("brevitas", _read_brevitas),
+    "modelopt": ("nvidia-modelopt", _read_modelopt),
+}
+
+
+def verify(plan: Plan, model: nn.Module, target: str, **options: Any) -> Verification:
+    """Carry a plan out with the real tool on a copy of the model, read the result back, and compare layer by layer.
+
+    Args:
+        plan: as it goes to the exporter (snap it before).
+        model: left as it is.
+        target: a name in `READERS`.
+        options: of the exporter.
+
+    Returns:
+        What was found of each layer; all of it agrees with the plan.
+
+    Raises:
+        ExportError: where anything differs: coverage, precision, code range, bytes, values.
+        MissingPackage: without the tool.
+    """
+    if target not in READERS:
+        raise ExportError(f"{target!r} cannot be verified here{nearest(target, READERS)}")
+    distribution, read = READERS[target]
+    plan = _fitted(plan, model, target, fused={})
+    return _verified(target, _version(distribution), read, plan, model, **options)

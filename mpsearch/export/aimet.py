@@ -1,0 +1,66 @@
+"""AIMET: encodings of parameters."""
+
+import json
+import os
+from typing import Any
+
+from torch import nn
+
+from mpsearch.errors import ExportError
+from mpsearch.export.fitting import fitted
+from mpsearch.export.verification import REFERENCE
+from mpsearch.files import write_atomically
+from mpsearch.modules import canonical
+from mpsearch.plan import Plan
+from mpsearch.quantize import RoundToNearest
+
+
+def aimet(
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    snap: bool = False,
+    path: str | os.PathLike[str] | None = None,
+    quantizer: RoundToNearest = REFERENCE,
+) -> dict[str, Any]:
+    """Encodings for `QuantizationSimModel.load_encodings(path, strict=True)`: a scale for each output channel (AIMET 2.42).
+
+    Integers of 2 to 16 bits; the scales are those of `quantizer`. An encoding holds min = s offset and max = min + (2^b - 1) s, with
+    offset = -2^(b-1).
+
+    Args:
+        plan: the plan.
+        model: its weights give the scales.
+        snap: move what cannot be expressed to the nearest instead of refusing it.
+        path: also write the encodings there, as JSON.
+        quantizer: of the weights; symmetric, a scale a channel.
+
+    Raises:
+        ExportError: for what cannot be expressed, or without a model.
+    """
+    if model is None or not quantizer.symmetric or quantizer.granularity != "channel":
+        raise ExportError("aimet needs the model, whose weights give the scales: symmetric, one an output channel")
+    plan = fitted(plan, model, "aimet", snap=snap)
+    encodings = {}
+    for name, precision in plan.items():
+        if not precision.quantizes_weight:
+            continue
+        scales = quantizer.codes(canonical(model.get_submodule(name)).detach(), precision).scales
+        assert scales is not None
+        least, levels = -(1 << (precision.weight_bits - 1)), (1 << precision.weight_bits) - 1
+        encodings[f"{name}.weight"] = [
+            {
+                "bitwidth": precision.weight_bits,
+                "dtype": "int",
+                "is_symmetric": "True",
+                "min": scale * least,
+                "max": scale * (least + levels),
+                "scale": scale,
+                "offset": least,
+            }
+            for scale in scales.reshape(-1).tolist()
+        ]
+    content = {"version": "0.6.1", "activation_encodings": {}, "param_encodings": encodings}
+    if path is not None:
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return content

@@ -1,0 +1,60 @@
+"""AutoRound: its `layer_config`."""
+
+import json
+import os
+from typing import Any
+
+from torch import nn
+
+from mpsearch.errors import ExportError
+from mpsearch.export.fitting import fitted
+from mpsearch.files import write_atomically
+from mpsearch.plan import Plan
+
+
+def auto_round(
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    snap: bool = False,
+    path: str | os.PathLike[str] | None = None,
+    vllm: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """`layer_config` of `auto_round.AutoRound`, by full names (auto-round 0.16).
+
+    Names are not escaped: AutoRound escapes them itself. Layers of the model that the plan leaves alone are set to 16 bits.
+
+    Args:
+        plan: the plan.
+        model: checks names and shapes; its other linear layers are listed at 16 bits.
+        snap: move what cannot be expressed to the nearest instead of refusing it.
+        path: also write it there, as JSON.
+        vllm: hold layers that vLLM fuses to one precision.
+
+    Returns:
+        Layer -> `bits` (2 to 8, or 16), `group_size` (-1 = a scale a channel), `sym`.
+
+    Raises:
+        ExportError: for what cannot be expressed; also for `lm_head`, which AutoRound reports at its bits but writes in float.
+
+    >>> from mpsearch import Precision
+    >>> auto_round(Plan({"fc": Precision("4", "16", 32), "out": Precision("16")}))
+    {'fc': {'bits': 4, 'group_size': 32, 'sym': True}, 'out': {'bits': 16}}
+    """
+    plan = fitted(plan, model, "auto-round", snap=snap, fused=None if vllm else {})
+    for name, precision in plan.items():
+        if precision.quantizes_weight and name.rpartition(".")[2] == "lm_head":
+            raise ExportError(
+                f"auto-round cannot express {precision} for {name!r}: it writes that layer in float; plan w16"
+            )
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if model else []
+    content: dict[str, dict[str, Any]] = {
+        name: {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True}
+        if precision.quantizes_weight
+        else {"bits": 16}
+        for name, precision in plan.items()
+    }
+    content |= {name: {"bits": 16} for name in linear if name not in plan}
+    if path is not None:
+        write_atomically(path, json.dumps(content, indent=1) + "\n")
+    return content

@@ -1,0 +1,158 @@
+"""compressed-tensors: the checkpoint format that vLLM reads."""
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from mpsearch.errors import ExportError
+from mpsearch.export.fitting import fitted, group_size
+from mpsearch.export.package import package
+from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.files import write_atomically
+from mpsearch.plan import Plan
+from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest
+
+
+def compressed_tensors(
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    snap: bool = False,
+    path: str | os.PathLike[str] | None = None,
+    vllm: bool = True,
+    quantizer: RoundToNearest = REFERENCE,
+) -> Any:
+    """`QuantizationConfig` with a group for every precision, targets by exact and disjoint names (compressed-tensors 0.20).
+
+    Symmetric integers of 2 to 8 bits, a scale an output channel or group; `w8a8` is int8 with a scale a token. The codes in the
+    folder are those of `quantizer`, so what vLLM runs is bit for bit what `evaluate` measured.
+
+    Args:
+        plan: the plan.
+        model: checks names, shapes and shared weights; its other linear layers are listed as ignored.
+        snap: move what cannot be expressed to the nearest instead of refusing it.
+        path: also write there: a folder with the compressed weights and `config.json`, where there is a model; the model stays
+            as it is. Without a model, the configuration as JSON.
+        vllm: hold q/k/v, gate/up and experts, which vLLM fuses, to one precision.
+        quantizer: of the weights in the folder; symmetric, a scale a channel.
+
+    Returns:
+        `compressed_tensors.quantization.QuantizationConfig`.
+
+    Raises:
+        ExportError: for what cannot be expressed.
+        MissingPackage: without compressed-tensors.
+    """
+    if not quantizer.symmetric or quantizer.granularity != "channel":
+        raise ExportError("compressed-tensors is written with symmetric codes and a scale a channel or group")
+    plan = fitted(plan, model, "compressed-tensors", snap=snap, fused=None if vllm else {})
+    config = _config(plan, model)
+    if path is not None and model is None:
+        write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
+    elif path is not None and model is not None:
+        _save(_compressed(plan, copy.deepcopy(model), config, quantizer), Path(path))
+    return config
+
+
+def read_compressed_tensors(
+    plan: Plan, model: nn.Module, *, quantizer: RoundToNearest = REFERENCE
+) -> dict[str, Stored]:
+    """Compress the model; every layer whose weight lies packed in its state."""
+    helpers = package("compressed_tensors.compressors", "compressed-tensors")
+    originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    _compressed(plan, model, _config(plan, model), quantizer)
+    found = {}
+    for name, original in originals.items():
+        module: Any = model.get_submodule(name)
+        state = {key: value.detach() for key, value in module.state_dict().items()}
+        if "weight_scale" not in state:
+            continue
+        scheme = module.quantization_scheme
+        bits, scale = scheme.weights.num_bits, state["weight_scale"]
+        if "weight_packed" in state:
+            codes = helpers.unpack_from_int32(state["weight_packed"], bits, torch.Size(state["weight_shape"].tolist()))
+            size = state["weight_packed"].numel() * 4
+            expected = -(-original.shape[1] * bits // 32) * 4 * original.shape[0]
+        else:
+            codes, size, expected = state["weight"], state["weight"].numel(), original.numel()
+        group = group_size(
+            original.shape[1] // scale.shape[1], original.shape[1], plan.layers.get(name, Precision("16"))
+        )
+        activation = "16" if scheme.input_activations is None else str(scheme.input_activations.num_bits)
+        precision = Precision(str(bits), activation, group)
+        values = (codes.reshape(scale.numel(), -1).to(scale.dtype) * scale.reshape(-1, 1)).reshape(original.shape)
+        bytes_of_scales = scale.numel() * original.element_size()
+        found[name] = Stored(
+            precision,
+            values,
+            codes,
+            size + scale.numel() * scale.element_size(),
+            expected + bytes_of_scales,
+            quantizer(original, precision),
+        )
+    return found
+
+
+def config_groups(plan: Plan, model: nn.Module | None) -> dict[str, Any]:
+    """`config_groups`, one for every precision, and `ignore`, as plain data."""
+    names: dict[Precision, list[str]] = {}
+    for name, precision in plan.items():
+        if precision.quantizes_weight:
+            names.setdefault(precision, []).append(name)
+    common = {"type": "int", "symmetric": True}
+    groups: dict[str, Any] = {}
+    for precision, targets in sorted(names.items(), key=lambda item: str(item[0])):
+        size = precision.group_size
+        scales = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
+        groups[f"group_{precision}"] = {
+            "targets": targets,
+            "weights": {"num_bits": precision.weight_bits, **common, **scales},
+        }
+        if precision.quantizes_activation:
+            inputs = {"num_bits": precision.activation_bits, **common, "strategy": "token", "dynamic": True}
+            groups[f"group_{precision}"]["input_activations"] = inputs
+    quantized = {name for targets in names.values() for name in targets}
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if model else list(plan)
+    ignored = [name for name in linear if name not in quantized]  # vLLM refuses a linear layer that is in neither list
+    return {"config_groups": groups, "ignore": ignored}
+
+
+def _config(plan: Plan, model: nn.Module | None) -> Any:
+    quantization = package("compressed_tensors.quantization", "compressed-tensors")
+    return quantization.QuantizationConfig.model_validate(config_groups(plan, model))
+
+
+def _compressed(plan: Plan, model: nn.Module, config: Any, quantizer: RoundToNearest) -> nn.Module:
+    """Compress a model in place."""
+    quantization = package("compressed_tensors.quantization", "compressed-tensors")
+    quantization.apply_quantization_config(model, config)
+    for name, precision in plan.items():
+        if precision.quantizes_weight:
+            module: Any = model.get_submodule(name)
+            codes = quantizer.codes(module.weight.detach(), precision)
+            assert codes.scales is not None
+            module.weight_scale.data.copy_(codes.scales.reshape(module.weight_scale.shape))
+            # compressing clips at -2^(b-1), the quantizer one code above; in half precision, it would round a second time
+            module.weight = nn.Parameter(codes.rounded.reshape(module.weight.shape), requires_grad=False)
+    compressor = package("compressed_tensors.compressors", "compressed-tensors").ModelCompressor
+    compressor.from_pretrained_model(model).compress_model(model)
+    return model
+
+
+def _save(model: nn.Module, folder: Path) -> None:
+    """A folder in the layout of transformers."""
+    compressor = package("compressed_tensors.compressors", "compressed-tensors").ModelCompressor
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "save_pretrained"):
+        cast(Any, model).save_pretrained(folder)
+    else:
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        package("safetensors.torch", "compressed-tensors").save_file(state, folder / "model.safetensors")
+        write_atomically(folder / "config.json", "{}\n")
+    compressor.from_pretrained_model(model).update_config(folder)

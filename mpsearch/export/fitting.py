@@ -1,0 +1,251 @@
+"""The door of every exporter: a plan checked against a model and a target, and moved to what the target has."""
+
+import math
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from mpsearch import ggml
+from mpsearch.errors import EstimatorError, ExportError, nearest
+from mpsearch.export.targets import TARGETS, Target
+from mpsearch.layer import Layer
+from mpsearch.modules import canonical, kind_of, storage_of, weight_of
+from mpsearch.plan import Plan
+from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest, packed_bytes
+
+_EXPERT = re.compile(r"(?<=\bexperts)\.\d+\b")  # the experts of a layer are one matrix
+
+
+@dataclass(frozen=True)
+class Snapped:
+    """A plan moved to what a target can express.
+
+    Attributes:
+        plan: the new plan; its usage holds what can be recomputed, `memory_bytes`, where the old plan told it.
+        changes: layer -> precision before, precision after, why.
+        target: the target.
+    """
+
+    plan: Plan
+    changes: Mapping[str, tuple[Precision, Precision, str]]
+    target: str
+
+    def __str__(self) -> str:
+        if not self.changes:
+            return f"{self.target} expresses the plan as it is"
+        lines = [f"{name}: {before} -> {after}" for name, (before, after, _) in self.changes.items()]
+        used = self.plan.usage.get("memory_bytes")
+        tail = "" if used is None else f"; memory_bytes is now {used:.0f}"
+        return f"{len(lines)} of {len(self.plan)} layers moved to what {self.target} has: {', '.join(lines)}{tail}"
+
+
+#: Name of the joined matrix -> last parts of the names of the layers in it.
+Fused = Mapping[str, tuple[str, ...]]
+
+
+def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = False, fused: Fused | None = None) -> Plan:
+    """The plan, once it is certain that the target carries it out as it stands.
+
+    Args:
+        plan: any plan.
+        model: the model; without it, only what the plan alone tells is checked.
+        target: a name in `TARGETS`.
+        snap: move what the target cannot express instead of refusing it, and say so in a warning.
+        fused: layers that must agree, being joined at run time; by default the target's.
+
+    Raises:
+        ExportError: with layer, precision and what the target can.
+    """
+    if snap:
+        found = snapped(plan, model, target, fused=fused)
+        if found.changes:
+            warnings.warn(str(found), stacklevel=3)
+        return found.plan
+    layers = described(plan, model)
+    for layer in layers.values():
+        reason = TARGETS[target].refusal(layer, plan[layer.name])
+        if reason:
+            raise ExportError(f"{reason}; snap=True moves it to the nearest")
+    for title, names in joined(plan, model, TARGETS[target].fused if fused is None else fused):
+        if len({_effect(plan, name) for name in names}) > 1:
+            told = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
+            raise ExportError(f"{target} needs one precision for layers that {title}: {told}")
+    return plan
+
+
+def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | None = None) -> Snapped:
+    """The nearest plan that the target can express, every layer (or group of joined layers) at no more bytes.
+
+    Nearest in weight bits, then in the weight's format, then in activation bits, then in group size. Bytes are those of the reference
+    quantizer: packed codes and scales.
+
+    Args:
+        plan: any plan.
+        model: its layers' shapes tell the bytes.
+        target: a name in `TARGETS`.
+        fused: layers that move together, being joined at run time; by default the target's.
+
+    Raises:
+        ExportError: without a model, or where nothing that the target has is small enough.
+    """
+    if model is None:
+        raise ExportError("snap=True needs the model: bytes depend on the shapes of its layers")
+    layers = described(plan, model)
+    groups = joined(plan, model, TARGETS[target].fused if fused is None else fused)
+    grouped = {name for _, names in groups for name in names}
+    units = [tuple(n for n in names if n in plan) for _, names in groups] + [(n,) for n in plan if n not in grouped]
+    partial = {name for _, names in groups for name in names if name not in plan}
+    moved: dict[str, Precision] = {}
+    for unit in units:
+        moved.update(dict.fromkeys(unit, _nearest([layers[name] for name in unit], plan, TARGETS[target])))
+    for title, names in groups:
+        stray = [name for name in names if name in partial]
+        if stray and any(_effect(Plan(moved), name) for name in names):
+            raise ExportError(
+                f"{target} needs one precision for layers that {title}; the plan leaves {stray[0]!r} alone"
+            )
+    changes = {
+        name: (plan[name], moved[name], TARGETS[target].refusal(layers[name], plan[name]) or "joined layers agree")
+        for name in plan
+        if moved[name] != plan[name]
+    }
+    if not changes:
+        return Snapped(plan, {}, target)
+    usage = {}
+    if "memory_bytes" in plan.usage:
+        saved = sum(
+            _bytes(layers[name], before) - _bytes(layers[name], after) for name, (before, after, _) in changes.items()
+        )
+        usage["memory_bytes"] = plan.usage["memory_bytes"] - saved
+    origin = {
+        **plan.origin,
+        "snapped": {"target": target, "from": {name: str(b) for name, (b, _, _) in changes.items()}},
+    }
+    return Snapped(
+        replace(plan, layers={n: moved[n] for n in plan}, predicted={}, usage=usage, origin=origin), changes, target
+    )
+
+
+def described(plan: Plan, model: nn.Module | None) -> dict[str, Layer]:
+    """Kind and weight shape of every layer of a plan, from the model.
+
+    Raises:
+        ExportError: for a name that is no quantizable layer of the model.
+    """
+    if model is None:
+        return {name: Layer(name) for name in plan}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    known = [name for name, module in modules.items() if kind_of(module) is not None]
+    found = {}
+    for name in plan:
+        kind = kind_of(modules[name]) if name in modules else None
+        if kind is None:
+            raise ExportError(
+                f"the plan names {name!r}, which is no quantizable layer of the model{nearest(name, known)}"
+            )
+        weight = canonical(modules[name])
+        if kind == "linear" and not isinstance(modules[name], nn.Linear):
+            kind = "transposed linear"  # GPT-2's Conv1D, which other tools do not know
+        dtype = str(weight.dtype).removeprefix("torch.")
+        found[name] = Layer(name, kind, tuple(weight.shape), dtype=dtype)
+    return found
+
+
+def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str, tuple[str, ...]]]:
+    """Layers that must share a precision: why, and their names, whether the plan names them or not.
+
+    Args:
+        plan: some of their names.
+        model: finds shared weights, and members that the plan does not name.
+        fused: what is joined at run time.
+    """
+    names = list(plan)
+    found: list[tuple[str, tuple[str, ...]]] = []
+    if model is not None:
+        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if kind_of(m) is not None}
+        names = list(modules)
+        holders: dict[tuple[torch.device, int, int], list[str]] = {}
+        for name, module in modules.items():
+            holders.setdefault(storage_of(weight_of(module)), []).append(name)
+        found += [("share a weight", tuple(tied)) for tied in holders.values() if len(tied) > 1]
+    found += [
+        ("are fused at run time", members) for members in _fused_members(names, fused).values() if len(members) > 1
+    ]
+    return [(title, group) for title, group in found if any(name in plan for name in group)]
+
+
+def fused_names(plan: Plan, fused: Fused) -> dict[str, tuple[str, ...]]:
+    """Full name of every joined matrix -> the layers of the plan in it.
+
+    >>> plan = Plan({"a.q_proj": Precision("4"), "a.k_proj": Precision("4"), "a.o_proj": Precision("4")})
+    >>> fused_names(plan, {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
+    {'a.qkv_proj': ('a.q_proj', 'a.k_proj')}
+    """
+    return {f"{parent}.{title}".lstrip("."): names for (parent, title), names in _fused_members(plan, fused).items()}
+
+
+def _fused_members(names: Iterable[str], fused: Fused) -> dict[tuple[str, str], tuple[str, ...]]:
+    members: dict[tuple[str, str], tuple[str, ...]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for title, parts in fused.items():
+            if last in parts:
+                key = (_EXPERT.sub("", parent), title)
+                members[key] = (*members.get(key, ()), name)
+    return members
+
+
+def group_size(found: int, columns: int, planned: Precision) -> int | None:
+    """A group as wide as the weight and a scale an output channel are the same thing: as the plan writes it."""
+    return planned.group_size if found == columns and planned.group_size in (None, columns) else found
+
+
+def _effect(plan: Plan, name: str) -> Precision | None:
+    """The precision; None where the layer is left alone, by name or by not being named."""
+    precision = plan[name] if name in plan else Precision("16")
+    return precision if precision.quantizes_weight or precision.quantizes_activation else None
+
+
+def _bytes(layer: Layer, precision: Precision) -> int:
+    outputs = layer.weight_shape[0] if len(layer.weight_shape) > 1 else 1
+    try:
+        return packed_bytes(layer.numel, outputs, layer.dtype_bytes, precision, RoundToNearest())
+    except EstimatorError:  # a block type on rows that it cannot hold: what as many whole blocks take
+        block = ggml.TYPES[precision.weight]
+        return -(-layer.numel * block.nbytes // block.size)
+
+
+def _nearest(layers: Sequence[Layer], plan: Plan, target: Target) -> Precision:
+    """The precision that all of the layers can have, nearest to theirs at no more bytes in all."""
+    wanted = [plan[layer.name] for layer in layers]
+    if len(set(wanted)) == 1 and not any(target.refusal(layer, p) for layer, p in zip(layers, wanted, strict=True)):
+        return wanted[0]
+    sizes = {precision.group_size for precision in wanted}
+    offers = set.intersection(*(target.offers(layer, sizes) for layer in layers))
+    limit = sum(_bytes(layer, p) for layer, p in zip(layers, wanted, strict=True))
+    fitting = [p for p in offers if sum(_bytes(layer, p) for layer in layers) <= limit]
+    if not fitting:
+        names = ", ".join(repr(layer.name) for layer in layers)
+        raise ExportError(f"nothing that {target.name} has for {names} takes at most the {limit} bytes of {wanted[0]}")
+
+    def distance(precision: Precision) -> tuple[float, ...]:
+        own = list(zip(layers, wanted, strict=True))
+        return (
+            sum(abs(precision.weight_bits - p.weight_bits) for p in wanted),
+            sum(precision.weight != p.weight for p in wanted),
+            sum(abs(precision.activation_bits - p.activation_bits) for p in wanted),
+            sum(precision.activation != p.activation for p in wanted),
+            sum(abs(_log_size(layer, precision) - _log_size(layer, p)) for layer, p in own),
+            sum(precision.group_size != p.group_size for p in wanted),
+        )
+
+    return min(fitting, key=lambda precision: (distance(precision), str(precision)))
+
+
+def _log_size(layer: Layer, precision: Precision) -> float:
+    return math.log2(precision.group_size or max(1, layer.numel // layer.weight_shape[0]))

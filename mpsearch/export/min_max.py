@@ -1,0 +1,42 @@
+"""Rounding between the least and the greatest weight, operation for operation as torchao does it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mpsearch.precision import Precision
+
+
+@dataclass(frozen=True)
+class MinMax:
+    """The quantizer of torchao's `IntxWeightOnlyConfig`, so that `evaluate` measures what torchao will run.
+
+    Codes are -2^(b-1) .. 2^(b-1)-1. Asymmetric: s = (max - min) / (2^b - 1) with the range widened to contain 0, and
+    z = -2^(b-1) - round(min / s); symmetric: s = 2 max|w| / (2^b - 1) and z = 0, so that the greatest weight is clipped.
+    w' = s (clip(round(w (1/s)) + z) - z), in the dtype of the weight; s is at least its smallest normal number.
+
+    Attributes:
+        symmetric: no zero-point.
+
+    >>> MinMax()(torch.tensor([[-1.0, 0.4, 2.0]]), Precision("2"))
+    tensor([[-1.,  0.,  2.]])
+    """
+
+    symmetric: bool = False
+
+    def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
+        """The weight after quantization and back; (out, ...), same shape, dtype and device."""
+        bits = precision.weight_bits
+        least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+        rows = weight.reshape(-1, precision.group_size or weight[0].numel())
+        low, high = rows.amin(1, keepdim=True).clamp(max=0), rows.amax(1, keepdim=True).clamp(min=0)
+        tiny = torch.finfo(weight.dtype).smallest_normal
+        if self.symmetric:
+            scale = (torch.maximum(-low, high) / (float(most - least) / 2)).clamp(min=tiny)
+            zero = torch.zeros_like(scale)
+        else:
+            scale = ((high - low) / float(most - least)).clamp(min=tiny)
+            zero = (least - (low / scale).round()).clamp(least, most)
+        codes = ((rows * (1.0 / scale)).round() + zero).clamp(least, most)
+        return ((codes - zero) * scale).reshape(weight.shape)

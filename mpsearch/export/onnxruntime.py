@@ -1,0 +1,170 @@
+"""ONNX Runtime: an ONNX model whose linear layers are products with weights of 2, 4 or 8 bits."""
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mpsearch.errors import ExportError
+from mpsearch.export.fitting import fitted
+from mpsearch.export.onnx_graph import layer_nodes
+from mpsearch.export.package import package
+from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.files import write_atomically
+from mpsearch.model import Batch
+from mpsearch.modules import weight_of
+from mpsearch.plan import Plan
+from mpsearch.precision import Precision
+from mpsearch.quantize import Codes, RoundToNearest
+
+_EXTRA = "onnxruntime"
+
+
+def onnxruntime(
+    plan: Plan,
+    model: nn.Module | None = None,
+    *,
+    example: Batch,
+    snap: bool = False,
+    path: str | os.PathLike[str] | None = None,
+    dynamic_shapes: Any = None,
+    accuracy_level: int = 0,
+    quantizer: RoundToNearest = REFERENCE,
+) -> Any:
+    """An ONNX model whose linear layers are MatMulNBits nodes, which `onnxruntime.InferenceSession` runs (1.31).
+
+    Integers of 2, 4 or 8 bits in groups. The codes are those of `quantizer`, so what runs is what `evaluate` measured. A
+    quantized node is called after its layer.
+
+    Args:
+        plan: the plan.
+        model: in evaluation mode; it stays as it is.
+        example: one batch, to trace the model.
+        snap: move what cannot be expressed to the nearest instead of refusing it.
+        path: also write the model there.
+        dynamic_shapes: of `torch.onnx.export`; by default the shapes of the example are fixed.
+        accuracy_level: of MatMulNBits; 0 computes in float, 4 rounds the inputs to int8 and is several times faster.
+        quantizer: of the weights; symmetric or not, a scale a group.
+
+    Returns:
+        `onnx.ModelProto`.
+
+    Raises:
+        ExportError: for what cannot be expressed, or a layer that the traced graph does not hold.
+        MissingPackage: without onnxruntime, onnx or onnxscript.
+    """
+    if model is None:
+        raise ExportError("onnxruntime needs the model: what it writes is the model itself")
+    plan = fitted(plan, model, "onnxruntime", snap=snap)
+    traced, nodes = layer_nodes(plan, model, example, dynamic_shapes)
+    graph = traced.graph
+    for name, found in nodes.items():
+        weight = weight_of(model.get_submodule(name)).detach()
+        inputs = _constants(graph, name, quantizer.codes(weight, plan[name]))
+        settings = {"K": weight.shape[1], "N": weight.shape[0], "bits": plan[name].weight_bits}
+        settings |= {"block_size": plan[name].group_size or weight.shape[1], "accuracy_level": accuracy_level}
+        for number, traced_node in enumerate(found):
+            node = traced_node if traced_node.op_type == "MatMul" else _without_bias(graph, traced_node)
+            product = package("onnx.helper", _EXTRA).make_node(
+                "MatMulNBits",
+                [node.input[0], *inputs],
+                list(node.output),
+                name=f"{name}/{number}",
+                domain="com.microsoft",
+                **settings,
+            )
+            place = list(graph.node).index(node)
+            graph.node.remove(node)
+            graph.node.insert(place, product)
+    used = {key for node in graph.node for key in node.input} | {output.name for output in graph.output}
+    for tensor in [tensor for tensor in graph.initializer if tensor.name not in used]:
+        graph.initializer.remove(tensor)
+    traced.opset_import.append(package("onnx.helper", _EXTRA).make_opsetid("com.microsoft", 1))
+    if path is not None:
+        write_atomically(path, traced.SerializeToString())
+    return traced
+
+
+def read_onnxruntime(
+    plan: Plan,
+    model: nn.Module,
+    *,
+    example: Batch,
+    quantizer: RoundToNearest = REFERENCE,
+    **options: Any,
+) -> dict[str, Stored]:
+    """Write the model, start a session with it, and unpack the codes of every MatMulNBits node."""
+    graph = onnxruntime(plan, model, example=example, quantizer=quantizer, **options)
+    package("onnxruntime", _EXTRA).InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    numpy_helper = package("onnx.numpy_helper", _EXTRA)
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
+    found = {}
+    for node in graph.graph.node:
+        if node.op_type != "MatMulNBits":
+            continue
+        name = node.name.rpartition("/")[0]
+        settings = {attribute.name: attribute.i for attribute in node.attribute}
+        bits, size, rows, columns = (settings[key] for key in ("bits", "block_size", "N", "K"))
+        packed, scales, *points = (constants[key] for key in node.input[1:])
+        groups = columns // size
+        codes = _unpacked(packed.reshape(rows, -1), bits, columns).reshape(rows, groups, size)
+        zeros = _unpacked(points[0].reshape(rows, -1), bits, groups)[..., None] if points else 1 << (bits - 1)
+        values = (codes - zeros) * torch.from_numpy(scales).reshape(rows, groups, 1)
+        precision = Precision(str(bits), "16", size)
+        weight = weight_of(model.get_submodule(name)).detach()
+        size_of_zeros = 0 if quantizer.symmetric else rows * -(-groups * bits // 8)
+        found[name] = Stored(
+            precision,
+            values.reshape(weight.shape),
+            codes,
+            packed.nbytes + scales.nbytes + sum(part.nbytes for part in points),
+            rows * columns * bits // 8 + rows * groups * scales.itemsize + size_of_zeros,
+            quantizer(weight, precision),
+        )
+    return found
+
+
+def _constants(graph: Any, name: str, codes: Codes) -> list[str]:
+    """Add packed codes, scales and zero-points of a layer to the graph: their names."""
+    from_array = package("onnx.numpy_helper", _EXTRA).from_array
+    bits, rows = codes.precision.weight_bits, codes.weight.shape[0]
+    assert codes.scales is not None
+    half = 1 << (bits - 1)
+    levels = (codes.rounded / codes.scales).round() + (half if codes.zeros is None else codes.zeros)
+    groups = len(codes.scales) // rows
+    parts = {
+        "codes": _packed(levels.reshape(rows, -1), bits).reshape(rows, groups, -1),
+        "scales": codes.scales.to(codes.weight.dtype).reshape(rows, groups).numpy(),
+    }
+    if codes.zeros is not None:
+        parts["zero_points"] = _packed(codes.zeros.reshape(rows, -1), bits)
+    graph.initializer.extend(from_array(value, f"{name}.{key}") for key, value in parts.items())
+    return [f"{name}.{key}" for key in parts]
+
+
+def _packed(codes: Tensor, bits: int) -> np.ndarray[Any, Any]:
+    """Codes of each row in bytes, lowest bits first."""
+    padded = functional.pad(codes, (0, -codes.shape[1] % (8 // bits))).numpy().astype(np.uint8)
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)
+    return np.asarray(np.bitwise_or.reduce(padded.reshape(len(codes), -1, 8 // bits) << shifts, axis=2))
+
+
+def _unpacked(packed: np.ndarray[Any, Any], bits: int, count: int) -> Tensor:
+    shifts = np.arange(0, 8, bits)
+    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
+    return torch.from_numpy(codes.reshape(len(packed), -1)[:, :count].astype(np.int32))
+
+
+def _without_bias(graph: Any, node: Any) -> Any:
+    """A Gemm as a product, which is returned, and an addition where it has a bias."""
+    helper = package("onnx.helper", _EXTRA)
+    place, (output,), bias = list(graph.node).index(node), node.output, list(node.input[2:])
+    product = f"{output} unbiased" if bias else output
+    graph.node.remove(node)
+    graph.node.insert(place, helper.make_node("MatMul", node.input[:2], [product]))
+    if bias:
+        graph.node.insert(place + 1, helper.make_node("Add", [product, *bias], [output]))
+    return graph.node[place]

@@ -1,0 +1,30 @@
+"""Optional packages, loaded when an exporter needs them."""
+
+import importlib
+import importlib.metadata
+from typing import Any
+
+from mpsearch.errors import MissingPackage
+
+
+def package(module: str, extra: str) -> Any:
+    """A module of an optional package.
+
+    Args:
+        module: its import name.
+        extra: the extra of mpsearch that brings it.
+
+    Raises:
+        MissingPackage: where it cannot be imported.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPackage(
+            f"{module} cannot be imported ({error}); pip install 'mpsearch[{extra}]' brings it"
+        ) from None
+
+
+def version(distribution: str) -> str:
+    """Version of an installed distribution."""
+    return importlib.metadata.version(distribution)

@@ -1,0 +1,188 @@
+"""What each target carries out: one table, read by the exporters and by the search."""
+
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from mpsearch.layer import Layer
+from mpsearch.precision import Precision
+
+#: Group sizes that kernels are written for; a target that takes any size is offered these when a plan is snapped.
+USUAL_GROUPS = (16, 32, 64, 128, 256)
+#: Layers that vLLM and its kin fuse into one matrix at run time: its name -> the last parts of their names.
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "w13": ("w1", "w3"),
+    "qkv": ("query", "key", "value"),
+    "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
+}
+_ANY = range(1, 1 << 31)
+
+
+def integers(low: int, high: int) -> tuple[str, ...]:
+    """Integer formats of `low` to `high` bits.
+
+    >>> integers(2, 4)
+    ('2', '3', '4')
+    """
+    return tuple(str(bits) for bits in range(low, high + 1))
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Precisions that a target carries out on some kinds of layer, every combination of its parts.
+
+    Attributes:
+        weights: number formats of the weight.
+        activations: number formats of the input; `"16"` = left alone.
+        per_channel: one scale an output channel is possible.
+        group_sizes: that are possible; a group must divide the columns.
+        kinds: kinds of layer, as in `Layer.kind`.
+        columns: the columns of the weight must be a multiple of it.
+        pointwise: of convolutions, only those with a kernel of one position.
+    """
+
+    weights: tuple[str, ...]
+    activations: tuple[str, ...] = ("16",)
+    per_channel: bool = True
+    group_sizes: Container[int] = ()
+    kinds: tuple[str, ...] = ("linear",)
+    columns: int = 1
+    pointwise: bool = False
+
+    def takes_group(self, size: int | None) -> bool:
+        """True where there is such a group size; None = a scale an output channel."""
+        return self.per_channel if size is None else size in self.group_sizes
+
+    def fits(self, layer: Layer, size: int | None) -> bool:
+        """True where the columns of the layer divide into groups and blocks; unknown shapes do."""
+        if len(layer.weight_shape) < 2:
+            return True
+        if self.pointwise and any(side > 1 for side in layer.weight_shape[2:]):
+            return False
+        columns = layer.weight_shape[1]
+        return columns % self.columns == 0 and columns % (size or 1) == 0
+
+    def precisions(self, layer: Layer, sizes: set[int | None]) -> Iterator[Precision]:
+        """What it offers a layer, with these group sizes and the usual ones."""
+        for size in [None, *sorted({*USUAL_GROUPS, *(s for s in sizes if s)})]:
+            if self.takes_group(size) and self.fits(layer, size):
+                yield from (Precision(w, a, size) for w in self.weights for a in self.activations)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A tool that carries plans out.
+
+    Attributes:
+        name: as in `export.EXPORTERS`.
+        schemes: what it can express; `w16` (left alone) can always be expressed.
+        fused: groups of layers that it, or the engine that reads its files, joins at run time: one precision a group.
+    """
+
+    name: str
+    schemes: tuple[Scheme, ...]
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def refusal(self, layer: Layer, precision: Precision) -> str | None:
+        """Why the target cannot give a layer a precision, and what it can; None where it can.
+
+        >>> TARGETS["onnxruntime"].refusal(Layer("fc", "linear", (8, 64)), Precision.parse("w3g32"))
+        "onnxruntime cannot express w3g32 for 'fc': it takes weights of 2, 4, 8 there"
+        >>> TARGETS["onnxruntime"].refusal(Layer("fc", "linear", (8, 64)), Precision.parse("w4g32"))
+        """
+        if not precision.quantizes_weight and not precision.quantizes_activation:
+            return None
+        head = f"{self.name} cannot express {precision} for {layer.name!r}: "
+        found = [s for s in self.schemes if not layer.kind or layer.kind in s.kinds]
+        if not found:
+            kinds = sorted({kind for s in self.schemes for kind in s.kinds})
+            return f"{head}it quantizes {', '.join(kinds)}, not {layer.kind}"
+        for part, kept in (
+            ("weights", [s for s in found if precision.weight in s.weights]),
+            (
+                "activations",
+                [s for s in found if precision.weight in s.weights and precision.activation in s.activations],
+            ),
+        ):
+            if not kept:
+                values = dict.fromkeys(value for s in found for value in getattr(s, part))
+                return f"{head}it takes {part} of {', '.join(values)} there"
+            found = kept
+        grouped = [s for s in found if s.takes_group(precision.group_size)]
+        if not grouped:
+            return f"{head}it takes {_groups_text(found)} there"
+        if not any(s.fits(layer, precision.group_size) for s in grouped):
+            if all(s.pointwise for s in grouped):
+                return f"{head}it puts a scale on every kernel position, so it takes kernels of 1 there"
+            need = max(grouped[0].columns, precision.group_size or 1)
+            return f"{head}it needs columns in multiples of {need}, the weight has {layer.weight_shape[1]}"
+        return None
+
+    def offers(self, layer: Layer, sizes: set[int | None]) -> set[Precision]:
+        """Every precision that the target can give a layer, with these group sizes and the usual ones."""
+        found = {Precision("16")}
+        for scheme in self.schemes:
+            if layer.kind in scheme.kinds:
+                found.update(scheme.precisions(layer, sizes))
+        return found
+
+
+def _groups_text(schemes: list[Scheme]) -> str:
+    sizes = [size for size in USUAL_GROUPS if any(size in s.group_sizes for s in schemes)]
+    parts = ["a scale an output channel"] if any(s.per_channel for s in schemes) else []
+    if any(s.group_sizes == _ANY for s in schemes):
+        parts.append("any group size")
+    elif sizes:
+        parts.append(f"group sizes of {', '.join(map(str, sizes))}")
+    return " or ".join(parts)
+
+
+_CONVS = ("conv1d", "conv2d", "conv3d")
+_GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+_VLLM = (Scheme(integers(2, 8), group_sizes=_ANY), Scheme(("8",), ("8",)))
+_BLOCKS_OF_32 = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
+_BLOCKS_OF_256 = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0")
+_GGUF = tuple(
+    Scheme(types, kinds=("linear", "embedding"), columns=columns)
+    for types, columns in ((_BLOCKS_OF_256, 256), (_BLOCKS_OF_32, 32), (("bf16", "fp16", "fp32"), 1))
+)
+_MLX = Scheme(
+    ("2", "3", "4", "5", "6", "8"), per_channel=False, group_sizes=(32, 64, 128), kinds=("linear", "embedding")
+)
+_HQQ = Scheme(("1", "2", "3", "4", "5", "6", "8"), per_channel=False, group_sizes=range(8, 1 << 31, 8))
+_TORCHAO = (
+    Scheme(integers(1, 8), group_sizes=_ANY, kinds=("linear", "embedding")),
+    Scheme(integers(1, 8), kinds=("conv2d",), pointwise=True),
+    Scheme(integers(1, 8), ("8",), group_sizes=_ANY),
+)
+_ANY_INPUT = ("16", *integers(2, 8))
+
+#: Every target; measured against the released tools, see the exporters' docstrings for the versions.
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        Target("torchao", _TORCHAO),
+        Target("compressed-tensors", _VLLM, FUSED),
+        Target("vllm", _VLLM, FUSED),  # by way of compressed-tensors
+        Target("llm-compressor", _VLLM, FUSED),
+        Target("onnxruntime", (Scheme(("2", "4", "8"), per_channel=False, group_sizes=USUAL_GROUPS),)),
+        Target("onnxruntime-static", (Scheme(integers(2, 8), ("8",), kinds=("linear", "conv1d", "conv2d")),)),
+        Target("gguf", _GGUF),
+        Target("llama-quantize", _GGUF),
+        Target("gptqmodel", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),)),
+        Target("gptqmodel-vllm", (Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),), FUSED),
+        Target("auto-round", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),), FUSED),
+        Target("hqq", (_HQQ,)),
+        Target("mlx", (_MLX,)),
+        Target("pt2e", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
+        Target("brevitas", (Scheme(integers(2, 8), _ANY_INPUT, kinds=("linear", *_CONVS)),)),
+        Target("exllamav3", (Scheme(integers(1, 8)),)),
+        Target("aimet", (Scheme(integers(2, 16), kinds=("linear", *_CONVS)),)),
+        Target("mct", (Scheme(("2", "4", "8"), ("8",), kinds=("linear", *_CONVS)),)),
+        Target("modelopt", (Scheme(integers(2, 8), _ANY_INPUT, group_sizes=_ANY, kinds=("linear", *_CONVS)),)),
+        Target("nncf", (Scheme(("2", "3", "4"), group_sizes=_ANY), Scheme(("8",)))),
+        Target("quanto", (Scheme(("2", "4"), per_channel=False, group_sizes=(128,)), Scheme(("8",)))),
+        Target("bitsandbytes", (Scheme(("nf4",), group_sizes=(64,)), Scheme(("8",), ("8",)))),
+    )
+}

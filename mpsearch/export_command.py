@@ -1,0 +1,100 @@
+"""`mpsearch export`: a plan written for another quantizer, and read back."""
+
+import argparse
+import dataclasses
+import inspect
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from mpsearch.errors import nearest
+from mpsearch.loading import UsageError, part
+from mpsearch.plan import Plan
+
+_OWN = ("plan", "model", "snap", "path", "example")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("plan", help="plan, .json")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="torchao, compressed-tensors, onnxruntime, gguf, ..."
+    )
+    parser.add_argument("--model", help="file.py:function or package.module:function returning a module")
+    parser.add_argument(
+        "--data", help="the same, returning batches: the first one traces the model, where the target needs it"
+    )
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the target")
+    parser.add_argument(
+        "--snap", action="store_true", help="move what the target lacks to the nearest at no more bytes"
+    )
+    parser.add_argument("--verify", action="store_true", help="carry the plan out with the real tool and read it back")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the target's own file or folder")
+
+
+def run(
+    plan: Plan, target: str, out: str, model: Any, batches: Any, *, options: Sequence[str], snap: bool, verify: bool
+) -> tuple[dict[str, Any], str]:
+    """Write a plan for a target.
+
+    Args:
+        plan: the plan.
+        target: a name in `export.EXPORTERS`.
+        out: where to.
+        model: the module, or None.
+        batches: the first one is the example, or None.
+        options: `name=value`, keywords of the exporter.
+        snap: move what the target lacks to the nearest.
+        verify: read back what the tool makes of it.
+
+    Returns:
+        For machines, for people.
+
+    Raises:
+        UsageError: for an unknown target or option, or where the model or the data is missing.
+        ExportError: for what the target cannot express, or does not carry out.
+    """
+    from mpsearch import export
+
+    if target not in export.EXPORTERS:
+        raise UsageError(f"unknown target {target!r}{nearest(target, export.EXPORTERS)}")
+    if verify and target not in export.READERS:
+        raise UsageError(f"{target} cannot be verified here; known: {', '.join(export.READERS)}")
+    if model is None and (verify or snap):
+        raise UsageError(f"{'--verify' if verify else '--snap'} needs --model")
+    exporter = export.EXPORTERS[target]
+    settings = _settings(target, exporter, options)
+    if "example" in inspect.signature(exporter).parameters:
+        if batches is None:
+            raise UsageError(f"{target} traces the model: it needs --data")
+        settings["example"] = next(iter(batches))
+    content: dict[str, Any] = {"target": target, "file": out}
+    lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
+    if snap and target in export.TARGETS:
+        found = export.snapped(plan, model, target)
+        content["snapped"] = {name: [str(before), str(after)] for name, (before, after, _) in found.changes.items()}
+        content["usage"] = dict(found.plan.usage)
+        lines.append(str(found))
+        plan = found.plan
+    if verify:
+        taken = inspect.signature(export.READERS[target][1]).parameters
+        report = export.verify(plan, model, target, **{key: value for key, value in settings.items() if key in taken})
+        content["verified"] = [
+            {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
+        ]
+        lines += ["", str(report)]
+    exporter(plan, model, path=out, **settings)
+    content["layers"] = {name: str(precision) for name, precision in plan.items()}
+    return content, "\n".join(lines)
+
+
+def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, Any]:
+    """Keywords of the exporter from `name=value` texts."""
+    hints = typing.get_type_hints(exporter)
+    fields = [
+        (name, hints[name], dataclasses.field(default=parameter.default))
+        for name, parameter in inspect.signature(exporter).parameters.items()
+        if name not in _OWN
+    ]
+    made = part(target, {target: dataclasses.make_dataclass("Settings", fields)}, "target", options)
+    return {name: getattr(made, name) for name, _, _ in fields}

@@ -1,0 +1,129 @@
+"""Plans of other tools: what was exported comes back, and files written by hand are read by the tool's own rules."""
+
+import json
+
+import pytest
+from torch import nn
+
+import mpsearch as mps
+from mpsearch import export
+from mpsearch.import_command import run
+from mpsearch.imports import import_plan
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.lm_head = (nn.Linear(64, 64) for _ in range(3))
+
+
+PLAN = mps.Plan({"first": mps.Precision("3", "16", 32), "second": mps.Precision("8"), "lm_head": mps.Precision("16")})
+
+
+@pytest.mark.parametrize("model", [None, Net()], ids=["names", "model"])
+def test_what_was_exported_comes_back(tmp_path, model):
+    export.gptqmodel(PLAN, model, path=tmp_path / "gptq.json")
+    found = import_plan(tmp_path / "gptq.json", "gptqmodel", model)
+    assert {**found.layers, "lm_head": mps.Precision("16")} == PLAN.layers
+    pytest.importorskip("compressed_tensors")
+    export.compressed_tensors(PLAN, path=tmp_path / "config.json")
+    assert dict(import_plan(tmp_path / "config.json", "compressed-tensors", model)) == PLAN.layers
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_checkpoint_folder(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    export.compressed_tensors(PLAN, Net(), path=tmp_path)
+    assert dict(import_plan(tmp_path, "compressed-tensors", Net())) == PLAN.layers
+    assert dict(run(str(tmp_path), "compressed-tensors", str(tmp_path / "plan.json"), None)) == PLAN.layers
+    assert dict(mps.Plan.load(tmp_path / "plan.json")) == PLAN.layers
+
+
+def write(path, content):
+    path.write_text(json.dumps(content))
+    return path
+
+
+def scheme(bits, targets, **more):
+    return {"targets": targets, "weights": {"num_bits": bits, "type": "int", "strategy": "channel", **more}}
+
+
+def test_compressed_tensors_exact_then_alphabetical_then_class(tmp_path):
+    groups = {
+        "a": scheme(8, ["re:.*d"]),
+        "b": scheme(4, ["re:.*"]),
+        "c": scheme(2, ["first"]),
+        "d": scheme(5, ["Linear"]),
+    }
+    path = write(tmp_path / "c.json", {"quantization_config": {"config_groups": groups, "ignore": ["re:lm_.*"]}})
+    found = import_plan(path, "compressed-tensors", Net())
+    assert {name: str(p) for name, p in found.items()} == {"first": "w2", "second": "w4", "lm_head": "w16"}
+    with pytest.raises(mps.PlanError, match=r"the target 're:\.\*d' is a pattern; give the model"):
+        import_plan(path, "compressed-tensors")
+
+
+def test_compressed_tensors_formats(tmp_path):
+    inputs = {"num_bits": 8, "type": "float", "strategy": "token"}
+    group = {**scheme(8, ["first"], type="float"), "input_activations": inputs}
+    path = write(
+        tmp_path / "c.json",
+        {"config_groups": {"a": group, "b": scheme(4, ["second"], strategy="group", group_size=32)}},
+    )
+    found = import_plan(path, "compressed-tensors")
+    assert {name: str(p) for name, p in found.items()} == {"first": "wfp8_e4m3afp8_e4m3", "second": "w4g32"}
+    for more, words in (
+        ({"strategy": "tensor"}, "scales by 'tensor'"),
+        ({"type": "float"}, "numbers of 6 bits and type 'float'"),
+    ):
+        path = write(tmp_path / "c.json", {"config_groups": {"a": scheme(6, ["first"], **more)}})
+        with pytest.raises(mps.PlanError, match=words):
+            import_plan(path, "compressed-tensors")
+    with pytest.raises(mps.PlanError, match="no 'config_groups'"):
+        import_plan(write(tmp_path / "c.json", {"bits": 4}), "compressed-tensors")
+
+
+def test_gptqmodel_first_match_decides(tmp_path):
+    dynamic = {"+:fir": {"bits": 8, "group_size": 64}, "-:.*d": {}, "+:sec": {"bits": 2}}
+    content = {"bits": 4, "group_size": 128, "dynamic": dynamic}
+    found = import_plan(write(tmp_path / "g.json", content), "gptqmodel", Net())
+    assert {name: str(p) for name, p in found.items()} == {"first": "w8g64", "second": "w16"}
+    found = import_plan(write(tmp_path / "g.json", {**content, "lm_head": True, "dynamic": {}}), "gptqmodel", Net())
+    assert {name: str(p) for name, p in found.items()} == dict.fromkeys(["first", "second", "lm_head"], "w4g128")
+    with pytest.raises(mps.PlanError, match=r"'\+:fir' matches more than one name"):
+        import_plan(write(tmp_path / "g.json", content), "gptqmodel")
+    with pytest.raises(mps.PlanError, match="unknown key 'nbits' under 'x', which GPTQModel ignores"):
+        import_plan(write(tmp_path / "g.json", {"bits": 4, "dynamic": {"x": {"nbits": 2}}}), "gptqmodel", Net())
+    with pytest.raises(mps.PlanError, match="no 'bits' and 'dynamic'"):
+        import_plan(write(tmp_path / "g.json", {"dynamic": {}}), "gptqmodel")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_gguf(tmp_path, tied):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(vocab_size=64, tie_word_embeddings=tied, **sizes)
+    model = transformers.LlamaForCausalLM(config)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    plan = {name: mps.Precision("q8_0" if "self_attn" in name else "16") for name in names}
+    plan["model.layers.0.mlp.down_proj"] = mps.Precision("q3_k")
+    export.gguf(mps.Plan(plan), model, path=tmp_path / "m.gguf")
+    assert dict(import_plan(tmp_path / "m.gguf", "gguf", model)) == plan
+    with pytest.raises(mps.PlanError, match="names of its own; give the model"):
+        import_plan(tmp_path / "m.gguf", "gguf")
+    other = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **{**sizes, "num_hidden_layers": 2}))
+    with pytest.raises(mps.PlanError, match=r"no tensor 'blk\.1\.attn_q\.weight'"):
+        import_plan(tmp_path / "m.gguf", "gguf", other)
+
+
+def test_mistakes(tmp_path):
+    with pytest.raises(mps.PlanError, match="cannot import from 'ggfu'; did you mean 'gguf'"):
+        import_plan("x", "ggfu")
+    (tmp_path / "x.json").write_text("{")
+    with pytest.raises(mps.PlanError, match="not JSON"):
+        import_plan(tmp_path / "x.json", "gptqmodel")
+    with pytest.raises(mps.PlanError, match="expected an object, got list"):
+        import_plan(write(tmp_path / "x.json", []), "gptqmodel")
+    with pytest.raises(OSError, match="No such file"):
+        import_plan(tmp_path / "none.json", "gptqmodel")
