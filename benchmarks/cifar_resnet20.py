@@ -15,10 +15,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from models import DATA, resnet20
 
 import mpsearch as mps
 from mpsearch import report
@@ -30,67 +27,16 @@ from mpsearch.sensitivity import HessianTrace, KLDivergence
 RESULTS = Path(__file__).resolve().parent / "results"
 PRECISIONS = "w2 w3 w4 w6 w8"
 BUDGETS = (2.5, 3.0, 4.0, 5.0)
-MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
-
-
-class Block(nn.Module):
-    """Two 3 x 3 convolutions and a shortcut; at a change of width every second pixel, padded with zero channels."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.pad = outputs // 4 if stride != 1 or inputs != outputs else 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.pad, self.pad)) if self.pad else x
-        return F.relu(y + shortcut)
-
-
-class ResNet20(nn.Module):
-    """He et al. 2015, section 4.2, n = 3."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        widths = [(16, 16, 1), (16, 32, 2), (32, 64, 2)]
-        for number, (inputs, outputs, stride) in enumerate(widths, 1):
-            blocks = [Block(inputs, outputs, stride), Block(outputs, outputs, 1), Block(outputs, outputs, 1)]
-            self.add_module(f"layer{number}", nn.Sequential(*blocks))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        for number in (1, 2, 3):
-            x = self.get_submodule(f"layer{number}")(x)
-        return self.linear(x.mean((2, 3)))
-
-
-def network(folder: Path) -> nn.Module:
-    model = ResNet20()
-    model.load_state_dict(load_file(folder / "resnet20_cifar10.safetensors"), strict=False)
-    return model.eval()
-
-
-def batches(folder: Path, part: str, size: int, count: int | None = None) -> list[tuple[Tensor, Tensor]]:
-    data = np.load(folder / "cifar10_sample.npz")
-    images = (torch.tensor(data[f"{part}_images"][:count]).float() / 255 - MEAN) / STD
-    labels = torch.tensor(data[f"{part}_labels"][:count])
-    return list(zip(images.split(size), labels.split(size), strict=True))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), metavar="DIR")
+    parser.add_argument("--data", type=Path, default=DATA, metavar="DIR")
     parser.add_argument("--calibration", type=int, default=512, help="images for the tables")
     options = parser.parse_args()
-    model, test = network(options.data), batches(options.data, "test", 282)
-    calibration = batches(options.data, "calibration", 128, options.calibration)
+    trained = resnet20(options.data)
+    model, test = trained.model, trained.held_out.batches(282)
+    calibration = trained.pool.first(options.calibration).batches(128)
     start = time.perf_counter()
 
     names = [layer.name for layer in mps.layers(model, test[0])]
