@@ -29,22 +29,28 @@ from mpsearch.table import Interactions as Interactions
 from mpsearch.table import Peak as Peak
 
 if TYPE_CHECKING:
+    from mpsearch._calibrate import calibrate as calibrate
     from mpsearch._evaluate import evaluate as evaluate
     from mpsearch._layers import layers as layers
+    from mpsearch._measure_plans import measure_plans as measure_plans
     from mpsearch._profile import forecast as forecast
     from mpsearch._profile import profile as profile
+    from mpsearch.distill import distill_data as distill_data
     from mpsearch.evaluation import Evaluation as Evaluation
 
 __version__ = "0.1.0"
 
 _NEED_TORCH = {  # loaded when first used, so that solving and showing never load torch
+    "calibrate": "mpsearch._calibrate",
+    "distill_data": "mpsearch.distill",
     "evaluate": "mpsearch._evaluate",
     "Evaluation": "mpsearch.evaluation",
     "layers": "mpsearch._layers",
     "forecast": "mpsearch._profile",
+    "measure_plans": "mpsearch._measure_plans",
     "profile": "mpsearch._profile",
 }
-_FOLDERS = ("sensitivity", "solvers", "testing")
+_FOLDERS = ("export", "sensitivity", "solvers", "testing")
 
 
 def __getattr__(name: str) -> Any:

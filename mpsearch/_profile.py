@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
-from mpsearch.checkpoint import Checkpoint, NoCheckpoint, digest
+from mpsearch.checkpoint import Checkpoint, NoCheckpoint, described, digest
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.layer import Layer
@@ -185,16 +185,19 @@ def _identity(
     quantize: Quantizer,
     loss: Any,
 ) -> dict[str, str]:
-    """What a score depends on. The quantizer is known by what it does to the smallest layer."""
+    """What a score depends on. The quantizer is known by its settings and by what it does to the smallest layer."""
     smallest = min(decisions, key=lambda layer: weight_of(model.get_submodule(layer.name)).numel())
     module = model.get_submodule(smallest.name)
     return {
         "weights": weights,
         "data": data,
-        "quantizer": fingerprint(quantized_weight(module, smallest.name, option, quantize) for option in options),
+        "quantizer": digest(
+            described(quantize),
+            fingerprint(quantized_weight(module, smallest.name, option, quantize) for option in options),
+        ),
         "layers": digest(*(f"{layer.name} {layer.group}" for layer in decisions)),
         "precisions": " ".join(map(str, options)),
-        "loss": loss if isinstance(loss, str) else _name(loss),
+        "loss": loss if isinstance(loss, str) else described(loss),
     }
 
 

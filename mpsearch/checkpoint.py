@@ -1,11 +1,12 @@
 """Finished work on disk, so that a killed run loses nothing."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import re
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,17 +50,33 @@ class Checkpoint:
         except sqlite3.Error as error:
             raise EstimatorError(f"{path} cannot be opened: {error}") from None
         try:
-            self._file.execute("PRAGMA journal_mode=WAL")
-            self._file.execute("PRAGMA synchronous=FULL")
-            self._file.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)")
-            self._file.execute("CREATE TABLE IF NOT EXISTS result (name TEXT PRIMARY KEY, value BLOB)")
-            self._check({"checkpoint version": _VERSION, **identity})
-        except sqlite3.Error as error:
-            self._file.close()
-            raise EstimatorError(f"{path} is no checkpoint of mpsearch: {error}") from None
+            with self._readable():
+                self._open({"checkpoint version": _VERSION, **identity})
         except EstimatorError:
             self._file.close()
             raise
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.Error as error:
+            raise EstimatorError(
+                f"{self.path} is no checkpoint of mpsearch, or a damaged one: {error}; give another file"
+            ) from None
+
+    def _open(self, identity: Mapping[str, str]) -> None:
+        tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+        if not tables <= {"identity", "result"}:
+            raise EstimatorError(
+                f"{self.path} is a database with the tables {', '.join(sorted(tables))}, no checkpoint of mpsearch; "
+                "give another file"
+            )
+        self._file.execute("PRAGMA journal_mode=WAL")
+        self._file.execute("PRAGMA synchronous=FULL")
+        self._file.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)")
+        self._file.execute("CREATE TABLE IF NOT EXISTS result (name TEXT PRIMARY KEY, value BLOB)")
+        self._check(identity)
 
     def _check(self, identity: Mapping[str, str]) -> None:
         found = dict(self._file.execute("SELECT name, value FROM identity"))
@@ -77,18 +94,21 @@ class Checkpoint:
 
     def get(self, name: str) -> Any:
         """What `put` stored under a name; None where nothing is."""
-        row = self._file.execute("SELECT value FROM result WHERE name = ?", (name,)).fetchone()
+        with self._readable():
+            row = self._file.execute("SELECT value FROM result WHERE name = ?", (name,)).fetchone()
         return None if row is None else torch.load(io.BytesIO(row[0]), weights_only=True)
 
     def put(self, name: str, value: Any) -> None:
         """Store tensors, numbers, text, and lists and dicts of them; on the disk when this returns."""
         buffer = io.BytesIO()
         torch.save(value, buffer)
-        self._file.execute("INSERT OR REPLACE INTO result VALUES (?, ?)", (name, buffer.getvalue()))
+        with self._readable():
+            self._file.execute("INSERT OR REPLACE INTO result VALUES (?, ?)", (name, buffer.getvalue()))
 
     def drop(self, names: Sequence[str]) -> None:
         """Remove results."""
-        self._file.executemany("DELETE FROM result WHERE name = ?", [(name,) for name in names])
+        with self._readable():
+            self._file.executemany("DELETE FROM result WHERE name = ?", [(name,) for name in names])
 
     def close(self) -> None:
         """Close the file."""
@@ -118,6 +138,25 @@ class NoCheckpoint(contextlib.nullcontext["NoCheckpoint"]):
 
     def drop(self, names: Sequence[str]) -> None:
         """Nothing is there."""
+
+
+def described(value: Any) -> str:
+    """Settings as text, the same in every process; functions by name, code, defaults and what they close over.
+
+    >>> double, triple = (lambda x: 2 * x), (lambda x: 3 * x)
+    >>> described(double) == described(lambda x: 2 * x), described(double) == described(triple)
+    (True, False)
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        parts = [f"{field.name}={described(getattr(value, field.name))}" for field in dataclasses.fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
+    if isinstance(value, tuple):
+        return f"({', '.join(map(described, value))})"
+    code = getattr(value, "__code__", None)
+    if code is None:
+        return repr(value)
+    closed = [repr(cell.cell_contents) for cell in value.__closure__ or ()]
+    return f"{value.__qualname__} {digest(code.co_code.hex(), repr(code.co_consts), repr(code.co_names), *closed)}"
 
 
 def digest(*parts: str) -> str:

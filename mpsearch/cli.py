@@ -165,10 +165,11 @@ def _parser() -> argparse.ArgumentParser:
     compare = command(
         "compare",
         _compare,
-        "rank agreement of two tables, and of the plans that they lead to",
+        "rank agreement of two tables and of the plans that they lead to, or of a table with measured plans",
         "compare hessian.csv kl.csv",
     )
-    compare.add_argument("tables", nargs=2, metavar="TABLE", help="cost tables of the same layers")
+    compare.add_argument("table", help="cost table, .csv or .npz")
+    compare.add_argument("other", metavar="TABLE|PLANS", help="cost table of the same layers, or measured plans, .csv")
     return parser
 
 
@@ -448,9 +449,18 @@ def _table_text(table: mps.CostTable) -> str:
 
 
 def _compare(options: argparse.Namespace) -> None:
+    from mpsearch.measured_plans import holds_plans
+
+    if holds_plans(options.other):
+        _compare_with_plans(options)
+    else:
+        _compare_tables(options)
+
+
+def _compare_tables(options: argparse.Namespace) -> None:
     from mpsearch.compare import agreement, regrets
 
-    a, b = (mps.CostTable.load(path) for path in options.tables)
+    a, b = (mps.CostTable.load(path) for path in (options.table, options.other))
     ranks, plans = agreement(a, b), regrets(a, b)
 
     def text() -> str:
@@ -472,6 +482,48 @@ def _compare(options: argparse.Namespace) -> None:
         return f"{found}\n\n{report.table(header, rows)}\n{note}"
 
     _emit(options, {"agreement": ranks, "plans": plans}, text)
+
+
+def _compare_with_plans(options: argparse.Namespace) -> None:
+    from mpsearch.compare import misranked, plan_agreement
+    from mpsearch.measured_plans import MeasuredPlans
+
+    table, measured = mps.CostTable.load(options.table), MeasuredPlans.load(options.other)
+    ranks, worst = plan_agreement(table, measured), misranked(table, measured)
+
+    def text() -> str:
+        rows = [
+            [
+                _band_text(r),
+                str(r["count"]),
+                report.damage(r["spearman"], r["spearman_se"]),
+                report.damage(r["kendall"], r["kendall_se"]),
+                report.damage(r.get("first_pick")),
+            ]
+            for r in ranks
+        ]
+        found = report.table(["measured against predicted", "plans", "Spearman", "Kendall", "first pick"], rows)
+        note = "(first pick: damage of the plan that the table likes best over the least)"
+        rows = [
+            [
+                str(r["plan"]),
+                report.damage(r["predicted"]),
+                report.damage(r["measured"]),
+                f"{r['predicted_rank']:g}",
+                f"{r['measured_rank']:g}",
+            ]
+            for r in worst
+        ]
+        header = ["mis-ranked plan", f"predicted [{table.unit}]", f"measured [{measured.unit}]"]
+        return f"{found}\n{note}\n\n{report.table([*header, 'rank', 'true rank'], rows)}\n(rank 1 = least damage; plan 0 is the first)"
+
+    _emit(options, {"agreement": ranks, "misranked": worst}, text)
+
+
+def _band_text(row: dict[str, Any]) -> str:
+    if "smallest" not in row:
+        return f"{row['plans']} plans" if row["plans"] == "all" else "of equal size"
+    return f"{report.amount(row['plans'], row['smallest'])} to {report.amount(row['plans'], row['largest'])}"
 
 
 def _demo(options: argparse.Namespace) -> None:

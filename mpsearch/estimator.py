@@ -14,7 +14,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import Batch, call, predictions, targets_of
-from mpsearch.modules import weight_of
+from mpsearch.modules import channel_axis, weight_of
 from mpsearch.perturb import Quantizer, Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.precision import Precision
 
@@ -117,7 +117,7 @@ class Setting:
     ) -> Tensor:
         """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
         module = self.module(layer)
-        function = input_quantizer(layer.name, precision, self.quantizer, self.ranges)
+        function = input_quantizer(layer.name, precision, self.quantizer, self.ranges, channel_axis(module))
         if function is not None:
             args, keywords = with_input(module, args, keywords, function)
         replaced = {weight_of(module): self.quantized(layer, precision)} if precision.quantizes_weight else {}

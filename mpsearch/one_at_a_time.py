@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.checkpoint import digest
+from mpsearch.checkpoint import described, digest
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import Mean
@@ -79,7 +79,10 @@ class OneAtATime:
         return one_at_a_time(setting, [self])[0]
 
     def cost(self, batches: int, units: int, precisions: int) -> Passes:
-        """Forward and backward passes over the data, at most: re-runs skip what a perturbation cannot change."""
+        """Forward and backward passes over the data, at most: re-runs skip what a perturbation cannot change.
+
+        A model whose calls depend on the data shows it at the end of a turn of batches, which is then taken again.
+        """
         return Passes(1 + (1 + 1 / batches) + units * self.probes_per_unit(precisions), 0)
 
     def probes_per_unit(self, precisions: int) -> int:
@@ -119,7 +122,7 @@ def one_at_a_time(setting: Setting, estimators: Sequence[OneAtATime]) -> list[Es
             raise EstimatorError(f"{estimator!r} needs labels; give batches (inputs, targets)")
     probes: dict[tuple[int, str], Probe] = {}
     readers: dict[tuple[int, str], list[OneAtATime]] = {}
-    for estimator in estimators:
+    for estimator in dict.fromkeys(estimators):  # an estimator given twice runs once
         for probe in estimator.probes(setting):
             probes.setdefault((probe.unit, probe.name), probe)
             readers.setdefault((probe.unit, probe.name), []).append(estimator)
@@ -172,30 +175,42 @@ class _Run:
         return turns
 
     def turn(self, number: int, turn: list[tuple[int, Batch]], bar: Any) -> None:
-        """All probes over the batches of a turn."""
+        """All probes over the batches of a turn.
+
+        What is found counts once the outputs of `prefix` have been confirmed; where the calls depend on the data, all
+        probes of this turn and of later ones run the whole model.
+        """
+        checkpoint = self.setting.checkpoint
+        confirmed = f"one at a time | confirmed | {number}"
         names = {
-            (
-                estimator,
-                key,
-            ): f"one at a time | {digest(repr(estimator), self.setting.units[key[0]].name, key[1])} | {number}"
+            (estimator, key): "one at a time | "
+            f"{digest(described(estimator), self.setting.units[key[0]].name, key[1])} | {number}"
             for estimator, key in self.means
         }
-        stored = {place: self.setting.checkpoint.get(name) for place, name in names.items()}
-        left = [key for key in self.order if any(stored[e, key] is None for e in self.readers[key])]
-        bar.update(len(turn) * (len(self.order) - len(left)))
+        stored = {place: checkpoint.get(name) for place, name in names.items()}
         found = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
-        if left:
-            found |= self._measure(turn, left, names, bar)
+        left = {key for key in self.order if any((estimator, key) not in found for estimator in self.readers[key])}
+        bar.update(len(turn) * (len(self.order) - len(left)))
+        if left or checkpoint.get(confirmed) is None:
+            fresh = self._measure(turn, left, names, bar)
+            if fresh is None:
+                checkpoint.drop(list(names.values()))
+                self.entries = [0] * len(self.entries)
+                bar.update(-len(turn) * len(self.order))
+                fresh = self._measure(turn, set(self.order), names, bar)
+            found |= fresh or {}
+            checkpoint.put(confirmed, True)
         for place, mean in found.items():
             self.means[place].merge(mean)
 
     def _measure(
         self,
         turn: list[tuple[int, Batch]],
-        left: list[tuple[int, str]],
+        left: set[tuple[int, str]],
         names: Mapping[tuple[OneAtATime, tuple[int, str]], str],
         bar: Any,
-    ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean]:
+    ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean] | None:
+        """The means of the probes that are left; None where the outputs of `prefix` are not those of the model."""
         setting = self.setting
         raw = []
         references = []
@@ -205,30 +220,32 @@ class _Run:
             references.append(predictions(setting.model, raw[-1], batch))
         held = [Resumption(setting.model, batch, self.trace) for _, batch in turn]
         found: dict[tuple[OneAtATime, tuple[int, str]], Mean] = {}
-        for key in left:
-            probe, entry = self.probes[key], self.entries[key[0]]
-            for one in held:
-                self._spend(self.trace.share(one.entry) - self.trace.share(entry))
-                one.advance(entry)
-            damages = self._probe(probe, turn, held, references)
-            for estimator in self.readers[key]:
-                mean = found[estimator, key] = Mean()
-                for (batch_number, batch), damage, (_, _, index) in zip(
-                    turn, damages[estimator], references, strict=True
-                ):
-                    self._check(estimator, probe, batch_number, damage)
-                    if damage.ndim:
-                        mean.add(damage, index, samples(batch))
-                    else:  # one number for the batch
-                        mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
-                setting.checkpoint.put(names[estimator, key], mean.state())
-            bar.update(len(turn))
-        if not self._confirmed(held, raw):
-            setting.checkpoint.drop([names[e, key] for key in left for e in self.readers[key]])
-            self.entries = [0] * len(self.entries)  # the calls depend on the data: run everything each time
-            bar.update(-len(turn) * len(left))
-            return self._measure(turn, left, names, bar)
-        return found
+        try:
+            for key in self.order:
+                probe, entry = self.probes[key], self.entries[key[0]]
+                for one in held:
+                    self._spend(self.trace.share(one.entry) - self.trace.share(entry))
+                    one.advance(entry)
+                if key not in left:
+                    continue
+                damages = self._probe(probe, turn, held, references)
+                for estimator in self.readers[key]:
+                    mean = found[estimator, key] = Mean()
+                    for (batch_number, batch), damage, (_, _, index) in zip(
+                        turn, damages[estimator], references, strict=True
+                    ):
+                        self._check(estimator, probe, batch_number, damage)
+                        if damage.ndim:
+                            mean.add(damage, index, samples(batch))
+                        else:  # one number for the batch
+                            mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
+                    setting.checkpoint.put(names[estimator, key], mean.state())
+                bar.update(len(turn))
+            return found if self._confirmed(held, raw) else None
+        except EstimatorError:
+            if any(self.entries):  # the fault may lie in outputs that another path through the model does not have
+                return None
+            raise
 
     def _confirmed(self, held: list[Resumption], raw: list[Tensor]) -> bool:
         """A run through all entries of the turn gives the output of a whole run."""
@@ -257,11 +274,16 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(weights(made.weights))
             stack.enter_context(inputs(made.inputs))
-            for (_, batch), one, (logits, labels, index) in zip(turn, held, references, strict=True):
+            for (number, batch), one, (logits, labels, index) in zip(turn, held, references, strict=True):
                 reference = Output(logits, labels)
                 if changed:
                     now, _, _ = predictions(setting.model, one.run(), batch)
                     self._spend(self.trace.share(one.entry))
+                    if not torch.isfinite(now).all():
+                        raise EstimatorError(
+                            f"the output with layer {setting.units[probe.unit].name!r} at {probe.name} is not finite "
+                            f"(batch {number})"
+                        )
                 for estimator in estimators:
                     damages[estimator].append(
                         estimator.damage(setting, probe, reference, Output(now, labels))

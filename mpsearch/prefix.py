@@ -210,18 +210,23 @@ class Resumption:
             return
         finished = self.trace.finished(entry)
         time = self.trace.calls[entry].start
-        kept = {index: self.outputs[index] for index in finished if index in self.outputs}
+        kept = {index: self._held(index, self.outputs[index], time) for index in finished if index in self.outputs}
         wanted = {index for index in finished if index not in self.outputs}
 
         def keep(index: int, output: Any) -> None:
-            one = self.trace.calls[index]
             if index in wanted:
-                needed = one.read_until > time
-                kept[index] = tree_map(lambda x: _kept(x, needed, one.mutated), output)
+                copied = _copied(output) if self.trace.calls[index].mutated else output
+                kept[index] = self._held(index, copied, time)
 
         with contextlib.suppress(_Entered), self._instrumented(keep, wanted, entry):
             call(self.model, self.batch)
         self.entry, self.outputs = entry, kept
+
+    def _held(self, index: int, output: Any, time: int) -> Any:
+        """An output as it is held from a time on: where nobody reads it any more, only its shape."""
+        if self.trace.calls[index].read_until > time:
+            return output
+        return tree_map(lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, output)
 
     def run(self) -> Tensor:
         """Run the model from the entry on.
@@ -239,7 +244,7 @@ class Resumption:
         finished = self.trace.finished(self.entry)
         concerned = {id(calls[i].module) for i in [*finished, *wanted, *([stop] if stop >= 0 else [])]}
         order: dict[nn.Module, list[int]] = {}
-        for index in [*finished, *self.trace.running(self.entry)]:
+        for index in sorted([*finished, *self.trace.running(self.entry)]):
             if id(calls[index].module) in concerned:
                 order.setdefault(calls[index].module, []).append(index)
 
@@ -249,8 +254,7 @@ class Resumption:
             def given(*args: Any, **kwargs: Any) -> Any:
                 index = next(sequence, -1)
                 if index in outputs:
-                    mutated = calls[index].mutated
-                    return tree_map(lambda x: x.clone() if mutated and isinstance(x, Tensor) else x, outputs[index])
+                    return _copied(outputs[index]) if calls[index].mutated else outputs[index]
                 if index == stop and index >= 0:
                     raise _Entered
                 output = original(*args, **kwargs)
@@ -272,10 +276,6 @@ class Resumption:
                     module.forward = own[module]
 
 
-def _kept(value: Any, needed: bool, mutated: bool) -> Any:
-    """An output to hold: itself, a copy where it is written to later, or only its shape where nobody reads it."""
-    if not isinstance(value, Tensor):
-        return value
-    if not needed:
-        return value.new_zeros(()).expand(value.shape)
-    return value.clone() if mutated else value
+def _copied(output: Any) -> Any:
+    """An output with tensors of its own: what it is copied from is written to."""
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, output)

@@ -1,4 +1,4 @@
-"""Rank correlation of two tables, and regret of the plans that they lead to."""
+"""Rank correlation, with standard errors."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,3 +47,41 @@ def kendall(a: Floats, b: Floats) -> float:
     pairs = len(a) * (len(a) - 1) / 2
     size = np.sqrt((pairs - ties_a) * (pairs - ties_b))
     return float(agree / size) if size else float("nan")
+
+
+def spearman_se(a: Floats, b: Floats) -> float:
+    """Standard error of `spearman`, by the jackknife over the N pairs of values; nan with fewer than 3, or where it is undefined.
+
+        se^2 = (N - 1) / N sum_i (r_(i) - mean r_(i))^2,   r_(i) without pair i     (Efron and Tibshirani 1993, section 11.5)
+
+    >>> round(spearman_se(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 3)    # without each: -1, 1, 1
+    1.333
+    """
+    return jackknife_se(np.array([spearman(np.delete(a, i), np.delete(b, i)) for i in range(len(a))]))
+
+
+def kendall_se(a: Floats, b: Floats) -> float:
+    """Standard error of `kendall`, by the jackknife as in `spearman_se`; all N leave-one-out values from one run over the pairs.
+
+    >>> round(kendall_se(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 3)
+    1.333
+    """
+    rows = np.zeros((len(a), 3))  # of each value: agreement, untied pairs in a, untied pairs in b
+    for i in range(len(a)):
+        x, y = np.sign(a - a[i]), np.sign(b - b[i])
+        rows[i] = (x * y).sum(), np.abs(x).sum(), np.abs(y).sum()
+    agree, untied_a, untied_b = (rows.sum(axis=0) / 2 - rows).T
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return jackknife_se(agree / np.sqrt(untied_a * untied_b))
+
+
+def jackknife_se(without: Floats) -> float:
+    """Standard error of a statistic from its values without each of N observations, (N,).
+
+    For the mean it is the usual one; the values 1, 2, 6 have the mean 3 and the leave-one-out means 4, 3.5, 1.5:
+
+    >>> round(jackknife_se(np.array([4.0, 3.5, 1.5])), 6)    # sqrt((4 + 1 + 9) / (2 * 3))
+    1.527525
+    """
+    n = len(without)
+    return float(np.sqrt((n - 1) / n * np.square(without - without.mean()).sum()))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.measure import wide
 from mpsearch.model import call, samples
+from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs
 
 Floats = NDArray[np.float64]
@@ -88,7 +89,8 @@ def input_noise(setting: Setting) -> dict[str, InputNoise]:
     found = {layer.name: InputNoise(np.zeros(len(setting.precisions))) for u in setting.units for layer in u.layers}
 
     def measure(name: str) -> Callable[[Tensor], Tensor]:
-        functions = [input_quantizer(name, p, setting.quantizer, setting.ranges) for p in setting.precisions]
+        axis = channel_axis(setting.model.get_submodule(name))
+        functions = [input_quantizer(name, p, setting.quantizer, setting.ranges, axis) for p in setting.precisions]
 
         def see(x: Tensor) -> Tensor:
             found[name].power += _power(x) / total

@@ -1,6 +1,7 @@
 """Gradients of a layer's weight, one for each sample of a batch."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,16 @@ from mpsearch.modules import weight_of
 CHUNK_BYTES = 64 * 2**20
 
 
-def sample_gradients(
-    module: nn.Module, calls: list[tuple[Tensor, Tensor]], samples: int
-) -> Iterator[tuple[slice, Tensor]]:
+def sample_gradients(calls: Sequence[tuple[nn.Module, Tensor, Tensor]], samples: int) -> Iterator[tuple[slice, Tensor]]:
     """D loss_n / d weight for each sample n, a few samples at a time.
 
     A linear layer has x_n^T g_n summed over tokens; a convolution the same over unfolded patches; an embedding adds
-    the gradient of each token to its row; other modules are differentiated sample by sample. Calls of the same weight
-    add up.
+    the gradient of each token to its row; other modules are differentiated sample by sample. Calls add up. No hook
+    of a module runs.
 
     Args:
-        module: holds the weight; all calls are of modules of its kind with this weight.
-        calls: input (B, ...) and gradient of the output (B, ...) of each call, B a multiple of `samples`, samples in
-            order.
+        calls: of each call of the weight the module, its input (B, ...) and the gradient of its output (B, ...), B a
+            multiple of `samples`, samples in order. Modules that share the weight may be of several kinds.
         samples: N.
 
     Yields:
@@ -32,21 +30,16 @@ def sample_gradients(
 
     >>> layer = nn.Linear(2, 1, bias=False)
     >>> x, g = torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[1.0], [10.0]]])     # one sample of two tokens
-    >>> [gradient for _, gradient in sample_gradients(layer, [(x, g)], 1)]
+    >>> [gradient for _, gradient in sample_gradients([(layer, x, g)], 1)]
     [tensor([[[31., 42.]]])]
     """
-    weight = weight_of(module)
+    weight = weight_of(calls[0][0])
     each = weight.numel() * max(4, weight.element_size())
     step = max(1, CHUNK_BYTES // each)
     for start in range(0, samples, step):
         place = slice(start, min(start + step, samples))
-        yield (
-            place,
-            sum(
-                (_gradients(module, _part(x, place, samples), _part(g, place, samples)) for x, g in calls),
-                torch.zeros((), device=weight.device),
-            ),
-        )
+        parts = (_gradients(module, _part(x, place, samples), _part(g, place, samples)) for module, x, g in calls)
+        yield place, functools.reduce(torch.add, parts)
 
 
 def _part(x: Tensor, place: slice, samples: int) -> Tensor:
@@ -56,7 +49,6 @@ def _part(x: Tensor, place: slice, samples: int) -> Tensor:
 
 
 def _gradients(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
-    weight = weight_of(module)
     if isinstance(module, nn.Linear):
         return torch.einsum("nti,nto->noi", x.flatten(1, -2), g.flatten(1, -2))
     if type(module).__name__ == "Conv1D":
@@ -65,10 +57,7 @@ def _gradients(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         return _embedding(module, x, g)
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
         return _convolution(module, x, g)
-    found = []
-    for one, upstream in zip(x, g, strict=True):
-        found.append(_differentiated(module, weight, one, upstream))
-    return torch.stack(found)
+    return torch.stack([_differentiated(module, one, upstream) for one, upstream in zip(x, g, strict=True)])
 
 
 def _embedding(module: nn.Embedding, x: Tensor, g: Tensor) -> Tensor:
@@ -107,9 +96,22 @@ def unfolded(module: nn.Conv1d | nn.Conv2d, x: Tensor) -> Tensor:
     return F.unfold(x, kernel, dilation, padding, stride)
 
 
-def _differentiated(module: nn.Module, weight: nn.Parameter, x: Tensor, g: Tensor) -> Tensor:
-    point = weight.detach().to(x.dtype if x.is_floating_point() else torch.float32).requires_grad_()
+class _Bare(nn.Module):
+    """A module without its hooks: the caller may be one of them."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The module's own forward."""
+        y: Tensor = self.module.forward(x)
+        return y
+
+
+def _differentiated(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
+    values = {name: p.detach().to(g.dtype) for name, p in module.named_parameters(prefix="module", recurse=False)}
     with torch.enable_grad():
-        names = {name: p.detach().to(point.dtype) for name, p in module.named_parameters(recurse=False)}
-        y = torch.func.functional_call(module, {**names, "weight": point}, (x,))
-        return torch.autograd.grad(y, point, g)[0]
+        values["module.weight"].requires_grad_()
+        y = torch.func.functional_call(_Bare(module), values, (x,))
+        return torch.autograd.grad(y, values["module.weight"], g)[0]

@@ -17,7 +17,7 @@ from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.layer import Layer
 from mpsearch.measure import log_softmax, wide
 from mpsearch.model import Batch, call, first_tensor, inputs_of, predictions, samples
-from mpsearch.modules import weight_of
+from mpsearch.modules import channel_axis, weight_of
 from mpsearch.perturb import input_quantizer, with_input
 from mpsearch.sample_gradients import sample_gradients, unfolded
 
@@ -25,6 +25,12 @@ from mpsearch.sample_gradients import sample_gradients, unfolded
 TokenWeights = Callable[[nn.Module, Batch], Tensor]
 #: What a backward pass can be asked for; see `Gradients`.
 Quantity = Literal["projection", "squared_norm", "importance", "input_squared_norm", "output", "moments"]
+#: Where the samples lie in a tensor: along its first or second dimension; `last`: in the first behind tokens or
+#: windows, as (windows x samples, ...); `none`: it is the same for all.
+Layout = Literal["first", "second", "last", "none"]
+
+_OF_SAMPLES: frozenset[Quantity] = frozenset({"projection", "squared_norm", "importance"})
+_OF_WEIGHTS: frozenset[Quantity] = _OF_SAMPLES | {"moments"}
 
 
 @dataclass(frozen=True)
@@ -131,16 +137,20 @@ class GradientEstimator:
         """Forward and backward passes over the data, at most, whatever the number of units and precisions.
 
         The second forward pass is taken only where a precision quantizes activations and its noise has to be
-        measured.
+        measured. Not counted: the one backward pass that tells samples from tokens where shapes leave doubt.
         """
         noise = "input_squared_norm" in self.needs or self.unit == "relative"
         return Passes(2 if noise else 1, getattr(self, "draws", 1))
 
     def source(self, setting: Setting) -> Source:
-        """What is differentiated. By default labels drawn from the model for the loss `kl`, else the loss itself."""
+        """What is differentiated. By default random outputs (`gauss-newton`) for the loss `kl`, else the loss itself.
+
+        Random outputs and drawn labels have the same second moments, the Fisher information; labels drawn from
+        a confident model are nearly all the same, and what counts comes in rare large gradients.
+        """
         weights: TokenWeights | None = getattr(self, "token_weights", None)
         if setting.loss == "kl":
-            return Source("drawn", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
+            return Source("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
         return Source("given", token_weights=weights)
 
     def accumulator(self, setting: Setting) -> Accumulator:
@@ -208,9 +218,13 @@ def sweep(setting: Setting, estimators: Sequence[GradientEstimator]) -> list[Est
     input and output gradient, which is all that per-sample gradients of its weight take. Nothing is kept of a layer
     but its sums.
 
-    Samples must not see each other (batch norm in evaluation mode) and lie along the first dimension of layer inputs,
-    or the second where the first is not theirs. A layer with one output for the whole batch (position embeddings) is
-    taken as one sample, which is unbiased for drawn labels; for given ones it is refused.
+    Samples must not see each other (batch norm in evaluation mode). They lie along the first dimension of a layer's
+    input, or the second, or share the first with tokens or windows. Where its shape leaves doubt, one more backward
+    pass over one batch, from the predictions of its first sample, tells. A layer with one output for the whole batch
+    (position embeddings) is taken as one sample, which is unbiased for squares with drawn labels, and refused else.
+
+    On the first batch the gradient of each weight is held against what its layer's inputs and output gradients
+    account for.
     """
     weights = {p: None for unit in setting.units for p in setting.parameters(unit)}
     for parameter in setting.model.parameters():
@@ -226,13 +240,14 @@ def sweep(setting: Setting, estimators: Sequence[GradientEstimator]) -> list[Est
         done = stored["batches"]
         for accumulator, state in zip(accumulators, stored["states"], strict=True):
             accumulator.restore(state)
+    known: dict[nn.Module, Layout] = {}
     bar = setting.progress(None, len(setting.batches), "Gradients")
     with bar, torch.enable_grad():
         bar.update(done)
         for number, batch in enumerate(setting.batches):
             if number < done:
                 continue
-            _Sweep(setting, list(weights), number, batch).run(
+            _Sweep(setting, list(weights), number, batch, known).run(
                 {
                     source: (
                         frozenset[Quantity]().union(*(estimators[i].needs for i in places)),
@@ -248,7 +263,7 @@ def sweep(setting: Setting, estimators: Sequence[GradientEstimator]) -> list[Est
     return [accumulator.finish() for accumulator in accumulators]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Call:
     """One call of a module that holds a weight."""
 
@@ -266,12 +281,20 @@ class _Call:
 class _Sweep:
     """The passes over one batch."""
 
-    def __init__(self, setting: Setting, weights: list[nn.Parameter], number: int, batch: Batch) -> None:
+    def __init__(
+        self,
+        setting: Setting,
+        weights: list[nn.Parameter],
+        number: int,
+        batch: Batch,
+        known: dict[nn.Module, Layout],
+    ) -> None:
         self.setting = setting
         self.batch = batch
         self.number = number
         self.samples = samples(batch)
         self.weights = weights
+        self.known = known
         self.place = {parameter: i for i, parameter in enumerate(weights)}
         self.unit_of = {layer.name: u for u, unit in enumerate(setting.units) for layer in unit.layers}
         self.layers = [layer for unit in setting.units for layer in unit.layers]
@@ -280,31 +303,40 @@ class _Sweep:
         for u, unit in enumerate(setting.units):
             for parameter, layer in setting.parameters(unit).items():
                 self.units_of_weight.setdefault(parameter, []).append((u, layer))
+        self.activations = any(precision.quantizes_activation for precision in setting.precisions)
         self.calls: dict[nn.Parameter, int] = {}
+        self.layouts: dict[_Call, Layout] = {}
+        self.doubtful: dict[_Call, Tensor] = {}
         self.leaves: list[Tensor] = []
+        self.found: Gradients | None = None
         self.flat = first_tensor(inputs_of(batch)).ndim == 1
+        self.checking = number == 0
 
     def run(self, readers: dict[Source, tuple[frozenset[Quantity], list[Accumulator]]]) -> None:
         setting = self.setting
         total = len(setting.batches)
         by_module = {setting.module(layer): layer for layer in self.layers}
+        token_weights = {source: self._token_weights(source) for source in readers}
         handles = []
-        # the formulas for per-sample gradients are held against autograd once
-        self.checking = self.number == 0 and any(_PER_SAMPLE & needs for needs, _ in readers.values())
-        self.through_weights = self.checking
+        points = self.weights if self.checking else self.leaves
         try:
             for module in setting.model.modules():
-                if any(parameter in self.place for parameter in module.parameters(recurse=False)):
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, nn.Parameter) and weight in self.place:
                     see = self._watch(by_module.get(module))
                     handles.append(module.register_forward_hook(see, with_kwargs=True))
             for weight in self.weights:
-                weight.requires_grad_(self.through_weights)
-            output = _forward(setting, self.batch)
+                weight.requires_grad_(self.checking)
+            output = _forward(setting, self.batch, self.number)
             setting.passes.add(total, forward=1)
+            if self.doubtful:
+                self._resolve(output)
+                setting.passes.add(total, backward=1)
             runs = [(source, draw) for source in readers for draw in range(source.draws)]
             for source, draw in runs:
                 needs, accumulators = readers[source]
-                found = self._backward(source, needs, draw, output, (source, draw) != runs[-1])
+                self.token_weights = token_weights[source]
+                found = self._backward(source, needs, draw, output, points, (source, draw) != runs[-1])
                 setting.passes.add(total, backward=1)
                 for accumulator in accumulators:
                     accumulator.add(found)
@@ -313,6 +345,14 @@ class _Sweep:
                 handle.remove()
             for weight in self.weights:
                 weight.requires_grad_(False)
+
+    def _token_weights(self, source: Source) -> Tensor | None:
+        """What gradients of tokens are multiplied by; the function may run the model."""
+        if source.token_weights is None:
+            return None
+        with torch.no_grad():
+            given = source.token_weights(self.setting.model, self.batch)
+        return given.sqrt() if source.root else given
 
     def _watch(self, layer: Layer | None) -> Callable[..., Any]:
         def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -323,13 +363,69 @@ class _Sweep:
                 self.leaves.append(y.detach().requires_grad_())
                 y = fresh = self.leaves[-1].clone()  # what follows may write into it
             made = _Call(module, layer, _detached(args), _detached(keywords))
+            candidates = self._candidates(module, made.x)
+            if candidates in ((), ("first",)):
+                self.layouts[made] = candidates[0] if candidates else "none"
+            elif module in self.known:
+                self.layouts[made] = self.known[module]
+            else:
+                self.doubtful[made] = y
             y.register_hook(lambda g: self._arrived(made, g.detach()))
             return fresh
 
         return see
 
+    def _candidates(self, module: nn.Module, x: Tensor) -> tuple[Layout, ...]:
+        """Where the samples may lie in the input of a call, the likeliest first."""
+        size, tokens = self.samples, isinstance(module, nn.Embedding)
+        if size == 1:
+            return ("first",)
+        found: list[Layout] = []
+        if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self.flat):
+            found += ["first"] if len(x) == size else ["first", "last"]
+        if x.ndim >= (2 if tokens else 3) and x.shape[1] == size and not isinstance(module, nn.modules.conv._ConvNd):
+            found.append("second")
+        return tuple(found)
+
+    def _resolve(self, output: "_Output") -> None:
+        """Find the samples where shapes leave doubt: the predictions of one depend on no rows but its own."""
+        if output.loss is not None:
+            made = next(iter(self.doubtful))
+            raise EstimatorError(
+                f"layer {self._name(weight_of(made.module))!r} has an input of shape {tuple(made.x.shape)} in a batch of "
+                f"{self.samples} samples: with an own loss it cannot be told which rows are those of one sample; give "
+                "batches of one sample, or the loss 'kl' or 'cross-entropy'"
+            )
+        sample = int(output.index[0])
+        mine = output.logits[output.index == sample]
+        rest = torch.arange(self.samples, device=mine.device) != sample
+        generator = torch.Generator().manual_seed(0)
+        probe = (mine * torch.randn(mine.shape, generator=generator).to(mine)).sum()
+        try:
+            slopes = torch.autograd.grad(probe, list(self.doubtful.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise EstimatorError(f"the output of the model cannot be differentiated: {error}") from None
+        for made, g in zip(self.doubtful, slopes, strict=True):
+            candidates = self._candidates(made.module, made.x)
+            fits = [at for at in candidates if g is None or not self._rows(g, at).reshape(self.samples, -1)[rest].any()]
+            self.layouts[made] = self.known[made.module] = fits[0] if fits else "none"
+
+    def _rows(self, values: Tensor, layout: Layout) -> Tensor:
+        """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
+        if layout == "second":
+            return values.transpose(0, 1)
+        if layout == "last":
+            return values.reshape(-1, self.samples, *values.shape[1:]).transpose(0, 1).flatten(0, 1)
+        return values
+
     def _backward(
-        self, source: Source, needs: frozenset[Quantity], draw: int, output: "_Output", retain: bool
+        self,
+        source: Source,
+        needs: frozenset[Quantity],
+        draw: int,
+        output: "_Output",
+        points: Sequence[Tensor],
+        retain: bool,
     ) -> Gradients:
         size, units, options = self.samples, len(self.setting.units), len(self.setting.precisions)
         zeros = functools.partial(wide(output.counts).new_zeros)
@@ -347,118 +443,109 @@ class _Sweep:
         self.needs, self.source = needs, source
         self.waiting: dict[nn.Parameter, list[tuple[_Call, Tensor, Tensor]]] = {}
         self.summed: dict[nn.Parameter, Tensor] = {}
-        self.token_weights: Tensor | None = None
-        if source.token_weights is not None:
-            given = source.token_weights(self.setting.model, self.batch).detach().to(output.counts.device)
-            self.token_weights = given.sqrt() if source.root else given
+        self.scale: dict[nn.Parameter, float] = {}
         loss = output.scalar(source, draw, self.number)
-        points: Sequence[Tensor] = self.weights if self.through_weights else self.leaves
         if not (loss.requires_grad and points):
             return found
         try:
             truths = torch.autograd.grad(loss, points, retain_graph=retain, allow_unused=True)
+        except EstimatorError:  # of a hook
+            raise
         except RuntimeError as error:
             raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
-        if self.checking and _PER_SAMPLE & needs and source.token_weights is None:
+        for weight, calls in self.waiting.items():  # not all of its outputs are used
+            self._weight(weight, calls)
+        if self.checking:
             self._compare(dict(zip(self.weights, truths, strict=True)))
-        self._check()
+            self.checking = False
+        self._check(found)
         return found
 
     def _arrived(self, made: _Call, g: Tensor) -> None:
         """The gradient of the output of a call is there."""
+        found = self.found
+        if found is None:
+            return
+        weight = weight_of(made.module)
+        if self.checking:
+            ((_, total),) = sample_gradients([(made.module, made.x, g)], 1)
+            self.summed[weight] = self.summed.get(weight, 0) + wide(total[0])
+            size = float(wide(made.x).norm()) if made.x.is_floating_point() else 1.0
+            self.scale[weight] = self.scale.get(weight, 0.0) + size * float(wide(g).norm())
         if self.token_weights is not None:
             g = g * self._spread(made, g)
         layout = self._layout(made)
         if made.layer is not None:
-            self._local(made, made.layer, g, layout)
-        if not _PER_SAMPLE & self.needs and "moments" not in self.needs:
+            self._local(found, made, made.layer, g, layout)
+        if not _OF_WEIGHTS & self.needs:
             return
-        x = made.x
-        if layout == "second":
-            x, g = x.transpose(0, 1), g.transpose(0, 1)
-        weight = weight_of(made.module)
-        if self.calls[weight] == 1:
-            self._weight(weight, [(made, x, g)], layout == "none")
-        else:  # gradients of all calls must be added before they are squared
-            self.waiting.setdefault(weight, []).append((made, x, g))
-            if len(self.waiting[weight]) == self.calls[weight]:
-                waiting = self.waiting.pop(weight)
-                layouts = {self._layout(one) for one, _, _ in waiting}
-                if "none" in layouts and len(layouts) > 1:
-                    raise EstimatorError(
-                        f"layer {self._name(weight)!r} is called once for each sample and once for the whole batch; "
-                        "give batches of one sample"
-                    )
-                self._weight(weight, waiting, "none" in layouts)
+        self.waiting.setdefault(weight, []).append((made, self._rows(made.x, layout), self._rows(g, layout)))
+        if len(self.waiting[weight]) == self.calls[weight]:  # gradients of all calls are added before they are squared
+            self._weight(weight, self.waiting.pop(weight))
 
-    def _layout(self, made: _Call) -> Literal["first", "second", "none"]:
-        """Dimension of the samples in the input of a call."""
-        shape, size = made.x.shape, self.samples
-        tokens = isinstance(made.module, nn.Embedding)
-        second = len(shape) >= (2 if tokens else 3) and shape[1] == size
-        if size == 1 or (shape[:1] == (size,) and not (tokens and len(shape) == 1 and not self.flat)):
-            return "first"
-        if second and not isinstance(made.module, nn.modules.conv._ConvNd):
-            return "second"
-        if shape[0] % size == 0 and not (tokens and len(shape) == 1 and not self.flat):
-            return "first"
-        if self.source.kind == "given":
+    def _layout(self, made: _Call) -> Layout:
+        """Where the samples lie in the input of a call."""
+        layout = self.layouts[made]
+        if layout == "none" and (self.source.kind == "given" or "importance" in self.needs):
             raise EstimatorError(
-                f"layer {self._name(weight_of(made.module))!r} has an input of shape {tuple(shape)} in a batch of {size} "
-                "samples: one output for all of them, so no gradients for each; give batches of one sample, or the loss 'kl'"
+                f"layer {self._name(weight_of(made.module))!r} has an input of shape {tuple(made.x.shape)} in a batch of "
+                f"{self.samples} samples: one output for all of them, so no gradients for each; give batches of one sample"
+                + (", or the loss 'kl'" if self.source.kind == "given" else "")
             )
-        return "none"
+        return layout
 
-    def _by_sample(self, values: Tensor, layout: str) -> Tensor:
+    def _by_sample(self, values: Tensor, layout: Layout) -> Tensor:
         """(N,) sums of a tensor laid out as the output of a call."""
         values = wide(values)
         if layout == "none":
             found = values.new_zeros(self.samples)
             found[0] = values.sum()
             return found
-        return (values.transpose(0, 1) if layout == "second" else values).reshape(self.samples, -1).sum(1)
+        return self._rows(values, layout).reshape(self.samples, -1).sum(1)
 
-    def _local(self, made: _Call, layer: Layer, g: Tensor, layout: str) -> None:
+    def _local(self, found: Gradients, made: _Call, layer: Layer, g: Tensor, layout: Layout) -> None:
         """What takes the layer itself to be run again: output differences, gradients of inputs."""
-        setting, found, u = self.setting, self.found, self.unit_of[layer.name]
-        again = ["output"] if "output" in self.needs else []
-        if "projection" in self.needs and any(p.quantizes_activation for p in setting.precisions):
-            again.append("projection")
-        if again:
+        setting, u = self.setting, self.unit_of[layer.name]
+        whole = "output" in self.needs
+        if whole or ("projection" in self.needs and self.activations):
             with torch.no_grad():
                 y = made.module.forward(*made.args, **made.keywords)
             for p, precision in enumerate(setting.precisions):
-                if "output" not in again and not precision.quantizes_activation:
+                if not (whole or precision.quantizes_activation):
                     continue  # the weight's own gradient tells more cheaply
                 difference = wide(setting.local_output(layer, precision, made.args, made.keywords)) - wide(y)
                 product = wide(g) * difference
-                if "output" in again:
+                if whole:
                     found.output[:, u, p] += self._by_sample(product.square(), layout)
-                if "projection" in again and precision.quantizes_activation:
+                if precision.quantizes_activation:
                     found.projection[:, u, p] += self._by_sample(product, layout)
-        if "input_squared_norm" in self.needs and made.x.is_floating_point():
+        if "input_squared_norm" in self.needs and self.activations and made.x.is_floating_point():
             with torch.enable_grad():
                 point = made.x.clone().requires_grad_()
                 args, keywords = with_input(made.module, made.args, made.keywords, lambda _: point)
                 (slope,) = torch.autograd.grad(made.module.forward(*args, **keywords), point, g)
             found.input_squared_norm[:, self.row[layer.name]] += self._by_sample(wide(slope).square(), layout)
 
-    def _weight(self, weight: nn.Parameter, calls: list[tuple[_Call, Tensor, Tensor]], together: bool) -> None:
+    def _weight(self, weight: nn.Parameter, calls: list[tuple[_Call, Tensor, Tensor]]) -> None:
         """What the gradients of a weight for each sample tell."""
         setting, found, needs = self.setting, self.found, self.needs
-        size = 1 if together else self.samples
-        module = calls[0][0].module
+        assert found is not None
+        shared = {self.layouts[made] == "none" for made, _, _ in calls}
+        if len(shared) > 1:
+            raise EstimatorError(
+                f"layer {self._name(weight)!r} is called once for each sample and once for the whole batch; "
+                "give batches of one sample"
+            )
+        size = 1 if shared == {True} else self.samples
         if "moments" in needs:
             found.moments[self.place[weight]] += [
                 moments(one.module, x, g, size, self._noises(one.layer, x)) for one, x, g in calls
             ]
-        if not _PER_SAMPLE & needs:
+        if not _OF_SAMPLES & needs:
             return
         at = self.place[weight]
-        for place, gradients in _each(calls, module, size):
+        for place, gradients in sample_gradients([(one.module, x, g) for one, x, g in calls], size):
             flat = gradients.flatten(1)
-            if self.checking:
-                self.summed[weight] = self.summed.get(weight, 0) + wide(gradients).sum(0)
             found.squared_norm[place, at] += wide(flat).square().sum(1)
             for u, layer in self.units_of_weight[weight]:
                 if "importance" in needs:
@@ -474,7 +561,13 @@ class _Sweep:
         if layer is None or not x.is_floating_point():
             return {}
         functions = [
-            input_quantizer(layer.name, precision, self.setting.quantizer, self.setting.ranges)
+            input_quantizer(
+                layer.name,
+                precision,
+                self.setting.quantizer,
+                self.setting.ranges,
+                channel_axis(self.setting.module(layer)),
+            )
             for precision in self.setting.precisions
         ]
         return {p: function(x) - x for p, function in enumerate(functions) if function is not None}
@@ -483,7 +576,7 @@ class _Sweep:
         """The weights of tokens, laid out as a gradient."""
         weights = self.token_weights
         assert weights is not None
-        for found in (weights, weights.transpose(0, 1), weights.reshape(-1)):
+        for found in (weights, weights.transpose(0, -1), weights.flatten()):
             if g.shape[: found.ndim] == found.shape:
                 return found.reshape(*found.shape, *[1] * (g.ndim - found.ndim)).to(g)
         raise EstimatorError(
@@ -495,31 +588,34 @@ class _Sweep:
         return self.units_of_weight[weight][0][1].name
 
     def _compare(self, truths: dict[nn.Parameter, Tensor | None]) -> None:
-        """Sums of per-sample gradients against autograd's."""
-        self.checking = False
+        """Gradients from the inputs and outputs of layers against autograd's."""
         for weight, truth in truths.items():
             if truth is None:
                 continue
-            found = self.summed.get(weight)
             expected = float(wide(truth).norm())
+            error = float((wide(truth) - self.summed.get(weight, 0)).norm())
             tolerance = 1e-3 if truth.dtype in (torch.float32, torch.float64) else 0.1
-            error = expected if found is None else float((found.reshape(truth.shape) - wide(truth)).norm())
-            if error > tolerance * max(expected, 1e-12):
+            rounding = torch.finfo(truth.dtype).eps * self.scale.get(weight, 0.0)  # of terms that cancel
+            if error > max(tolerance * expected, rounding):
                 raise EstimatorError(
                     f"the gradient of layer {self._name(weight)!r} is {expected:.3g} long, and its input and output account "
                     f"for all but {error:.3g} of it: the weight is used outside the layer's own forward, or changed there; "
                     "leave the layer out, or use a measured estimator"
                 )
 
-    def _check(self) -> None:
-        found = self.found
-        for values, columns in (
-            (found.projection.sum(2), [unit.name for unit in self.setting.units]),
-            (found.output.sum(2), [unit.name for unit in self.setting.units]),
-            (found.importance, [unit.name for unit in self.setting.units]),
-            (found.squared_norm, [self._name(weight) for weight in self.weights]),
+    def _check(self, found: Gradients) -> None:
+        units = [unit.name for unit in self.setting.units]
+        names = [self._name(weight) for weight in self.weights]
+        checks = [
+            (found.projection.sum(2), units),
+            (found.output.sum(2), units),
+            (found.importance, units),
+            (found.squared_norm, names),
             (found.input_squared_norm, [layer.name for layer in self.layers]),
-        ):
+        ]
+        for name, calls in zip(names, found.moments, strict=True):
+            checks += [((one.inputs.flatten(1).sum(1) * one.gradients.sum(1))[:, None], [name]) for one in calls]
+        for values, columns in checks:
             bad = ~torch.isfinite(values)
             if bad.any():
                 row, column = (int(i) for i in bad.nonzero()[0])
@@ -527,9 +623,6 @@ class _Sweep:
                     f"the gradient of layer {columns[column]!r} is {float(values[row, column])}, expected a finite number "
                     f"(batch {self.number}, sample {row})"
                 )
-
-
-_PER_SAMPLE: frozenset[Quantity] = frozenset({"projection", "squared_norm", "importance"})
 
 
 def _detached(value: Any) -> Any:
@@ -540,24 +633,18 @@ def _detached(value: Any) -> Any:
     return {key: _detached(part) for key, part in value.items()} if isinstance(value, dict) else value
 
 
-def _each(calls: list[tuple[_Call, Tensor, Tensor]], module: nn.Module, size: int) -> Any:
-    """Chunks of per-sample gradients, summed over calls, which may be of different modules (a tied embedding)."""
-    chunks = [sample_gradients(one.module, [(x, g)], size) for one, x, g in calls]
-    for parts in zip(*chunks, strict=True):
-        place = parts[0][0]
-        yield place, functools.reduce(lambda a, b: a + b, (gradients for _, gradients in parts))
-
-
 @dataclass(frozen=True)
 class Moments:
     """Second moments of one call of a layer.
 
     Attributes:
+        inputs_first: the weight is stored (inputs, outputs).
         inputs: (N, G, I) mean over places of x^2, G groups of I inputs (channels x kernel).
         gradients: (N, O) sum over places of g^2.
         noises: by number of precision, (N, G, I) mean over places of the squared error of the input.
     """
 
+    inputs_first: bool
     inputs: Tensor
     gradients: Tensor
     noises: dict[int, Tensor]
@@ -574,7 +661,7 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
         counts = wide(g).new_zeros(samples, module.num_embeddings)
         counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counts.dtype))
         inputs = counts[:, None] / tokens.shape[1]
-        return Moments(inputs, wide(g).reshape(samples, -1, g.shape[-1]).square().sum(1), {})
+        return Moments(True, inputs, wide(g).reshape(samples, -1, g.shape[-1]).square().sum(1), {})
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
         gradients = wide(g).square().flatten(2).sum(2).reshape(samples, -1, g.shape[1]).sum(1)
 
@@ -583,14 +670,15 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
             places = patches.reshape(samples, -1, *patches.shape[1:]).mean((1, 3))
             return wide(places).reshape(samples, module.groups, -1)
 
-        return Moments(mean_square(x), gradients, {p: mean_square(noise) for p, noise in noises.items()})
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return Moments(False, mean_square(x), gradients, {p: mean_square(noise) for p, noise in noises.items()})
+    transposed = type(module).__name__ == "Conv1D"
+    if isinstance(module, nn.Linear) or transposed:
 
         def over_tokens(z: Tensor) -> Tensor:
             return wide(z).square().reshape(samples, -1, z.shape[-1]).mean(1)[:, None]
 
         gradients = wide(g).square().reshape(samples, -1, g.shape[-1]).sum(1)
-        return Moments(over_tokens(x), gradients, {p: over_tokens(noise) for p, noise in noises.items()})
+        return Moments(transposed, over_tokens(x), gradients, {p: over_tokens(noise) for p, noise in noises.items()})
     raise EstimatorError(
         f"no second moments for a {type(module).__name__}: linear, conv1d, conv2d and embedding layers have them; "
         "leave the layer out, or use FisherProjection"
@@ -601,8 +689,8 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
 class _Output:
     """What a forward pass gave, and what can be differentiated of it."""
 
-    setting: Setting
     counts: Tensor
+    index: Tensor
     logits: Tensor
     labels: Tensor | None
     loss: Tensor | None
@@ -630,12 +718,13 @@ class _Output:
         return (noise * wide(self.logits)).sum()
 
 
-def _forward(setting: Setting, batch: Batch) -> _Output:
+def _forward(setting: Setting, batch: Batch, number: int) -> _Output:
     size = samples(batch)
     if callable(setting.loss):
         loss = setting.mean_loss(batch)
-        return _Output(setting, torch.ones(size, device=loss.device), loss.new_zeros(0), None, loss)
+        index = torch.arange(size, device=loss.device)
+        return _Output(torch.ones(size, device=loss.device), index, loss.new_zeros(0), None, loss)
     logits, labels, index = predictions(setting.model, call(setting.model, batch), batch)
     if not torch.isfinite(logits.detach()).all():
-        raise EstimatorError("the output of the model is not finite")
-    return _Output(setting, torch.bincount(index, minlength=size).float(), logits, labels, None)
+        raise EstimatorError(f"the output of the model is not finite in batch {number}")
+    return _Output(torch.bincount(index, minlength=size).float(), index, logits, labels, None)

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,9 +16,20 @@ from mpsearch.errors import SolverError
 from mpsearch.solution import Choice, Solver, Status
 from mpsearch.table import Interactions
 
+if TYPE_CHECKING:
+    from mpsearch.estimator_contract import check_estimator as check_estimator
+
 Floats = NDArray[np.float64]
 
 _SECONDS = 60.0  # for one table of at most 6 x 5; a solver that cycles never returns
+
+
+def __getattr__(name: str) -> Any:
+    if name == "check_estimator":  # needs torch, which `check_solver` does without
+        from mpsearch.estimator_contract import check_estimator
+
+        return check_estimator
+    raise AttributeError(f"module 'mpsearch.testing' has no attribute {name!r}")
 
 
 def check_solver(solver: Solver, exact: bool, *, tables: int = 200, seed: int = 0) -> None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import kl_divergence
+from mpsearch.measure import kl_divergence, wide
 from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 
@@ -80,7 +81,6 @@ class DeltaLoss:
         batch: Batch,
         number: int,
     ) -> list[float]:
-        score = [0.0] * len(setting.units)
         total = len(setting.batches)
         reference = None
         if setting.loss == "kl":
@@ -88,48 +88,46 @@ class DeltaLoss:
                 reference, _, _ = predictions(setting.model, call(setting.model, batch), batch)
             setting.passes.add(total, forward=1)
 
+        changes: list[tuple[int, Tensor, Tensor]] = []  # unit, tensor at the quantized point, what rounding changed
+
         def rounded(u: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def quantize(x: Tensor) -> Tensor:
-                change = (function(x) - x).detach()
+                change = (function(x.detach()) - x).detach()
                 y = x + change
-                if not y.requires_grad:
-                    y.requires_grad_()
-
-                def add(g: Tensor) -> None:
-                    score[u] += float((g.double() * change.double()).abs().sum())
-
-                y.register_hook(add)
+                changes.append((u, y if y.requires_grad else y.requires_grad_(), change))
                 return y
 
             return quantize
 
+        precision = setting.precisions[p]
         hooks: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
         for u, unit in enumerate(setting.units):
             for layer in unit.layers:
-                function = input_quantizer(layer.name, setting.precisions[p], setting.quantizer, setting.ranges)
+                module = setting.module(layer)
+                axis = channel_axis(module)
+                function = input_quantizer(layer.name, precision, setting.quantizer, setting.ranges, axis)
                 if function is not None:
-                    hooks[setting.module(layer)] = rounded(u, function)
+                    hooks[module] = rounded(u, function)
+            changes += [(u, w, differences[w]) for w in setting.parameters(unit) if w in differences]
         with torch.enable_grad(), weights(changed), inputs(hooks):
             if reference is None:
                 loss = setting.mean_loss(batch)
             else:
                 logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
                 loss = kl_divergence(reference, logits).mean()
-            points = list(differences) or list(setting.parameters(setting.units[0]))
+            points = [point for _, point, _ in changes]
             try:
-                gradients = torch.autograd.grad(loss, points, allow_unused=True)
+                gradients = torch.autograd.grad(loss, points, allow_unused=True) if points else ()
             except RuntimeError as error:
                 raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
         setting.passes.add(total, forward=1, backward=1)
-        slope = dict(zip(points, gradients, strict=True))
-        for u, unit in enumerate(setting.units):
-            for parameter in setting.parameters(unit):
-                g = slope.get(parameter)
-                if g is not None and parameter in differences:
-                    score[u] += float((g.double() * differences[parameter].double()).abs().sum())
-            if not math.isfinite(score[u]):
+        score = [0.0] * len(setting.units)
+        for (u, _, change), g in zip(changes, gradients, strict=True):
+            score[u] += 0.0 if g is None else float((wide(g) * wide(change)).abs().sum())
+        for unit, value in zip(setting.units, score, strict=True):
+            if not math.isfinite(value):
                 raise EstimatorError(
-                    f"sensitivity of layer {unit.name!r} at {setting.precisions[p]} is {score[u]}, expected a finite number "
+                    f"sensitivity of layer {unit.name!r} at {precision} is {value}, expected a finite number "
                     f"({self!r}, batch {number})"
                 )
         return score

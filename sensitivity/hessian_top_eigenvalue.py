@@ -1,6 +1,7 @@
 """HAWQ: the largest eigenvalue of a layer's Hessian."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,11 +71,13 @@ class HessianTopEigenvalue:
                 raise EstimatorError(
                     f"HessianTopEigenvalue scores weights, not inputs: {precision} quantizes activations"
                 )
-        weights = list({p: None for unit in setting.units for p in setting.parameters(unit)})
+        names = {p: layer.name for unit in setting.units for p, layer in setting.parameters(unit).items()}
+        weights = list(names)
         for parameter in setting.model.parameters():
-            parameter.requires_grad_(parameter in set(weights))
-        groups = [[batch] for batch in setting.batches] if self.slices else [list(setting.batches)]
-        found = np.array([self._eigenvalues(setting, weights, batches) for batches in groups])
+            parameter.requires_grad_(parameter in names)
+        batches = dict(enumerate(setting.batches))
+        groups = [{number: batch} for number, batch in batches.items()] if self.slices else [batches]
+        found = np.array([self._eigenvalues(setting, names, group) for group in groups])
         mean = found.mean(axis=0)
         deviation = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(weights))
         score = dict(zip(weights, np.abs(mean) + deviation, strict=True))
@@ -95,7 +98,10 @@ class HessianTopEigenvalue:
         }
         return Estimate(sensitivity, np.sqrt(variance) if self.slices else None, "relative", facts)
 
-    def _eigenvalues(self, setting: Setting, weights: list[nn.Parameter], batches: list[Batch]) -> list[float]:
+    def _eigenvalues(
+        self, setting: Setting, names: Mapping[nn.Parameter, str], batches: Mapping[int, Batch]
+    ) -> list[float]:
+        weights = list(names)
         generator = torch.Generator().manual_seed(self.seed)
         directions = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
         directions = [v / v.norm() for v in directions]
@@ -103,12 +109,10 @@ class HessianTopEigenvalue:
         unsettled = list(range(len(weights)))
         steps = setting.progress(range(self.iterations), self.iterations, "Power iteration")
         for _ in steps:
-            products = self._products(setting, weights, directions, unsettled, batches)
+            products = self._products(setting, names, directions, unsettled, batches)
             left = []
             for i in unsettled:
                 value = float((wide(directions[i]) * products[i]).sum())
-                if not math.isfinite(value):
-                    raise EstimatorError("a Hessian-vector product is not finite")
                 length = float(products[i].norm())
                 settled = length == 0 or abs(value - values[i]) <= self.tolerance * (abs(value) + 1e-12)
                 values[i] = value
@@ -123,31 +127,35 @@ class HessianTopEigenvalue:
     def _products(
         self,
         setting: Setting,
-        weights: list[nn.Parameter],
+        names: Mapping[nn.Parameter, str],
         directions: list[Tensor],
         wanted: list[int],
-        batches: list[Batch],
+        batches: Mapping[int, Batch],
     ) -> dict[int, Tensor]:
         """H_l v_l of each wanted layer, mean over the samples of batches."""
-        total = sum(samples(batch) for batch in batches)
+        weights = list(names)
+        points = [weights[i] for i in wanted]
+        total = sum(map(samples, batches.values()))
         found = {i: wide(torch.zeros_like(directions[i])) for i in wanted}
-        for batch in batches:
+        for number, batch in batches.items():
             with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
                 loss = setting.mean_loss(batch)
-                points = [weights[i] for i in wanted]
+                products: dict[int, Tensor] = {}
                 try:
                     gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-                    for k, (i, g) in enumerate(zip(wanted, gradients, strict=True)):
-                        if g is None or not g.requires_grad:
-                            continue
-                        dot = (wide(g) * directions[i]).sum()
-                        (product,) = torch.autograd.grad(
-                            dot, [weights[i]], retain_graph=k + 1 < len(wanted), allow_unused=True
-                        )
-                        if product is not None:
-                            found[i] += wide(product) * samples(batch) / total
+                    for i, g in zip(wanted, gradients, strict=True):
+                        if g is not None and g.requires_grad:
+                            dot = (wide(g) * directions[i]).sum()
+                            (product,) = torch.autograd.grad(dot, [weights[i]], retain_graph=True, allow_unused=True)
+                            if product is not None:
+                                products[i] = product
                 except RuntimeError as error:
                     raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+            for i, product in products.items():
+                if not torch.isfinite(product).all():
+                    name = names[weights[i]]
+                    raise EstimatorError(f"the Hessian of layer {name!r} times a vector is not finite (batch {number})")
+                found[i] += wide(product) * samples(batch) / total
             setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * len(wanted))
         return found
 

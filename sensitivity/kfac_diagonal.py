@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
@@ -73,9 +73,10 @@ class _Factors:
     seen: int = 0
     samples: Tensor = field(default_factory=lambda: torch.zeros(_GROUPS, dtype=torch.float64))
     predictions: Tensor = field(default_factory=lambda: torch.zeros(_GROUPS, dtype=torch.float64))
-    sums: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # "<weight> <call> <inputs | gradients | noise p>" -> (groups, ...)
+    #: "<weight> <call>" -> whether that call takes the weight as (inputs, outputs)
+    inputs_first: dict[str, bool] = field(default_factory=dict)
+    #: "<weight> <call> <inputs | gradients | noise p>" -> (groups, ...)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, found: Gradients) -> None:
         count = len(found.counts)
@@ -88,6 +89,7 @@ class _Factors:
                 parts = {"gradients": one.gradients / self.draws}
                 if found.draw == 0:
                     parts |= {"inputs": one.inputs, **{f"noise {p}": noise for p, noise in one.noises.items()}}
+                self.inputs_first[f"{w} {c}"] = one.inputs_first
                 for name, values in parts.items():
                     self._sum(f"{w} {c} {name}", values, group)
         if found.draw + 1 == self.draws:
@@ -101,11 +103,17 @@ class _Factors:
         total.index_add_(0, group.to(values.device), values)
 
     def state(self) -> Any:
-        return {"seen": self.seen, "samples": self.samples, "predictions": self.predictions, "sums": self.sums}
+        return {
+            "seen": self.seen,
+            "samples": self.samples,
+            "predictions": self.predictions,
+            "inputs_first": self.inputs_first,
+            "sums": self.sums,
+        }
 
     def restore(self, state: Any) -> None:
         self.seen, self.samples, self.predictions = state["seen"], state["samples"], state["predictions"]
-        self.sums = state["sums"]
+        self.inputs_first, self.sums = state["inputs_first"], state["sums"]
 
     def finish(self) -> Estimate:
         setting = self.setting
@@ -128,18 +136,19 @@ class _Factors:
     def _weight(self, w: int, layer: Layer) -> Tensor:
         """(P, 1 + groups) damage from all samples, and with each group left out."""
         setting = self.setting
-        module = setting.module(layer)
+        weight = weight_of(setting.module(layer)).detach()
         found = torch.zeros(len(setting.precisions), _GROUPS + 1, dtype=torch.float64)
         call = 0
         while f"{w} {call} inputs" in self.sums:
+            transposed = self.inputs_first[f"{w} {call}"]
             inputs = self._without(f"{w} {call} inputs", self.samples)
             gradients = self._without(f"{w} {call} gradients", self.predictions)
             for p, precision in enumerate(setting.precisions):
                 if precision.quantizes_weight:
-                    found[p] += _form(module, setting.perturbation(layer, precision), inputs, gradients)
+                    found[p] += _form(setting.perturbation(layer, precision), transposed, inputs, gradients)
                 if f"{w} {call} noise {p}" in self.sums:
                     noise = self._without(f"{w} {call} noise {p}", self.samples)
-                    found[p] += _form(module, weight_of(module).detach(), noise, gradients)
+                    found[p] += _form(weight, transposed, noise, gradients)
             call += 1
         return found
 
@@ -151,10 +160,10 @@ class _Factors:
         return rest / number.reshape(-1, *[1] * (rest.ndim - 1))
 
 
-def _form(module: nn.Module, matrix: Tensor, inputs: Tensor, gradients: Tensor) -> Tensor:
+def _form(matrix: Tensor, inputs_first: bool, inputs: Tensor, gradients: Tensor) -> Tensor:
     """(K,) 1/2 sum b_i a_j M_ij^2 for K sets of a (K, G, I) and b (K, O)."""
     squared = wide(matrix).square()
-    if isinstance(module, nn.Embedding) or type(module).__name__ == "Conv1D":
+    if inputs_first:
         squared = squared.T
     groups = inputs.shape[1]
     squared = squared.reshape(groups, gradients.shape[1] // groups, -1)

@@ -38,8 +38,7 @@ class LayerOutputError:
         count = len(setting.precisions)
         layers = [layer for unit in setting.units for layer in unit.layers]
         noise = [[Mean() for _ in range(count)] for _ in setting.units]
-        power = np.zeros(len(setting.units))
-        total = sum(samples(batch) for batch in setting.batches)
+        power = [Mean() for _ in setting.units]
         squares: dict[str, Tensor] = {}
         size = 0
 
@@ -66,13 +65,13 @@ class LayerOutputError:
                         found = [squares[layer.name] for layer in unit.layers if layer.name in squares]
                         if found:
                             own, *errors = torch.stack(found).sum(0)
-                            power[u] += float(own.sum()) / total
-                            for p, error in enumerate(errors):
-                                noise[u][p].add(error, torch.arange(size), size)
+                            for mean, square in zip([power[u], *noise[u]], [own, *errors], strict=True):
+                                mean.add(square, torch.arange(size), size)
         finally:
             for handle in handles:
                 handle.remove()
-        scale = np.divide(1.0, power, out=np.zeros_like(power), where=power > 0)[:, None]
+        sizes = np.array([mean.value for mean in power])  # nan where no batch reached a unit
+        scale = np.divide(1.0, sizes, out=np.zeros_like(sizes), where=sizes > 0)[:, None]
         value, se = (
             np.array([[getattr(mean, name) if mean.samples else 0.0 for mean in row] for row in noise])
             for name in ("value", "se")

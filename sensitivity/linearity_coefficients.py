@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import Mean, kl_divergence
+from mpsearch.measure import Mean, kl_divergence, wide
 from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
 from mpsearch.relative import relative_error
 
@@ -76,14 +76,14 @@ class LinearityCoefficients(OneAtATime):
         ]
 
     def _name(self, j: int) -> str:
-        return f"noise {self._squared()[j] ** 0.5:.6g} seed {self.seed}"
+        return f"noise {j + 1} of {self.levels} to {self.greatest!r}, seed {self.seed}"
 
     def _noise(self, setting: Setting, u: int, j: int) -> Perturbation:
         found: dict[torch.nn.Parameter, Tensor] = {}
         for k, parameter in enumerate(setting.parameters(setting.units[u])):
             generator = torch.Generator().manual_seed(hash((self.seed, u, j, k)) % 2**63)
-            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(parameter.device)
-            weight = parameter.detach().float()
+            weight = wide(parameter.detach())
+            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(weight)
             scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
             found[parameter] = (weight + scale * draw).to(parameter.dtype)
         return Perturbation(found, {})

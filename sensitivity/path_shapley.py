@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import kl_divergence, log_softmax
-from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.model import Batch, call, predictions
+from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 Floats = NDArray[np.float64]
@@ -69,12 +70,7 @@ class PathShapley:
         """
         if setting.loss != "kl":
             raise EstimatorError("PathShapley follows the KL to the unquantized model; leave out the loss")
-        parameters = {p: None for unit in setting.units for p in setting.parameters(unit)}
-        for parameter in setting.model.parameters():
-            parameter.requires_grad_(parameter in parameters)
         count, options = len(setting.batches), len(setting.precisions)
-        total = sum(samples(batch) for batch in setting.batches)
-        weight = np.array([samples(batch) / total for batch in setting.batches])
         shares = np.zeros((count, len(setting.units), options))
         ends = np.zeros((count, options))
         ceilings = np.zeros(count)
@@ -86,11 +82,14 @@ class PathShapley:
                 log_p = log_softmax(logits)
                 ceilings[number] = float((log_p.exp() * log_p).sum(-1).mean()) + math.log(logits.shape[-1])
                 references.append(logits)
+        weight = np.array([len(logits) for logits in references]) / sum(len(logits) for logits in references)
         bar = setting.progress(None, count * options, "Path")
         with bar:
             for p, precision in enumerate(setting.precisions):
                 chosen = {layer.name: precision for unit in setting.units for layer in unit.layers}
                 targets = quantized_weights(setting.model, chosen, setting.quantizer)
+                for parameter in setting.model.parameters():
+                    parameter.requires_grad_(parameter in targets)
                 for number, batch in enumerate(setting.batches):
                     name = f"path | {self.nodes} | {precision} | {number}"
                     stored = setting.checkpoint.get(name)
@@ -134,12 +133,16 @@ class PathShapley:
         total = len(setting.batches)
         nodes, node_weights = np.polynomial.legendre.leggauss(self.nodes)
         starts = {parameter: parameter.data for parameter in targets}
+        leaves: list[Tensor] = []  # inputs that nothing before them moves
 
         def hooks(t: float, share: float) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
             found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
             for u, unit in enumerate(setting.units):
                 for layer in unit.layers:
-                    function = input_quantizer(layer.name, setting.precisions[p], setting.quantizer, setting.ranges)
+                    axis = channel_axis(setting.module(layer))
+                    function = input_quantizer(
+                        layer.name, setting.precisions[p], setting.quantizer, setting.ranges, axis
+                    )
                     if function is not None:
                         found[setting.module(layer)] = moved(u, function, t, share)
             return found
@@ -150,7 +153,7 @@ class PathShapley:
                 y = x + t * change
                 if share:
                     if not y.requires_grad:
-                        y.requires_grad_()
+                        leaves.append(y.requires_grad_())
 
                     def add(g: Tensor) -> None:
                         score[u] += share * float((g.double() * change.double()).sum())
@@ -164,12 +167,14 @@ class PathShapley:
             logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
             return kl_divergence(reference, logits).mean()
 
-        points = list(targets) or list(setting.parameters(setting.units[0]))
         for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
             at = {parameter: torch.lerp(starts[parameter], new, float(node)) for parameter, new in targets.items()}
+            leaves.clear()
             with torch.enable_grad(), weights(at), inputs(hooks(float(node), float(node_weight))):
                 try:
-                    gradients = torch.autograd.grad(damage(), points, allow_unused=True)
+                    loss = damage()
+                    points = [*targets, *leaves]
+                    gradients = torch.autograd.grad(loss, points, allow_unused=True)
                 except RuntimeError as error:
                     raise EstimatorError(f"the model cannot be differentiated: {error}") from None
             setting.passes.add(total, forward=1, backward=1)

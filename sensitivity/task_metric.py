@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -58,13 +57,16 @@ class TaskMetric(OneAtATime):
     array([[1.]])
     """
 
-    unit: ClassVar[str] = "relative"
-
     metric: str | Metric = "cross-entropy"
     higher_is_better: bool = False
 
     def __post_init__(self) -> None:
         self._resolved()
+
+    @property
+    def unit(self) -> str:  # type: ignore[override]
+        """Nats for the cross-entropy."""
+        return "nats" if self.metric == "cross-entropy" else "relative"
 
     @property
     def needs_labels(self) -> bool:  # type: ignore[override]

@@ -151,6 +151,41 @@ def test_compare(here, capsys):
     assert {plan["first_by_second"] for plan in content["plans"]} == {1.0}
 
 
+def test_compare_with_measured_plans(here, capsys):
+    """All nine plans, damage as the table says but for one: a at w8, b at w2 is measured worst of all."""
+    damage = {"a": {"w2": 9, "w4": 3, "w8": 1}, "b": {"w2": 4, "w4": 2, "w8": 1}}
+    rows = [(damage["a"][a] + damage["b"][b], a, b) for a in damage["a"] for b in damage["b"]]
+    rows[6] = (99, "w8", "w2")
+    (here / "plans.csv").write_text("damage,a,b\n" + "".join(f"{d},{a},{b}\n" for d, a, b in rows))
+    status, out, err = run(capsys, "compare", "table.csv", "plans.csv")
+    assert (status, err) == (0, "")
+    assert "Spearman" in out
+    assert "mis-ranked plan" in out
+    assert max(map(len, out.splitlines())) <= 80
+    status, out, _ = run(capsys, "compare", "table.csv", "plans.csv", "--json")
+    content = json.loads(out)
+    assert content["agreement"][0]["plans"] == "all"
+    assert content["agreement"][0]["count"] == 9
+    worst = content["misranked"][0]
+    assert (worst["plan"], worst["predicted"], worst["measured"], worst["measured_rank"]) == (6, 5.0, 99.0, 9.0)
+
+
+def test_compare_prints_bands_of_equal_size(here, capsys):
+    """Five plans of 30 bytes with the ranks of the table, and one of 80."""
+    lines = ["layer,precision,sensitivity,memory_bytes"]
+    lines += [
+        f"{layer},{p},{value},{size}"
+        for layer in "abcde"
+        for p, value, size in (("w2", 5 * "abcde".index(layer) + 5, 2), ("w4", 1, 7))
+    ]
+    (here / "five.csv").write_text("\n".join(lines))
+    plans = ["w2,w4,w4,w4,w4", "w4,w2,w4,w4,w4", "w4,w4,w2,w4,w4", "w4,w4,w4,w2,w4", "w4,w4,w4,w4,w2", "w4,w4,w4,w4,w4"]
+    (here / "plans.csv").write_text("damage,a,b,c,d,e\n" + "".join(f"{i},{row}\n" for i, row in enumerate(plans)))
+    _, out, _ = run(capsys, "compare", "five.csv", "plans.csv")
+    assert "of equal size" in out
+    assert "30.0 B to 30.0 B" in out
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
@@ -189,6 +224,10 @@ def test_compare(here, capsys):
         ("profile nets.py:net --data nets.py:data --precisions w4 --resources memory -o t.csv", 2, "did you mean 'memory_bytes'"),
         ("profile nets.py:net --data nets.py:data --precisions w4 --exclude fc -o t.csv", 2, "matches no layer"),
         ("compare table.csv other.csv", 2, "No such file"),
+        ("compare table.csv damage.csv", 2, "line 2: damage is 'much'"),
+        ("compare damage.csv table.csv", 2, "no column 'layer'"),
+        ("compare table.csv fewer.csv", 2, "the plans say nothing of layer 'b'"),
+        ("compare table.csv two.csv", 2, "2 measured plans, expected 3 or more"),
     ],
 )  # fmt: skip
 def test_a_users_mistake_is_one_line_and_the_right_status(here, capsys, arguments, status, words):
@@ -196,6 +235,9 @@ def test_a_users_mistake_is_one_line_and_the_right_status(here, capsys, argument
 
     (here / "bad.json").write_text("{")
     (here / "other.json").write_text('{"mpsearch_plan": 1, "layers": {"fc": "w4"}}')
+    (here / "damage.csv").write_text("damage,a,b\nmuch,w2,w4\n")
+    (here / "fewer.csv").write_text("damage,a\n1,w2\n2,w4\n3,w8\n")
+    (here / "two.csv").write_text("damage,a,b\n1,w2,w4\n2,w4,w4\n")
     (here / "bad.csv").write_text("layer,precision,sensitivity\na,w4,1\na,w8,nan\n")
     found, out, err = run(capsys, *shlex.split(arguments))
     assert found == status, err

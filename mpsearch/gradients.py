@@ -1,0 +1,109 @@
+"""Gradients of weights, for the proxies that are built from them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Setting
+from mpsearch.measure import log_softmax
+from mpsearch.model import Batch, call, inputs_of, predictions, samples
+
+
+def differentiated(setting: Setting) -> list[nn.Parameter]:
+    """The distinct weights of all units, in order; of all parameters only these require a gradient from here on."""
+    weights = {p: None for unit in setting.units for p in setting.parameters(unit)}
+    for parameter in setting.model.parameters():
+        parameter.requires_grad_(parameter in weights)
+    return list(weights)
+
+
+def supervised_loss(setting: Setting, batch: Batch, generator: torch.Generator) -> Tensor:
+    """A loss with a gradient: the setting's, or in place of `kl`, whose gradient at the model itself is 0, the cross-entropy.
+
+    Its labels are the data's where the batch has them, else drawn from the model's own predictions.
+
+    Args:
+        setting: tells the loss.
+        batch: one batch; one forward pass.
+        generator: of the draws, on the CPU.
+
+    Returns:
+        A scalar in the graph, the mean over predictions.
+
+    Raises:
+        EstimatorError: where it is no finite scalar.
+    """
+    if setting.loss != "kl":
+        return setting.mean_loss(batch)
+    logits, labels, _ = predictions(setting.model, call(setting.model, batch), batch)
+    if not torch.isfinite(logits.detach()).all():
+        raise EstimatorError("the output of the model is not finite")
+    log_p = log_softmax(logits)
+    if labels is None:
+        drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
+        labels = drawn[:, 0].to(logits.device)
+    loss = torch.nn.functional.nll_loss(log_p, labels)
+    if not torch.isfinite(loss.detach()):
+        raise EstimatorError(f"the cross-entropy is {float(loss.detach())}, expected a finite number")
+    return loss
+
+
+def gradient(loss: Tensor, points: Sequence[Tensor], *, create_graph: bool = False) -> list[Tensor]:
+    """Gradients of a scalar, zeros at points that it does not depend on.
+
+    Raises:
+        EstimatorError: where it cannot be differentiated.
+    """
+    try:
+        found = torch.autograd.grad(loss, points, create_graph=create_graph, allow_unused=True)
+    except RuntimeError as error:
+        raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(points, found, strict=True)]
+
+
+def mean_gradient(setting: Setting, weights: Sequence[nn.Parameter], seed: int) -> list[Tensor]:
+    """Gradient of the mean of `supervised_loss` over all samples, float32 or wider; one forward and one backward pass.
+
+    Raises:
+        EstimatorError: where the loss cannot be differentiated, or the gradient is not finite.
+    """
+    total = sum(samples(batch) for batch in setting.batches)
+    generator = torch.Generator().manual_seed(seed)
+    found = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+    for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "gradient")):
+        with torch.enable_grad():
+            parts = gradient(supervised_loss(setting, batch, generator), weights)
+        for whole, part in zip(found, parts, strict=True):
+            if not torch.isfinite(part).all():
+                raise EstimatorError(f"a gradient is not finite in batch {number}")
+            whole.add_(part.to(whole.dtype), alpha=samples(batch) / total)
+        setting.passes.add(len(setting.batches), forward=1, backward=1)
+    return found
+
+
+def ones_like_sample(batch: Batch, dtype: torch.dtype | None = None) -> Batch:
+    """The first sample of a batch with every floating-point input set to 1; token numbers stay.
+
+    Args:
+        batch: any batch.
+        dtype: of the ones; the input's own where None.
+
+    >>> ones_like_sample((torch.zeros(4, 2), torch.zeros(4)))
+    (tensor([[1., 1.]]), None)
+    """
+
+    def one(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            first = value[:1]
+            return torch.ones_like(first, dtype=dtype) if value.is_floating_point() else first
+        if isinstance(value, Mapping):
+            return {key: one(part) for key, part in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(one(part) for part in value)
+        return value
+
+    inputs = one(inputs_of(batch))
+    return inputs if isinstance(inputs, Mapping) else (inputs, None)

@@ -1,0 +1,191 @@
+"""HAWQ and HAWQ-V2 as EMQ compares them: top eigenvalue and trace of the Hessian, not divided by the size of the layer."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.gradients import differentiated, gradient
+from mpsearch.measure import wide
+from mpsearch.model import Batch, samples
+from mpsearch.relative import cells_from_scores
+
+
+@dataclass(frozen=True)
+class HAWQProxy:
+    """Largest eigenvalue of a layer's Hessian (`hawqv1` in EMQ, 2307.10554; HAWQ, 1905.03696, divides it by the number of weights).
+
+        score(l) = |lambda_1(H_l)|,    mean over batches
+        sensitivity(l, p) = score(l) x relative squared error of p    [relative]
+
+    By power iteration from a random direction; it finds the eigenvalue of the largest magnitude, whose sign is
+    dropped, since a negative score would reward the coarser format. The reference takes one batch and stops when
+    lambda changes by less than 0.1 %; here the number of iterations is fixed, so that the cost is known. A baseline:
+    one direction of millions, in which rounding errors need not point. A group is one block. One forward pass, and
+    backward passes worth 1 + 2 x iterations x units.
+
+    Attributes:
+        num_iterations: Hessian-vector products a unit and batch.
+        seed: of the first directions.
+
+    For the loss 3/2 w1^2 + 1/2 w2^2 the eigenvalues are 3 and 1; an error as large as the weights:
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> loss = lambda model, batch: (torch.tensor([[1.5, 0.5]]) * model[0].weight ** 2).sum() + 0 * model(batch).sum()
+    >>> table = mps.profile(model, [torch.ones(1, 2)], HAWQProxy(), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: 2 * w)
+    >>> table.sensitivity.round(6)
+    array([[3.]])
+    """
+
+    num_iterations: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_iterations < 1:
+            raise EstimatorError(f"num_iterations={self.num_iterations}: expected 1 or more")
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Passes over the data of precisions that leave inputs alone."""
+        return Passes(forward=1, backward=1 + 2 * self.num_iterations * units)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the model cannot be differentiated twice, or an eigenvalue is not finite.
+        """
+        differentiated(setting)
+        blocks = [list(setting.parameters(unit)) for unit in setting.units]
+        generator = torch.Generator().manual_seed(self.seed)
+        total = sum(samples(batch) for batch in setting.batches)
+        score = np.zeros(len(blocks))
+        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "HAWQ proxy")):
+            gradients = _gradients(setting, batch, [w for block in blocks for w in block])
+            for u, block in enumerate(blocks):
+                value = abs(self._eigenvalue([gradients[w] for w in block], block, generator))
+                if not math.isfinite(value):
+                    raise EstimatorError(
+                        f"the eigenvalue of {setting.units[u].name!r} is {value}, expected a finite number (batch {number})"
+                    )
+                score[u] += samples(batch) / total * value
+            setting.passes.add(
+                len(setting.batches), forward=1, backward=1 + 2 * self.num_iterations * len(setting.units)
+            )
+        return cells_from_scores(setting, score)
+
+    def _eigenvalue(
+        self, gradients: Sequence[Tensor], block: Sequence[nn.Parameter], generator: torch.Generator
+    ) -> float:
+        directions = [wide(torch.randn(w.shape, generator=generator).to(w.device)) for w in block]
+        size, value = _norm(directions), 0.0
+        for _ in range(self.num_iterations):
+            directions = [v / size for v in directions]
+            products = _product(gradients, block, directions)
+            value = sum(float((v * product).sum()) for v, product in zip(directions, products, strict=True))
+            size = _norm(products)
+            if size:
+                directions = products
+            else:
+                size = 1.0  # the Hessian is 0 in this direction: keep it
+        return value
+
+
+@dataclass(frozen=True)
+class HAWQV2Proxy:
+    """Trace of a layer's Hessian (`hawqv2` in EMQ, 2307.10554).
+
+        score(l) = tr(H_l)
+        sensitivity(l, p) = score(l) x relative squared error of p    [relative]
+
+    HAWQ-V2 itself (1911.03852) divides by the number of weights and takes absolute errors: `HessianTrace`. By
+    Hutchinson's estimator with Rademacher probes, one for all layers at once; the reference stops when the running
+    mean changes by less than 0.1 %, which happens by chance, so the number of probes is fixed here. A baseline:
+    relative errors favour no layer for its size, so a layer whose weights are few or small is scored too low. One
+    forward pass, and backward passes worth 1 + 2 x probes.
+
+    Attributes:
+        num_samples: probes a batch, at least 2.
+        seed: of the probes.
+
+    For the loss 3/2 w1^2 + 1/2 w2^2 every probe gives the trace 4; an error as large as the weights:
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 1, bias=False))
+    >>> loss = lambda model, batch: (torch.tensor([[1.5, 0.5]]) * model[0].weight ** 2).sum() + 0 * model(batch).sum()
+    >>> mps.profile(model, [torch.ones(1, 2)], HAWQV2Proxy(2), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: 2 * w).sensitivity
+    array([[4.]])
+    """
+
+    num_samples: int = 32
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 2:
+            raise EstimatorError(f"num_samples={self.num_samples}: expected 2 or more, for a standard error")
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Passes over the data of precisions that leave inputs alone."""
+        return Passes(forward=1, backward=1 + 2 * self.num_samples)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
+        """
+        weights = differentiated(setting)
+        generator = torch.Generator().manual_seed(self.seed)
+        total = sum(samples(batch) for batch in setting.batches)
+        mean, variance = np.zeros(len(weights)), np.zeros(len(weights))
+        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "HAWQ-V2 proxy")):
+            gradients = list(_gradients(setting, batch, weights).values())
+            draws = np.zeros((self.num_samples, len(weights)))
+            for draw in draws:
+                signs = [_rademacher(w, generator) for w in weights]
+                products = _product(gradients, weights, signs)
+                draw[:] = [float((z * product).sum()) for z, product in zip(signs, products, strict=True)]
+            if not np.isfinite(draws).all():
+                raise EstimatorError(f"a Hessian trace is not finite in batch {number}")
+            share = samples(batch) / total
+            mean += share * draws.mean(axis=0)
+            variance += share**2 * draws.var(axis=0, ddof=1) / self.num_samples
+            setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * self.num_samples)
+        place = {w: i for i, w in enumerate(weights)}
+        rows = [[place[w] for w in setting.parameters(unit)] for unit in setting.units]
+        score = np.array([mean[row].sum() for row in rows])
+        return cells_from_scores(setting, score, np.sqrt([variance[row].sum() for row in rows]))
+
+
+def _gradients(setting: Setting, batch: Batch, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+    """Gradients of the mean loss with their graph."""
+    with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        return dict(zip(weights, gradient(setting.mean_loss(batch), weights, create_graph=True), strict=True))
+
+
+def _product(
+    gradients: Sequence[Tensor], weights: Sequence[nn.Parameter], directions: Sequence[Tensor]
+) -> list[Tensor]:
+    """Hessian-vector product in the widest float; the graph is kept."""
+    parts = [(wide(g) * v).sum().cpu() for g, v in zip(gradients, directions, strict=True) if g.requires_grad]
+    if not parts:
+        return [torch.zeros_like(v) for v in directions]
+    try:
+        found = torch.autograd.grad(torch.stack(parts).sum(), weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+    return [torch.zeros_like(v) if h is None else wide(h) for v, h in zip(directions, found, strict=True)]
+
+
+def _norm(tensors: Sequence[Tensor]) -> float:
+    return math.sqrt(sum(float(x.square().sum()) for x in tensors))
+
+
+def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
+    return wide(2 * signs.to(like.device) - 1)

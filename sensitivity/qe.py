@@ -1,0 +1,51 @@
+"""Entropy of feature maps under the Gaussian assumption."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.layer import Layer
+from mpsearch.measure import wide
+from mpsearch.modules import canonical
+from mpsearch.relative import cells_from_scores
+
+
+@dataclass(frozen=True)
+class QE:
+    """Gaussian entropy of a layer's output (entropy-driven mixed precision, NeurIPS 2022; `QE` in EMQ, 2307.10554).
+
+        score(l) = max(log C + log sigma, 0),    sigma^2 = mean over output channels of ||w_c||^2
+        sensitivity(l, p) = score(l) x relative squared error of p    [relative]
+
+    sigma is the standard deviation of the output for white input of variance 1, C the number of output channels. EMQ's
+    port scores a whole configuration: sums of log sigma over residual blocks plus log C a stage, with hand-set stage
+    weights (0, 0, 1, 1, 6), random Gaussian weights and a lookup table of sigma by bits; this is its term of one
+    layer, with the trained weights, and stage weights of 1. A baseline: it measures capacity, not damage, and sees no
+    data. Layers that share a weight each add their own. No passes.
+
+    Two channels of squared norms 1 and 7: sigma = 2, so log 2 + log 2; an error as large as the weights:
+
+    >>> import torch, mpsearch as mps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
+    >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [7.0**0.5]]))
+    >>> mps.profile(model, [torch.ones(1, 1)], QE(), mps.precisions("w4"), quantizer=lambda w, p: 2 * w).sensitivity.round(4)
+    array([[1.3863]])
+    """
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Passes over the data of precisions that leave inputs alone."""
+        return Passes()
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`."""
+        score = [sum(_entropy(setting, layer) for layer in unit.layers) for unit in setting.units]
+        return cells_from_scores(setting, np.array(score))
+
+
+def _entropy(setting: Setting, layer: Layer) -> float:
+    weight = wide(canonical(setting.module(layer)).detach())
+    channels = weight.shape[1] if layer.kind == "embedding" else len(weight)  # a row of an embedding is an output
+    variance = float(weight.square().sum()) / len(weight) / (channels if layer.kind == "embedding" else 1)
+    return max(math.log(channels) + 0.5 * math.log(variance), 0.0) if variance else 0.0
