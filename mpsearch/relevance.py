@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -56,6 +55,10 @@ _ELEMENTWISE = _names(
     softplus softsign erf exp pow square abs clamp clamp_min clamp_max rdiv reciprocal rms_norm normalize
     """
 )
+#: An element of the result is made from the same element of all that holds relevance.
+_POINTWISE = (_ELEMENTWISE - _names("rms_norm normalize")) | _names(
+    "add radd sub subtract rsub neg negative mul rmul multiply div divide true_divide"
+)
 #: Denominators of normalizations are constants (AttnLRP, proposition 3.4).
 _DENOMINATORS = _names("sqrt rsqrt std var norm linalg_norm linalg_vector_norm")
 #: Products of two tensors, and the place of the first factor.
@@ -71,6 +74,9 @@ _PRODUCTS = {
     "addmm": 1,
     "baddbmm": 1,
 }
+
+#: Tensors that a product or a sum may be given by name, in order.
+_OPERANDS = ("input", "mat1", "mat2", "batch1", "batch2", "other")
 
 #: The body of multi-head attention, open to the mode: the original hands itself over as one function.
 _open_attention = FunctionType(
@@ -156,8 +162,9 @@ class _Affine:
 class Propagation(TorchFunctionMode):
     """Run a model inside this, and `x * torch.autograd.grad(logits.sum(), x)[0]` is the relevance of x.
 
-    What requires a gradient holds relevance; parameters must not. Biases and other constants absorb theirs, as in every
-    rule below (Bach et al. 2015; Montavon et al. 2019; AttnLRP: Achtibat et al. 2024, 2402.05602). For the output
+    What requires a gradient holds relevance: leaves, and what is made of them inside; parameters must not. Biases and other
+    constants absorb theirs, as in every rule below (Bach et al. 2015; Montavon et al. 2019; AttnLRP: Achtibat et al.
+    2024, 2402.05602). For the output
     z = W x + b with relevance R_j, and with + and - for the positive and negative elements,
 
         u+ = W+ x+ + W- x- + b+,    u- = W- x+ + W+ x- + b-,
@@ -172,9 +179,14 @@ class Propagation(TorchFunctionMode):
     (the sign-wise gamma rule: Andeol et al. 2021). Batch normalization is folded into the linear map before it. Sums share
     by signed contribution, pooling gives to the maximum or by contribution, activations and root mean square norms pass
     all on, other norms are linear maps with a constant deviation. A product of two tensors that hold relevance gives
-    half to each. Attention: `attn-lrp` treats its two products so, and the softmax s by its Taylor decomposition,
+    half to each, but x f(x), element by element, is an activation: 0.5 x (1 + erf(x / sqrt 2)) passes all on, as GELU.
+    Attention: `attn-lrp` treats its two products so, and the softmax s by its Taylor decomposition,
     x_i (R_i - s_i sum R); for `cp-lrp` (Ali et al. 2022, 2202.07304) its weights are constants, all goes to the values.
-    Roots, deviations and norms are taken for denominators, which are constants.
+    Roots, powers of 1/2 and -1/2, deviations and norms are taken for denominators, which are constants; a softmax written
+    with exp and a sum is an activation and a constant.
+
+    Anything else that relevance would have to pass is refused by name, also what torch functions do not show: autograd
+    functions of the model's own, scripted and compiled code.
 
     Attributes:
         flows: every use of a parameter as the weight of a linear map or an embedding, in order.
@@ -227,6 +239,8 @@ class Propagation(TorchFunctionMode):
         self._epsilon, self._gamma, self._alpha = epsilon, gamma, alpha
         self._sums, self._observe = sums, observe
         self._maps: MutableMapping[Tensor, tuple[_Affine, Tensor, int]] = WeakTensorKeyDictionary()
+        self._seen: MutableMapping[Tensor, None] = WeakTensorKeyDictionary()
+        self._sources: MutableMapping[Tensor, tuple[Tensor, int, int]] = WeakTensorKeyDictionary()
 
     def branches(self, output: Tensor) -> dict[Flow, tuple[Junction, int] | None]:
         """The innermost branch that each flow lies in.
@@ -239,8 +253,9 @@ class Propagation(TorchFunctionMode):
             that do not reach the output are left out.
 
         Raises:
-            EstimatorError: for an `autograd.Function` of the model's own.
+            EstimatorError: where the output is made by an operation that torch functions do not show.
         """
+        self._check_seen([output])
         bits = {flow.node: 1 << place for place, flow in enumerate(self.flows)}
         known: dict[Any, int] = {}
         all_flows = _below(get_gradient_edge(output).node, bits, known)
@@ -262,16 +277,54 @@ class Propagation(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if not args and "input" in kwargs:
-            args = (kwargs.pop("input"),)
+        args = (*args, *(kwargs.pop(name) for name in _OPERANDS if name in kwargs))
         name: str = func.__name__.strip("_")
+        held = [t for t in _tensors((args, kwargs)) if t.requires_grad]
+        self._check_seen(held)
+        source = self._source(held) if name in _POINTWISE else None
+        result = self._apply(func, name, args, kwargs, held, source)
+        for t in _tensors((args, kwargs, result)):
+            if t.requires_grad:
+                self._seen[t] = None
+                if t._base is not None:  # written to through a view
+                    self._seen[t._base] = None
+        if source is not None and result is not source:
+            self._sources[result] = (source, source._version, result._version)
+        return result
+
+    def _check_seen(self, tensors: Sequence[Tensor]) -> None:
+        """Refuse what an operation has made that torch functions do not show."""
+        for t in tensors:
+            if t.grad_fn is not None and t not in self._seen and (t._base is None or t._base not in self._seen):
+                raise EstimatorError(
+                    f"relevance has no rule for {t.grad_fn.name()}, an operation that torch functions do not show "
+                    "(an autograd function of the model's own, scripted, compiled?)"
+                )
+
+    def _source(self, held: Sequence[Tensor]) -> Tensor | None:
+        """The one tensor of which all of these are functions, element by element; itself for one of another kind."""
+        found = []
+        for t in held:
+            source, *versions = self._sources.get(t, (t, 0, 0))
+            found.append(source if versions == [source._version, t._version] else t)
+        return found[0] if found and all(source is found[0] for source in found) else None
+
+    def _apply(
+        self,
+        func: Any,
+        name: str,
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+        held: Sequence[Tensor],
+        source: Tensor | None,
+    ) -> Any:
+        """Compute one function by its rule; `held` are the arguments that hold relevance, made from `source` alone or None."""
         if name == "linear" or name.startswith("conv"):
             return self._linear_map(func, name, args, kwargs)
         if name == "embedding":
             return self._embedding(func, args, kwargs)
         if name in ("matmul", "mm", "addmm") and not kwargs and isinstance(args[-1], nn.Parameter):
             return self._matrix_product(args)
-        held = [t for t in _tensors((args, kwargs)) if t.requires_grad]
         if not held:
             return func(*args, **kwargs)
         leads = bool(args) and held[0] is args[0]
@@ -281,16 +334,21 @@ class Propagation(TorchFunctionMode):
                 return self._sum(func, args)
             case _ if name in _LINEAR:
                 return func(*args, **kwargs)
+            case "mul" | "multiply" if source is not None and len(held) == 2:
+                out = self._identity(torch.mul(*(_constant(a) for a in args)), source)
+                return args[0].copy_(out) if _in_place(func) else out
             case _ if name in _PRODUCTS:
                 return self._product(func, name, args, kwargs)
             case "div" | "divide" | "true_divide" if leads:
                 return func(args[0], *(_constant(a) for a in args[1:]), **kwargs)
             case "div" | "divide" | "true_divide" if not kwargs:
                 return self._elementwise(lambda b: args[0] / b, args[1:], {})
+            case _ if alone and not _in_place(func) and (name in _DENOMINATORS or _is_root(name, args)):
+                return func(args[0].detach(), *args[1:], **kwargs)
+            case "var_mean" | "std_mean" if alone:
+                return func(args[0].detach(), *args[1:], **kwargs)[0], func(*args, **kwargs)[1]
             case _ if name in _ELEMENTWISE and alone:
                 return self._elementwise(func, args, kwargs)
-            case _ if name in _DENOMINATORS and alone and name == func.__name__:
-                return func(args[0].detach(), *args[1:], **kwargs)
             case "softmax":
                 result = func(*args, **kwargs)
                 return result.detach() if self._attention == "cp-lrp" else result
@@ -338,25 +396,29 @@ class Propagation(TorchFunctionMode):
 
         return self._ruled(_Affine(apply, x, weight, bias, self._rules[False], True), weight)
 
-    def _ruled(self, affine: _Affine, parameter: Tensor) -> Tensor:
-        """The output of a linear map, with the gradient of its rule: sum_k c_k u_k (z / u_k), quotients held constant."""
+    def _ruled(self, affine: _Affine, parameter: Tensor, known: Tensor | None = None) -> Tensor:
+        """The output of a linear map (`known` but for rounding), with the gradient of its rule.
+
+        sum_k c_k u_k (z / u_k), quotients held constant.
+        """
         if affine.weight.requires_grad:
             raise EstimatorError("relevance has no rule for a linear map whose weight depends on the input")
         plain = affine.output()
-        value = plain.detach()
+        z = plain.detach()
+        value = z if known is None else known.detach()
         out = value
         if plain.requires_grad:
             if affine.rule == "epsilon":
-                carried = self._quotient(value, plain)
+                carried = self._quotient(z, plain)
             elif affine.rule == "z+":
-                carried = self._quotient(value, affine.part(_positive, _negative))
+                carried = self._quotient(z, affine.part(_positive, _negative))
             elif affine.rule == "alpha-beta":
-                carried = self._alpha * self._quotient(value, affine.part(_positive, _negative))
-                carried = carried - (self._alpha - 1) * self._quotient(value, affine.part(_negative, _positive))
+                carried = self._alpha * self._quotient(z, affine.part(_positive, _negative))
+                carried = carried - (self._alpha - 1) * self._quotient(z, affine.part(_negative, _positive))
             else:
                 more, less = self._favouring(_positive), self._favouring(_negative)
-                carried = self._quotient(_positive(value), affine.part(more, less))
-                carried = carried + self._quotient(_negative(value), affine.part(less, more))
+                carried = self._quotient(_positive(z), affine.part(more, less))
+                carried = carried + self._quotient(_negative(z), affine.part(less, more))
             out = _with_value(value, carried)
         out = self._made(parameter, value, out)
         if out.requires_grad:
@@ -367,10 +429,12 @@ class Propagation(TorchFunctionMode):
         return lambda t: t + self._gamma * sign(t)
 
     def _quotient(self, value: Tensor, u: Tensor) -> Tensor:
-        """`u (value / u)`, the quotient held constant and stabilized."""
+        """`u (value / u)`, the quotient held constant and stabilized; finite, also in half precision."""
         down = u.detach()
-        down = torch.where(down < 0, down - self._epsilon, down + self._epsilon)
-        return u * (value / torch.where(down == 0, 1.0, down))
+        stable = torch.where(down < 0, down - self._epsilon, down + self._epsilon)
+        quotient = value / torch.where(down == 0, torch.inf, stable)
+        most = torch.finfo(value.dtype).max
+        return u * quotient.clamp(-most, most)
 
     def _made(self, weight: Tensor, value: Tensor, out: Tensor) -> Tensor:
         """Record the output of a weight: `value` is its own copy, `out` carries the gradient."""
@@ -415,35 +479,45 @@ class Propagation(TorchFunctionMode):
     def _product(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         place = _PRODUCTS[name]
         factors = [*args[:place], *_shared(args[place : place + 2]), *args[place + 2 :]]
-        if func.__name__ == "mul_":
+        if _in_place(func):
             out: Tensor = args[0].copy_(torch.mul(*factors))
         else:
             out = func(*factors, **kwargs)
         return out
 
     def _elementwise(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
-        """Its value as x (value / x), the quotient held constant; nothing from an input of 0, which holds no relevance."""
         x: Tensor = args[0]
         copy = x.detach().clone()
-        value = func(copy, *args[1:], **kwargs)
-        usable = x.detach().isfinite() & (x.detach() != 0)
-        base = torch.where(usable, x, 1.0)
-        out = _with_value(value, base * torch.where(usable, value / base.detach(), 0.0))
+        out = self._identity(func(copy, *args[1:], **kwargs), x)
         if copy._version:  # `func` works in place
             x.copy_(out)
             return x
         return out
 
+    def _identity(self, value: Tensor, x: Tensor) -> Tensor:
+        """`value` as x (value / x), the quotient held constant; nothing from an x of 0, which holds no relevance."""
+        given = x.detach()
+        quotient = value / torch.where(given == 0, 1.0, given)
+        usable = given.isfinite() & (given != 0) & quotient.isfinite()
+        return _with_value(value, torch.where(usable, x, 0.0) * torch.where(usable, quotient, 0.0))
+
     def _scaled_dot_product(
-        self, func: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        self,
+        func: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         if self._attention == "cp-lrp":
-            out: Tensor = func(query.detach(), key.detach(), value, *args, **kwargs)
-            return out
-        factor = (0.5 if query.requires_grad and key.requires_grad else 1.0) * (0.5 if value.requires_grad else 1.0)
-        if query.requires_grad or key.requires_grad:
-            query, key, value = _scaled(query, factor), _scaled(key, factor), _scaled(value, 0.5)
-        out = func(query, key, value, *args, **kwargs)
+            query, key, attn_mask = _constant(query), _constant(key), _constant(attn_mask)
+        elif query.requires_grad or key.requires_grad or (attn_mask is not None and attn_mask.requires_grad):
+            half = 0.5 if value.requires_grad else 1.0
+            query, key = (_scaled(factor, half) for factor in _shared([query, key]))
+            value, attn_mask = _scaled(value, 0.5), _scaled(attn_mask, half)
+        out: Tensor = func(query, key, value, attn_mask, *args, **kwargs)
         return out
 
     def _norm(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
@@ -460,7 +534,7 @@ class Propagation(TorchFunctionMode):
             tokens = before is not None and before.weight.ndim == 2 < x.ndim  # the channels are not those of the weight
             if before is None or version != x._version or tokens:
                 return _with_value(func(*args, **kwargs).detach(), x * scale.view(channels))
-            return self._ruled(before.then(scale, shift), parameter)
+            return self._ruled(before.then(scale, shift), parameter, func(*args, **kwargs))
         if func is F.layer_norm:
             grouped, dims = x, tuple(range(-len(options["normalized_shape"]), 0))
             affine = x.shape[x.ndim - len(dims) :]
@@ -470,7 +544,8 @@ class Propagation(TorchFunctionMode):
             grouped, dims, affine = x, tuple(range(2, x.ndim)), channels
         else:
             raise EstimatorError(f"relevance has no rule for {resolve_name(func)} with statistics of the batch")
-        deviation = torch.rsqrt(grouped.detach().var(dims, unbiased=False, keepdim=True) + eps)
+        full = grouped.detach().to(torch.promote_types(x.dtype, torch.float32))
+        deviation = torch.rsqrt(full.var(dims, unbiased=False, keepdim=True) + eps).to(x.dtype)
         carried = ((grouped - grouped.mean(dims, keepdim=True)) * deviation).reshape(x.shape)
         if weight is not None:
             carried = carried * weight.reshape(affine)
@@ -488,8 +563,6 @@ def _below(node: Any, bits: Mapping[Any, int], known: dict[Any, int]) -> int:
         if top in known:
             stack.pop()
             continue
-        if isinstance(top, BackwardCFunction):
-            raise EstimatorError(f"relevance has no rule for the autograd function {type(top).__name__}")
         parts = [part for part, _ in top.next_functions if part is not None]
         missing = [part for part in parts if part not in known]
         if missing:
@@ -516,19 +589,31 @@ def _constant(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
+def _in_place(func: Any) -> bool:
+    name: str = func.__name__
+    return name.endswith("_") and not name.endswith("__")
+
+
+def _is_root(name: str, args: Sequence[Any]) -> bool:
+    """True for a power of 1/2 or -1/2."""
+    return name == "pow" and isinstance(args[-1], float) and abs(args[-1]) == 0.5
+
+
 def _with_value(value: Tensor, carried: Tensor) -> Tensor:
     """`value`, with the gradient of `carried`."""
-    return carried + (value - carried).detach()
+    return value + (carried - carried.detach())
 
 
-def _scaled(x: Tensor, factor: float) -> Tensor:
-    """The same value, with `factor` times the gradient."""
-    if factor == 1:
+def _scaled(x: Any, factor: float) -> Any:
+    """The same value, with `factor` times the gradient; what holds no relevance as it is."""
+    if factor == 1 or not isinstance(x, Tensor) or not x.requires_grad:
         return x
-    return factor * x + ((1 - factor) * x).detach()
+    same = x.view_as(x)
+    same.register_hook(lambda gradient: factor * gradient)
+    return same
 
 
 def _shared(factors: Sequence[Any]) -> list[Any]:
     """Factors of a product: those that hold relevance get equal parts of it."""
-    held = [isinstance(factor, Tensor) and factor.requires_grad for factor in factors]
-    return [_scaled(f, 1 / sum(held)) if here else f for f, here in zip(factors, held, strict=True)]
+    held = sum(isinstance(factor, Tensor) and factor.requires_grad for factor in factors)
+    return [_scaled(factor, 1 / max(held, 1)) for factor in factors]

@@ -406,6 +406,171 @@ def test_root_mean_square_norms_pass_all_relevance_on(norm):
     torch.testing.assert_close(relevance(norm, x, r), r)
 
 
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6) ** -0.5,
+        lambda x: x * torch.pow((x * x).mean(-1, keepdim=True), -0.5),
+        lambda x: x / ((x**2).mean(-1, keepdim=True) + 1e-6) ** 0.5,
+        lambda x: x * (x.norm(dim=-1, keepdim=True).clamp(min=1e-6)).reciprocal(),
+    ],
+)
+def test_powers_of_one_half_are_denominators(norm):
+    x, r = draw(3, 8), draw(3, 8, seed=1)
+    torch.testing.assert_close(relevance(norm, x, r), r)
+
+
+def spread_and_mean(x):
+    variance, mean = torch.var_mean(x, -1, correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        spread_and_mean,
+        lambda x: (x - x.mean(-1, keepdim=True)) / torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + 1e-5),
+        lambda x: (x - x.mean(-1, True)) * ((x - x.mean(-1, True)) ** 2).mean(-1, True).add(1e-5).pow(-0.5),
+    ],
+)
+def test_layer_norms_by_hand(norm):
+    x, r = draw(3, 8), draw(3, 8, seed=1)
+    torch.testing.assert_close(relevance(norm, x, r), relevance(nn.LayerNorm(8, elementwise_affine=False), x, r))
+
+
+def gelu_in_place(x):
+    half = 0.5 * x
+    half.mul_(1 + torch.erf(x / math.sqrt(2.0)))
+    return half
+
+
+@pytest.mark.parametrize(
+    ("by_hand", "original"),
+    [
+        (lambda x: 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))), nn.GELU("tanh")),
+        (gelu_in_place, nn.GELU()),
+        (lambda x: x * torch.sigmoid(x), nn.SiLU()),
+        (lambda x: x / (1 + torch.exp(-x)), nn.SiLU()),
+        (lambda x: x * torch.tanh(F.softplus(x)), nn.Mish()),
+        (lambda x: x * F.relu6(x + 3) / 6, nn.Hardswish()),
+        (lambda x: F.relu(x).square(), lambda x: F.relu(x) ** 2),
+    ],
+)
+def test_activations_by_hand_pass_all_relevance_on(by_hand, original):
+    """A number times a function of itself is one function of one number, whatever constants absorb on the way."""
+    x, r = draw(5, 4), draw(5, 4, seed=1)
+    with Propagation():
+        torch.testing.assert_close(by_hand(x.clone().requires_grad_()).detach(), original(x))
+    torch.testing.assert_close(relevance(by_hand, x, r), relevance(original, x, r))
+
+
+def test_a_tensor_that_was_overwritten_is_no_function_of_what_it_was():
+    def written(x):
+        y, z = x[..., 0] * 2.0, x[..., 1] * 1.0
+        gate = torch.sigmoid(y)
+        y += z
+        return y * gate
+
+    def plain(x):
+        y, z = x[..., 0] * 2.0, x[..., 1] * 1.0
+        return (y + z) * torch.sigmoid(y)
+
+    x, r = draw(4, 3, 2), draw(4, 3, seed=1)
+    torch.testing.assert_close(relevance(written, x, r), relevance(plain, x, r))
+    y, z = 2 * x[..., 0], x[..., 1]
+    half = torch.stack([r / 2 * y / (y + z) + r / 2, r / 2 * z / (y + z)], -1)  # of the sum, and of the gate
+    torch.testing.assert_close(relevance(plain, x, r), half)
+
+
+POOLS = {
+    "avg": (nn.AvgPool2d(2, stride=1, padding=1), (2, 4, 4)),
+    "adaptive avg": (nn.AdaptiveAvgPool2d((3, 1)), (2, 4, 4)),
+    "global mean": (lambda x: x.mean((-2, -1)), (2, 4, 4)),
+    "avg 1d": (nn.AvgPool1d(2), (3, 6)),
+    "concatenation": (lambda x: torch.cat([3 * x[:, 1:], x, -2 * x[:, :1]], 1), (3, 2)),
+    "padding": (lambda x: F.pad(x[:, ::2], (1, 1)), (3, 2)),
+}
+
+
+@pytest.mark.parametrize("kind", POOLS)
+def test_pooling_and_glue_share_by_contribution(kind):
+    module, shape = POOLS[kind]
+    matrix, bias = explicit(module, shape)
+    x, r = draw(1, *shape, seed=1), draw(len(bias), seed=2)
+    out = module(x)
+    r = torch.where(out.reshape(-1) == 0, 0.0, r)  # nothing arrives at padding
+    rows = [row for row in range(len(bias)) if r[row] != 0]
+    expected = shared_out("epsilon", matrix[rows], bias[rows], x.reshape(-1).numpy(), r[rows].numpy())
+    found = relevance(module, x, r.reshape(out.shape))
+    np.testing.assert_allclose(found.reshape(-1).numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("pool", [nn.MaxPool1d(2), nn.AdaptiveMaxPool1d(3), lambda x: x.unflatten(-1, (3, 2)).amax(-1)])
+def test_max_pooling_gives_all_to_the_largest(pool):
+    x, r = draw(2, 3, 6), draw(2, 3, 3, seed=1)
+    expected = torch.zeros_like(x)
+    for n, c, place in np.ndindex(2, 3, 3):
+        pair = x[n, c, 2 * place : 2 * place + 2]
+        expected[n, c, 2 * place + int(pair.argmax())] = r[n, c, place]
+    torch.testing.assert_close(relevance(pool, x, r), expected)
+
+
+MASKS = {
+    "none": {},
+    "causal": {"is_causal": True},
+    "boolean": {"attn_mask": torch.ones(5, 5, dtype=torch.bool).tril(1)},
+    "float": {"attn_mask": torch.where(torch.ones(5, 5).tril(1) > 0, 0.5, -math.inf).double()},
+    "scale": {"scale": 0.3},
+}
+
+
+@pytest.mark.parametrize("attention", ["attn-lrp", "cp-lrp"])
+@pytest.mark.parametrize("mask", MASKS)
+def test_fused_attention_with_grouped_heads_and_masks(mask, attention):
+    """4 heads of queries on 2 of keys and values."""
+    settings = MASKS[mask]
+
+    def parts(x):
+        return x[:, :4], 2.0 * x[:, 4:6], x[:, 6:] * 3.0
+
+    def fused(x):
+        return F.scaled_dot_product_attention(*parts(x), enable_gqa=True, **settings)
+
+    def written(x):
+        q, k, v = parts(x)
+        k, v = (t.repeat_interleave(2, 1) for t in (k, v))
+        scores = q @ k.mT * settings.get("scale", 0.5)
+        if "attn_mask" in settings or "is_causal" in settings:
+            given = settings.get("attn_mask", torch.ones(5, 5, dtype=torch.bool).tril())
+            scores = scores + (torch.where(given, 0.0, -math.inf).double() if given.dtype == torch.bool else given)
+        return scores.softmax(-1) @ v
+
+    x, r = draw(2, 8, 5, 4), draw(2, 4, 5, 4, seed=1)
+    torch.testing.assert_close(fused(x), written(x))
+    torch.testing.assert_close(
+        relevance(fused, x, r, attention=attention), relevance(written, x, r, attention=attention)
+    )
+
+
+@pytest.mark.parametrize("attention", ["attn-lrp", "cp-lrp"])
+def test_a_bias_of_the_scores_that_is_computed_holds_relevance(attention):
+    q = draw(2, 3, 4, 6)
+
+    def values(bias):
+        return q + bias.sum(-1, keepdim=True)
+
+    def written(bias):
+        return (q @ q.mT / math.sqrt(6) + bias).softmax(-1) @ values(bias)
+
+    def fused(bias):
+        return F.scaled_dot_product_attention(q, q, values(bias), bias)
+
+    bias, r = draw(2, 3, 4, 4, seed=1), draw(2, 3, 4, 6, seed=2)
+    torch.testing.assert_close(
+        relevance(fused, bias, r, attention=attention), relevance(written, bias, r, attention=attention)
+    )
+
+
 def test_a_product_gives_half_to_each():
     def parts(x):
         return x.chunk(2, -1)
@@ -418,6 +583,19 @@ def test_a_product_gives_half_to_each():
     torch.testing.assert_close(relevance(lambda x: x * x, x, torch.cat([r, r], -1)), torch.cat([r, r], -1))
     gated = relevance(nn.GLU(), x, r)
     torch.testing.assert_close(gated, torch.cat([r / 2, r / 2], -1))
+
+
+@pytest.mark.parametrize(("rule", "attention"), list(zip(RULES, ["attn-lrp", "cp-lrp"] * 2, strict=True)))
+def test_the_values_are_those_of_the_model(rule, attention):
+    networks = [(cnn(bias=True, norm=nn.BatchNorm2d), draw(2, 2, 8, 8))]
+    networks += [(TRANSFORMERS[kind](manner), draw(2, 6, 8)) for kind in TRANSFORMERS for manner in ("einsum", "fused")]
+    for model, x in networks:
+        for dtype in (torch.float, torch.bfloat16):
+            model, given = model.to(dtype), x.to(dtype, copy=True).requires_grad_()
+            with Propagation(convolution=rule, linear=rule, attention=attention):
+                out = model(given)
+            assert torch.equal(out, model(x.to(dtype)))
+        model.double()
 
 
 # the same network, written otherwise
@@ -631,6 +809,30 @@ def test_arguments_by_name_and_operands_in_a_list():
     torch.testing.assert_close(found, y)
 
 
+def test_operands_by_name():
+    x = draw(2, 3, 3)
+    for named, plain in (
+        (lambda x: torch.mul(input=x[:1], other=x[1:]), lambda x: x[:1] * x[1:]),
+        (lambda x: torch.mul(x[:1], other=x[1:]), lambda x: x[:1] * x[1:]),
+        (lambda x: torch.bmm(input=x, mat2=2 * x), lambda x: torch.bmm(x, 2 * x)),
+        (lambda x: torch.addmm(x[0], mat1=x[0], mat2=x[1]), lambda x: torch.addmm(x[0], x[0], x[1])),
+    ):
+        r = draw(*plain(x).shape, seed=1)
+        torch.testing.assert_close(relevance(named, x, r), relevance(plain, x, r))
+
+
+def test_what_is_written_through_a_view_holds_relevance():
+    def through(x):
+        out = torch.zeros(2, 6, dtype=torch.double)
+        left, right = out[:, :3], out[:, 3:]
+        left.copy_(2.0 * x)
+        right += x
+        return out * 3.0
+
+    x, r = draw(2, 3), draw(2, 6, seed=1)
+    torch.testing.assert_close(relevance(through, x, r), r[:, :3] + r[:, 3:])
+
+
 def test_numbers_by_tensors_and_fractions():
     x, r = draw(2, 3), draw(2, 3, seed=1)
     torch.testing.assert_close(relevance(lambda x: 2.0 / x, x, r), r)
@@ -652,6 +854,19 @@ class Doubled(torch.autograd.Function):
         return 2 * g
 
 
+@torch.library.custom_op("mpsearch_test::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+twice.register_autograd(lambda ctx, gradient: 2 * gradient)
+
+
+class Scripted(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sin(x)
+
+
 class Then(nn.Module):
     """A linear layer, a function, and another."""
 
@@ -661,6 +876,13 @@ class Then(nn.Module):
 
     def forward(self, x):
         return self.last(self.function(self.first(x)))
+
+
+class At(Then):
+    """The same with the function at the end."""
+
+    def forward(self, x):
+        return self.function(self.last(self.first(x)))
 
 
 class Mixing(nn.Module):
@@ -680,6 +902,10 @@ class Mixing(nn.Module):
         (Then(lambda x: x.abs_().sqrt_()), "sqrt_"),
         (Then(lambda x: torch.fft.fft(x).real), "fft"),
         (Then(Doubled.apply), "Doubled"),
+        (At(Doubled.apply), "Doubled"),
+        (Then(twice), "twice"),
+        (Then(torch.ops.aten.sin.default), "aten.sin"),
+        (Then(lambda x: x * torch.logsumexp(x, -1, keepdim=True)), "torch.logsumexp"),
         (Then(lambda x: torch.cumprod(x, -1)), "torch.cumprod"),
         (Then(lambda x: F.batch_norm(x, None, None, training=True)), "statistics of the batch"),
         (Mixing(), "weight depends on the input"),
@@ -693,6 +919,44 @@ def test_what_has_no_rule_is_refused_by_name(model, name):
         mps.profile(model, [torch.randn(5, 3)], settings, mps.precisions("w4"))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore:.*torch.jit:FutureWarning")
+@pytest.mark.parametrize("kind", [Then, At])
+def test_scripted_code_is_refused_by_name(kind):
+    with pytest.raises(mps.EstimatorError, match=r"Sin.*torch functions do not show"):
+        mps.profile(kind(torch.jit.script(Scripted())), [torch.randn(5, 3)], LRP(), mps.precisions("w4"))
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("settings", [LRP(), LRP(score="branch"), LRPQViT(), MixQViT()])
+def test_the_model_is_as_it_was_after_ctrl_c(settings, where):
+    def stop(_gradient=None):
+        raise KeyboardInterrupt
+
+    class Stopping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.norm(self.first(x))
+            if not h.requires_grad:
+                return self.last(h)
+            stop() if where == "forward" else h.register_hook(stop)
+            return self.last(h)
+
+    model, generator = Stopping().train(), torch.get_rng_state()
+    model.first.bias.requires_grad_(False)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt):
+        mps.profile(model, [torch.ones(5, 3)], settings, mps.precisions("w4"), progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.first.parameters()] == [True, False]
+    assert all(p.grad is None and not p._backward_hooks for p in model.parameters())
+    assert all(m.training and not m._forward_hooks and not m._forward_pre_hooks for m in model.modules())
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert torch._C._len_torch_function_stack() == 0
 
 
 def test_a_recurrent_layer_is_refused_by_name():
@@ -935,6 +1199,79 @@ def test_relevance_of_every_layer_of_a_decoder():
     np.testing.assert_array_equal(same.sensitivity, table.sensitivity)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_language_models_of_transformers(kind):
+    """Relevance of tokens is conserved (no biases) and the same for eager and fused attention; every layer has some."""
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if kind == "llama":
+        settings = transformers.LlamaConfig(
+            **size,
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=16,
+        )
+        kind_of_model = transformers.LlamaForCausalLM
+    else:
+        settings = transformers.GPT2Config(**size, n_embd=16, n_layer=2, n_head=4, n_positions=16)
+        kind_of_model = transformers.GPT2LMHeadModel
+    made = []
+    for manner in ("eager", "sdpa"):
+        settings._attn_implementation = manner
+        torch.manual_seed(0)
+        made.append(kind_of_model(settings).double().eval().requires_grad_(False))
+        assert made[-1].config._attn_implementation == manner
+    batch = {"input_ids": torch.arange(12).reshape(2, 6) + 3}
+    for attention in ("attn-lrp", "cp-lrp"):
+        tables = [profiled(model, [batch], LRP(attention=attention), quantizer=tenth) for model in made]
+        np.testing.assert_allclose(tables[0].sensitivity, tables[1].sensitivity, rtol=1e-6, atol=1e-12)
+        silent = {layer.name for layer, row in zip(tables[0].layers, tables[0].sensitivity, strict=True) if row[0] == 0}
+        ends = ("q_proj", "k_proj") if attention == "cp-lrp" else ()
+        assert all(name.endswith(ends) for name in silent)
+    model = made[1]
+    if kind == "gpt2":
+        model.transformer.wpe.weight.zero_()  # the positions would take their part
+    x = draw(2, 6, 16)
+    explained = model(inputs_embeds=x).logits.amax(-1).sum()
+    found = relevance(lambda x: model(inputs_embeds=x).logits.amax(-1), x, attention="cp-lrp", epsilon=1e-13)
+    torch.testing.assert_close(found.sum(), explained, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float16, 0.02), (torch.bfloat16, 0.15)])
+def test_half_precision(dtype, tolerance, rule):
+    """As in single precision on the same weights and inputs, whose contributions of one sign are often none."""
+    networks = [(cnn(bias=True, norm=nn.BatchNorm2d), draw(4, 2, 8, 8))]
+    networks += [(TRANSFORMERS[kind]("fused"), draw(4, 6, 8)) for kind in TRANSFORMERS]
+    for model, x in networks:
+        rounded, x = model.to(dtype), x.to(dtype)
+        half = profiled(rounded, [x], LRP(rule, rule), quantizer=tenth).sensitivity
+        full = profiled(rounded.float(), [x.float()], LRP(rule, rule), quantizer=tenth).sensitivity
+        np.testing.assert_allclose(half, full, rtol=tolerance, atol=tolerance * float(full.max()))
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_half_precision_of_small_and_large_numbers(rule):
+    """Quotients are kept finite, so that values stay; the variance of large inputs does not overflow."""
+    linear = nn.Linear(8, 16, bias=False, dtype=torch.half).requires_grad_(False)
+    x = torch.cat([draw(20, 8) * 10.0 ** torch.arange(-7, 3).repeat(2)[:, None], torch.zeros(2, 8).double()]).half()
+    assert relevance(linear, -x.abs() if rule == "z+" else x.relu(), linear=rule).isfinite().all()
+    opposed = torch.tensor([[1e-5, -10.0]]).half()
+    with Propagation(linear=rule):
+        out = F.linear(opposed.requires_grad_(), torch.ones(1, 2).half())
+    assert out.tolist() == [[-10.0]]
+    for function in (torch.sigmoid, F.gelu, F.silu, torch.exp):
+        assert relevance(function, x).isfinite().all()
+    large = (300 * draw(3, 8)).half()
+    r = draw(3, 8, seed=1).half()
+    exact = relevance(nn.LayerNorm(8, elementwise_affine=False), large.double(), r.double())
+    norm = relevance(nn.LayerNorm(8, elementwise_affine=False, dtype=torch.half), large, r)
+    torch.testing.assert_close(norm.double(), exact, rtol=0.02, atol=0.02)
+
+
 def test_queries_and_keys_have_no_relevance_under_cp_lrp():
     model, x = TRANSFORMERS["vit"]().float(), draw(3, 6, 8).float()
     names = [f"0.branch.1.{part}" for part in "qkv"]
@@ -1008,6 +1345,23 @@ def test_lrp_qvit_gives_bits_in_order_of_relevance():
     share = score / score.sum()
     np.testing.assert_allclose(table.sensitivity, np.outer(share, [14 / 32, 12 / 32, 20 / 32, 0]), rtol=1e-6)
     assert table.unit == "relative"
+    assert (profiled(model, [x], LRPQViT(), "w2 w8", quantizer=lambda w, p: w).sensitivity == 0).all()
+
+
+@pytest.mark.parametrize("limit", ["30%", "40%", "55%"])
+def test_the_cheapest_plan_of_lrp_qvit_has_the_most_bits_by_relevance(limit):
+    """Against an enumeration of all plans."""
+    model, x = cnn().float(), draw(5, 2, 8, 8).float()
+    score = profiled(model, [x], LRP(), quantizer=lambda w, p: 2 * w).sensitivity[:, 0]
+    table = profiled(model, [x], LRPQViT(), "w2 w4a8 w8", resources=("memory_bytes",))
+    solution = mps.solve(table, mps.Budget(memory_bytes=limit))
+    budget = float(limit.rstrip("%")) / 100 * table.reference_usage["memory_bytes"] - table.fixed_usage["memory_bytes"]
+    bits = np.array([p.weight_bits + min(p.activation_bits, 16) for p in table.precisions])
+    usage, rows = table.usage["memory_bytes"], np.arange(len(score))
+    fitting = [o for o in np.ndindex(*[3] * len(score)) if usage[rows, list(o)].sum() <= budget]
+    best = max(float((score * bits[list(o)]).sum()) for o in fitting)
+    chosen = [table.precisions.index(solution.plan[layer.name]) for layer in table.layers]
+    assert float((score * bits[chosen]).sum()) == pytest.approx(best, rel=1e-9)
 
 
 def test_mix_qvit_is_relevance_times_measured_divergence():
