@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from mpsearch._measure_plans import measure_plans as measure_plans
     from mpsearch._profile import forecast as forecast
     from mpsearch._profile import profile as profile
+    from mpsearch._search import search as search
     from mpsearch.distill import distill_data as distill_data
     from mpsearch.evaluation import Evaluation as Evaluation
+    from mpsearch.search_result import SearchResult as SearchResult
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,8 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "forecast": "mpsearch._profile",
     "measure_plans": "mpsearch._measure_plans",
     "profile": "mpsearch._profile",
+    "search": "mpsearch._search",
+    "SearchResult": "mpsearch.search_result",
 }
 _FOLDERS = ("export", "sensitivity", "solvers", "testing")
 

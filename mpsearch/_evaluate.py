@@ -59,18 +59,19 @@ def evaluate(
             ranges = input_ranges(model, data if calibration is None else collect(calibration), names)
         values = quantized_weights(model, plan, quantize)
         functions = input_quantizers(model, plan, quantize, ranges)
-        tallies = (_Tally(metric, loss), _Tally(metric, loss))
+        tallies = (Tally(metric, loss), Tally(metric, loss))
         bar = tqdm(data, desc="evaluate", disable=None if progress else True, leave=False)
         for number, batch in enumerate(bar):
-            reference = tallies[0].add(model, batch, None, number)
+            plain = predictions(model, call(model, batch), batch)
+            tallies[0].add(model, batch, plain, None, number)
             with weights(values), inputs(functions):
-                tallies[1].add(model, batch, reference, number)
+                tallies[1].add(model, batch, predictions(model, call(model, batch), batch), plain[0], number)
     if state_fingerprint(model) != before:
         raise EstimatorError("the metric or the loss changed the model's parameters or buffers")
     return tallies[1].result(tallies[0].result(None))
 
 
-class _Tally:
+class Tally:
     """Sums over batches of one model, quantized or not."""
 
     def __init__(self, metric: Callable[[nn.Module, Batch], float] | None, loss: Loss | None) -> None:
@@ -79,9 +80,25 @@ class _Tally:
         self._labels = True
         self._samples = 0
 
-    def add(self, model: nn.Module, batch: Batch, reference: Tensor | None, number: int) -> Tensor:
+    def add(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        predicted: tuple[Tensor, Tensor | None, Tensor],
+        reference: Tensor | None,
+        number: int,
+    ) -> None:
+        """Add one batch.
+
+        Args:
+            model: as it stands; run again for a metric or a loss of one's own.
+            batch: the batch.
+            predicted: what `predictions` makes of its output.
+            reference: (N, C) logits of the unquantized model; None where this is it.
+            number: of the batch.
+        """
         count = samples(batch)
-        logits, labels, index = predictions(model, call(model, batch), batch)
+        logits, labels, index = predicted
         if not torch.isfinite(logits).all():
             what = "unquantized" if reference is None else "quantized"
             raise EstimatorError(f"the output of the {what} model is not finite in batch {number}")
@@ -99,9 +116,9 @@ class _Tally:
         if self._metric is not None:
             self._score.add(torch.full((count,), float(self._metric(model, batch))), torch.zeros_like(every), 1)
         self._samples += count
-        return logits
 
     def result(self, reference: Evaluation | None) -> Evaluation:
+        """The means."""
         scored = self._labels or self._loss_function is not None
         return Evaluation(
             self._kl.value,

@@ -1,5 +1,6 @@
 """The door from a model and data to a cost table."""
 
+import contextlib
 import itertools
 import math
 import time
@@ -13,9 +14,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
-from mpsearch.checkpoint import Checkpoint, NoCheckpoint, described, digest
+from mpsearch.checkpoint import Checkpoint, NoCheckpoint
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
+from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
 from mpsearch.modules import weight_of
@@ -43,7 +45,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> CostTable: ...
 
@@ -61,7 +63,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> list[CostTable]: ...
 
@@ -78,7 +80,7 @@ def profile(
     groups: Any = "auto",
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Checkpoint | None = None,
     progress: bool = True,
 ) -> CostTable | list[CostTable]:
     """Fill a cost table: the damage and the costs of every precision of every layer.
@@ -96,7 +98,8 @@ def profile(
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
-            weights, data, quantizer, layers, precisions or loss are not those that it was written for.
+            weights, data, quantizer, layers, precisions or loss are not those that it was written for. An open
+            `Checkpoint` is written to as it is, and stays open.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
@@ -113,27 +116,29 @@ def profile(
     estimators: Sequence[Estimator] = estimator if isinstance(estimator, Sequence) else [estimator]
     if not estimators:
         raise EstimatorError("no estimator given")
-    options = _checked_precisions(precisions)
+    options = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     with preserved(model):
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
-        _check_layers(model, decisions)
-        units = _units(decisions)
-        usage = _resources(model, decisions, options, resources, quantize)
+        check_layers(model, decisions)
+        units = units_of(decisions)
+        usage = resource_columns(model, decisions, options, resources, quantize)
         _probe_determinism(model, data[0])
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])
         chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
         seen = data_fingerprint(data)
-        keep: Checkpoint | NoCheckpoint = NoCheckpoint()
-        if checkpoint is not None:
-            keep = Checkpoint(checkpoint, _identity(model, before, seen, decisions, options, quantize, chosen))
+        keep: contextlib.AbstractContextManager[Checkpoint | NoCheckpoint] = NoCheckpoint()
+        if isinstance(checkpoint, Checkpoint):
+            keep = contextlib.nullcontext(checkpoint)
+        elif checkpoint is not None:
+            keep = Checkpoint(checkpoint, run_identity(model, before, seen, decisions, options, quantize, chosen))
         with keep as kept:
             tables: dict[int, CostTable] = {}
-            for members in _families(estimators):
+            for members in families(estimators):
                 setting = Setting(
                     model, data, units, options, quantize, ranges, chosen, _Progress(progress), checkpoint=kept
                 )
@@ -167,16 +172,16 @@ def profile(
     return [tables[place] for place in range(len(estimators))] if several else tables[0]
 
 
-def _families(estimators: Sequence[Estimator]) -> list[list[int]]:
+def families(estimators: Sequence[Estimator]) -> list[list[int]]:
     """Places of estimators that run together: those with the same function `together`."""
-    families: dict[Any, list[int]] = {}
+    found: dict[Any, list[int]] = {}
     for place, one in enumerate(estimators):
         together = getattr(one, "together", None)
-        families.setdefault(place if together is None else together, []).append(place)
-    return list(families.values())
+        found.setdefault(place if together is None else together, []).append(place)
+    return list(found.values())
 
 
-def _identity(
+def run_identity(
     model: nn.Module,
     weights: str,
     data: str,
@@ -191,19 +196,19 @@ def _identity(
     return {
         "weights": weights,
         "data": data,
+        "layers": digest(*(f"{layer.name} {layer.group}" for layer in decisions)),
+        "precisions": " ".join(map(str, options)),
         "quantizer": digest(
             described(quantize),
             fingerprint(quantized_weight(module, smallest.name, option, quantize) for option in options),
         ),
-        "layers": digest(*(f"{layer.name} {layer.group}" for layer in decisions)),
-        "precisions": " ".join(map(str, options)),
-        "loss": loss if isinstance(loss, str) else described(loss),
+        "loss": loss if isinstance(loss, str) else f"{_name(loss)} {digest(described(loss))}",
     }
 
 
 def _name(function: Any) -> str:
     """Name of a function, the same in every process."""
-    return getattr(function, "__qualname__", None) or repr(function)
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
 def forecast(
@@ -240,7 +245,7 @@ def forecast(
     with preserved(model):
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
     cost = getattr(estimator, "cost", None)
-    return None if cost is None else cost(len(data), len(_units(decisions)), len(_checked_precisions(precisions)))
+    return None if cost is None else cost(len(data), len(units_of(decisions)), len(checked_precisions(precisions)))
 
 
 class _Progress:
@@ -253,7 +258,7 @@ class _Progress:
         return tqdm(iterable, total=total, desc=label, disable=self._disable, leave=False)
 
 
-def _checked_precisions(options: Sequence[Precision]) -> tuple[Precision, ...]:
+def checked_precisions(options: Sequence[Precision]) -> tuple[Precision, ...]:
     found = tuple(options)
     for place, option in enumerate(found):
         if not isinstance(option, Precision):
@@ -265,7 +270,7 @@ def _checked_precisions(options: Sequence[Precision]) -> tuple[Precision, ...]:
     return found
 
 
-def _check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
+def check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
     modules = dict(model.named_modules())
     seen: set[str] = set()
     for layer in decisions:
@@ -280,14 +285,14 @@ def _check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
         raise TableError("no layers to decide on")
 
 
-def _units(decisions: Sequence[Layer]) -> list[Unit]:
+def units_of(decisions: Sequence[Layer]) -> list[Unit]:
     members: dict[tuple[bool, str], list[Layer]] = {}
     for layer in decisions:
         members.setdefault((bool(layer.group), layer.group or layer.name), []).append(layer)
     return [Unit(name, tuple(found)) for (_, name), found in members.items()]
 
 
-def _resources(
+def resource_columns(
     model: nn.Module,
     decisions: Sequence[Layer],
     options: Sequence[Precision],

@@ -1,10 +1,7 @@
 """Finished work on disk, so that a killed run loses nothing."""
 
 import contextlib
-import dataclasses
-import hashlib
 import io
-import re
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,6 +107,18 @@ class Checkpoint:
         with self._readable():
             self._file.executemany("DELETE FROM result WHERE name = ?", [(name,) for name in names])
 
+    def rows(self) -> dict[str, bytes]:
+        """All results as they are stored, to `fill` another file with."""
+        with self._readable():
+            return dict(self._file.execute("SELECT name, value FROM result"))
+
+    def fill(self, rows: Mapping[str, bytes]) -> None:
+        """Store the results of another file."""
+        with self._readable():
+            self._file.execute("BEGIN")
+            self._file.executemany("INSERT OR REPLACE INTO result VALUES (?, ?)", rows.items())
+            self._file.execute("COMMIT")
+
     def close(self) -> None:
         """Close the file."""
         self._file.close()
@@ -138,32 +147,3 @@ class NoCheckpoint(contextlib.nullcontext["NoCheckpoint"]):
 
     def drop(self, names: Sequence[str]) -> None:
         """Nothing is there."""
-
-
-def described(value: Any) -> str:
-    """Settings as text, the same in every process; functions by name, code, defaults and what they close over.
-
-    >>> double, triple = (lambda x: 2 * x), (lambda x: 3 * x)
-    >>> described(double) == described(lambda x: 2 * x), described(double) == described(triple)
-    (True, False)
-    """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        parts = [f"{field.name}={described(getattr(value, field.name))}" for field in dataclasses.fields(value)]
-        return f"{type(value).__qualname__}({', '.join(parts)})"
-    if isinstance(value, tuple):
-        return f"({', '.join(map(described, value))})"
-    code = getattr(value, "__code__", None)
-    if code is None:
-        return repr(value)
-    closed = [repr(cell.cell_contents) for cell in value.__closure__ or ()]
-    return f"{value.__qualname__} {digest(code.co_code.hex(), repr(code.co_consts), repr(code.co_names), *closed)}"
-
-
-def digest(*parts: str) -> str:
-    """A short name for texts of any length; addresses of functions in them do not count.
-
-    >>> digest("<function f at 0x7f01>") == digest("<function f at 0x7f02>"), len(digest("f"))
-    (True, 24)
-    """
-    text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\0".join(parts))
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()

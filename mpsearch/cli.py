@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpsearch as mps
-from mpsearch import report
+from mpsearch import export_command, import_command, report
 from mpsearch.loading import UsageError, call, load, part
 from mpsearch.problem import attainable, uniform
 
@@ -114,6 +114,43 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--resources", default="memory_bytes,bitops", help="columns (default: %(default)s)")
     profile.add_argument("-o", "--out", required=True, metavar="FILE", help="table, .csv or .npz")
 
+    search = command(
+        "search",
+        _search,
+        "find the best plan, measured, and say whether mixed precision is worth it",
+        "search nets.py:resnet --data nets.py:batches --budget average_bits=4 --precisions 'w2 w4 w8' -o out/",
+    )
+    _model_and_data(search)
+    search.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
+    search.add_argument(
+        "--budget", action="append", default=[], metavar="RESOURCE=VALUE", help="upper limit; may be repeated"
+    )
+    search.add_argument("--effort", default="default", choices=["fast", "default", "thorough"], help="passes to spend")
+    search.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
+    search.add_argument(
+        "--metric", default="kl", help="kl (default), loss, accuracy, or file.py:function(model, batch)"
+    )
+    search.add_argument("--higher-is-better", action="store_true", help="direction of a metric of your own")
+    search.add_argument(
+        "--tolerance", type=float, metavar="DAMAGE", help="find the least --minimize with at most this damage"
+    )
+    search.add_argument("--minimize", default="memory_bytes", help="resource, with --tolerance (default: %(default)s)")
+    search.add_argument("--front", action="store_true", help="measure a whole Pareto curve")
+    search.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
+    search.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
+    search.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    search.add_argument("--resources", default="memory_bytes,bitops", help="to count (default: %(default)s)")
+    search.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
+    search.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
+    search.add_argument("--seed", type=int, default=0, help="of the split and all draws (default: %(default)s)")
+    search.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="DIR",
+        help="folder for plan.json, tables, plans.csv, front.csv, front.png, summary.json",
+    )
+
     solve = command(
         "solve",
         _solve,
@@ -158,6 +195,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     _model_and_data(evaluate)
     evaluate.add_argument("--plan", required=True, metavar="FILE", help="plan, .json")
+
+    export = command(
+        "export",
+        _export,
+        "write a plan for another quantizer, and read back what it does",
+        "export plan.json --to torchao --model nets.py:resnet --verify -o torchao.json",
+    )
+    export_command.add_arguments(export)
+
+    imported = command(
+        "import",
+        _import,
+        "read another tool's choices as a plan, or its measurements as a table",
+        "import config.json --from compressed-tensors --model nets.py:decoder -o plan.json",
+    )
+    import_command.add_arguments(imported)
 
     show = command("show", _show, "print a plan or a table", "show plan.json")
     show.add_argument("file", help="plan (.json) or cost table (.csv, .npz)")
@@ -260,6 +313,43 @@ def _profile(options: argparse.Namespace) -> None:
 
     _emit(options, content, text)
     _wrote(options, options.out)
+
+
+def _search(options: argparse.Namespace) -> None:
+    metric = options.metric if options.metric in ("kl", "loss", "accuracy") else load(options.metric, "metric")
+    if options.max_passes is not None and options.effort != "default":
+        raise UsageError("--effort and --max-passes at once; give one of them")
+    model, data = _model(options.model), list(call(options.data, "data"))
+    further: dict[str, Any] = {
+        name: None if spec is None else list(call(spec, "data"))
+        for name, spec in (("select", options.select), ("report", options.report))
+    }
+    result = mps.search(
+        model,
+        data,
+        mps.Budget.parse(options.budget) if options.budget else None,
+        mps.precisions(options.precisions),
+        **further,
+        effort=options.effort,
+        max_passes=options.max_passes,
+        metric=metric,
+        higher_is_better=options.higher_is_better,
+        tolerance=options.tolerance,
+        minimize=options.minimize,
+        front=options.front,
+        exclude=options.exclude,
+        resources=[name.strip() for name in options.resources.split(",") if name.strip()],
+        checkpoint=options.checkpoint,
+        previous=options.previous,
+        seed=options.seed,
+        progress=not options.quiet,
+    )
+    out = Path(options.out)
+    result.save(out)
+    result.front.plot(out / "front.png", mark=result.plan)
+    content = {**result.summary(), "layers": {name: str(precision) for name, precision in result.plan.items()}}
+    _emit(options, content, lambda: f"{result}\n\n{_plan_text(result.plan)}")
+    _wrote(options, f"{out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db")
 
 
 def _solve(options: argparse.Namespace) -> None:
@@ -385,6 +475,31 @@ def _evaluation_text(found: "Evaluation") -> str:
         before = report.percent(found.reference.accuracy, found.reference.accuracy_se)
         rows.append(["accuracy", before, report.percent(found.accuracy, found.accuracy_se)])
     return report.table([f"{found.num_samples} samples", "unquantized", "plan"], rows)
+
+
+def _export(options: argparse.Namespace) -> None:
+    plan = mps.Plan.load(options.plan)
+    model = options.model and _model(options.model)
+    batches = options.data and call(options.data, "data")
+    with _quiet(options.quiet):
+        content, text = export_command.run(
+            plan,
+            options.to,
+            options.out,
+            model,
+            batches,
+            options=options.option,
+            snap=options.snap,
+            verify=options.verify,
+        )
+    _emit(options, content, lambda: text)
+    _wrote(options, options.out)
+
+
+def _import(options: argparse.Namespace) -> None:
+    content, text = import_command.run(options.file, options.tool, options.out, options.model and _model(options.model))
+    _emit(options, content, lambda: text)
+    _wrote(options, options.out)
 
 
 def _show(options: argparse.Namespace) -> None:

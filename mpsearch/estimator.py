@@ -172,8 +172,7 @@ class Estimate:
         unit: `nats` or `relative`.
         facts: worth keeping in the table's origin; JSON values.
         pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells
-            are
-            chosen, [u, p, v, q] is added once.
+            are chosen, [u, p, v, q] is added once.
     """
 
     sensitivity: NDArray[np.float64]

@@ -1,10 +1,14 @@
 """`mpsearch export`: a plan written for another quantizer, and read back."""
 
 import argparse
+import contextlib
 import dataclasses
 import inspect
+import logging
+import sys
 import typing
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from mpsearch.errors import nearest
@@ -52,9 +56,11 @@ def run(
 
     Raises:
         UsageError: for an unknown target or option, or where the model or the data is missing.
+        EstimatorError: for data without samples.
         ExportError: for what the target cannot express, or does not carry out.
     """
     from mpsearch import export
+    from mpsearch.model import collect
 
     if target not in export.EXPORTERS:
         raise UsageError(f"unknown target {target!r}{nearest(target, export.EXPORTERS)}")
@@ -64,10 +70,12 @@ def run(
         raise UsageError(f"{'--verify' if verify else '--snap'} needs --model")
     exporter = export.EXPORTERS[target]
     settings = _settings(target, exporter, options)
-    if "example" in inspect.signature(exporter).parameters:
+    takes = set(inspect.signature(exporter).parameters)
+    reads = set(inspect.signature(export.READERS[target][1]).parameters) if verify else set()
+    if "example" in takes | reads:
         if batches is None:
-            raise UsageError(f"{target} traces the model: it needs --data")
-        settings["example"] = next(iter(batches))
+            raise UsageError(f"{target} runs the model: it needs --data")
+        settings["example"] = collect(batches)[0]
     content: dict[str, Any] = {"target": target, "file": out}
     lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
     if snap and target in export.TARGETS:
@@ -77,15 +85,30 @@ def run(
         lines.append(str(found))
         plan = found.plan
     if verify:
-        taken = inspect.signature(export.READERS[target][1]).parameters
-        report = export.verify(plan, model, target, **{key: value for key, value in settings.items() if key in taken})
+        with _calm():
+            report = export.verify(plan, model, target, **{key: settings[key] for key in settings.keys() & reads})
         content["verified"] = [
             {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
         ]
         lines += ["", str(report)]
-    exporter(plan, model, path=out, **settings)
+    with _calm():
+        exporter(plan, model, path=out, **{key: settings[key] for key in settings.keys() & takes})
     content["layers"] = {name: str(precision) for name, precision in plan.items()}
     return content, "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """What a tool prints goes to stderr, results alone to stdout; its log, and what it deprecates, are not the user's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, Any]:

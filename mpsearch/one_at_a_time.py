@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.checkpoint import described, digest
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.identity import described, digest
 from mpsearch.measure import Mean
 from mpsearch.model import Batch, call, inputs_of, predictions, samples
 from mpsearch.perturb import input_quantizers, inputs, quantized_weights, weights

@@ -5,7 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -16,8 +16,12 @@ from mpsearch import report
 from mpsearch.errors import MpsearchError, nearest
 from mpsearch.files import write_atomically
 from mpsearch.front import Front
+from mpsearch.plan import Plan
 from mpsearch.problem import uniform
 from mpsearch.solution import Solution
+
+if TYPE_CHECKING:
+    from mpsearch.search_result import MeasuredFront
 
 #: Okabe and Ito's colours: told apart by the colour-blind too.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#777777"
@@ -127,6 +131,60 @@ def front(
     axes.set_xlabel(_LABELS.get(over, over))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.amount(over, value) if value >= 0 else ""))
     axes.set_ylabel("damage, KL to the unquantized model [nats]" if unit == "nats" else "damage [relative]")
+    axes.grid(True, which="major", alpha=0.25)
+    axes.margins(x=0.07)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    if title:
+        axes.set_title(title, loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    save(figure, path)
+
+
+def measured_front(path: Path, drawn: "MeasuredFront", *, mark: Plan | None = None, title: str = "") -> None:
+    """Measured damage over a resource: all plans that none beats, every uniform precision, the chosen plan.
+
+    Args:
+        path: `.png`, `.svg` or `.pdf`.
+        drawn: the measured front.
+        mark: the chosen plan.
+        title: above the picture.
+
+    Raises:
+        MpsearchError: for another kind of file.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    over, best = drawn.over, drawn.plans
+    use = drawn.usage
+    axes.errorbar(
+        use, _visible(best.damage), yerr=best.damage_se, fmt="o-", color=BLUE, markersize=4.5, capsize=2.5, linewidth=1.4,
+        drawstyle="steps-post", label=f"best plans, measured ({len(best)})", zorder=3,
+    )  # fmt: skip
+    if drawn.uniforms is not None:
+        at = [plan.usage[over] for plan in drawn.uniforms.plans]
+        damage = _visible(drawn.uniforms.damage)
+        axes.errorbar(
+            at, damage, yerr=drawn.uniforms.damage_se, fmt="s--", color=ORANGE, markersize=6, capsize=2.5, linewidth=1,
+            label="uniform precision, measured", zorder=2,
+        )  # fmt: skip
+        for plan, x, y in zip(drawn.uniforms.plans, at, damage, strict=True):
+            if math.isfinite(y):
+                name = str(next(iter(plan.values())))
+                axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color="#8a5f00")
+    if mark is not None:
+        number = [dict(plan) for plan in best.plans].index(dict(mark)) if dict(mark) in map(dict, best.plans) else -1
+        if number >= 0:
+            axes.plot(
+                [use[number]], [best.damage[number]], "*", color="black", markersize=15, label="chosen plan", zorder=5
+            )
+    if (best.damage > 0).any():
+        axes.set_yscale("log")
+    axes.set_xlabel(_LABELS.get(over, over))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.amount(over, value) if value >= 0 else ""))
+    unit = "KL to the unquantized model [nats]" if best.unit == "nats" else "[relative]"
+    axes.set_ylabel(f"measured damage, {unit}")
     axes.grid(True, which="major", alpha=0.25)
     axes.margins(x=0.07)
     for side in ("top", "right"):

@@ -121,6 +121,10 @@ class _Recorder(TorchDispatchMode):
         self.outputs: dict[int, list[tuple[Tensor, int]]] = {}  # kept alive, so that no storage is given out twice
         self.reads: list[tuple[int, int]] = []  # (call that returned a tensor, call that read it)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # spares loading the compiler, a second at the first run
+
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.time += 1
         self.stack.append(len(self.calls))

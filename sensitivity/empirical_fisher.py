@@ -7,8 +7,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from mpsearch.estimator import Setting
+from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.isotropic import IsotropicDamage
-from mpsearch.sweep import GradientEstimator, Gradients, Quantity, Source, TokenWeights
+from mpsearch.source import Source, TokenWeights
+from mpsearch.sweep import Gradients, Quantity
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
+from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.isotropic import IsotropicDamage
-from mpsearch.sweep import GradientEstimator, Gradients, Quantity, Source
+from mpsearch.source import Source
+from mpsearch.sweep import Gradients, Quantity
 
 
 @dataclass(frozen=True)

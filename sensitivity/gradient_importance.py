@@ -10,8 +10,10 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
+from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.relative import cells_from_scores
-from mpsearch.sweep import GradientEstimator, Gradients, Quantity, TokenWeights
+from mpsearch.source import TokenWeights
+from mpsearch.sweep import Gradients, Quantity
 
 
 @dataclass(frozen=True)
@@ -20,23 +22,24 @@ class GradientImportance(GradientEstimator):
 
         sensitivity(l, o) = mean over predictions of sum over elements |grad_w T w|  x  ||Q_o(W) - W||^2 / ||W||^2   [relative]
 
-    T is -log p(y) with y drawn from the model's own prediction for the loss `kl`, else the loss. The paper ranks
+    T is that of `FisherProjection`: <u, logits> with random u for the loss `kl`, else the loss. The paper ranks
     channels and neurons; the sum over the layer and the bit axis are choices made here (its criterion could not be
     checked). One forward and `draws` backward passes; the standard error is over samples and their draws.
 
     Attributes:
-        draws: labels drawn for each prediction.
+        draws: of u for each prediction.
         seed: of the draws.
         token_weights: `function(model, batch)` returns (B, T) importance of tokens of mean 1 (RSQ, 2503.01820), or
             None.
 
-    Two equal logits w x: p = 1/2, gradients +-1/2:
+    Two equal logits w x: p = 1/2, the cross-entropy's gradients are +-1/2 whatever the label:
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
     >>> _ = model[0].weight.data.copy_(torch.tensor([[1.0], [1.0]]))
     >>> double = lambda weight, precision: 2 * weight                    # relative error 1
-    >>> mps.profile(model, [torch.ones(2, 1)], GradientImportance(), mps.precisions("w4"), quantizer=double).sensitivity
+    >>> batch = (torch.ones(2, 1), torch.tensor([0, 1]))
+    >>> mps.profile(model, [batch], GradientImportance(), mps.precisions("w4"), quantizer=double, loss="cross-entropy").sensitivity
     array([[1.]])
     """
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
-from mpsearch.sweep import Accumulator, Averages, GradientEstimator, Gradients, Quantity, TokenWeights
+from mpsearch.gradient_estimator import Averages, GradientEstimator
+from mpsearch.source import TokenWeights
+from mpsearch.sweep import Accumulator, Gradients, Quantity
 
 #: Cells beyond which the matrix of pairs would not fit.
 MOST_CELLS = 8192
@@ -20,18 +22,18 @@ MOST_CELLS = 8192
 class HessianAugmented(GradientEstimator):
     """The Hessian's blocks between layers, at the real perturbations (Augmenting Hessians, 2306.04879; CLADO, 2307.05657).
 
-        p_n(l, o) = <grad_W log p_n(y), Q_o(W_l) - W_l>,      G = mean over predictions of p p^T
+        p_n(l, o) = <grad_W T_n, Q_o(W_l) - W_l>,      G = mean over predictions of p p^T
         sensitivity(l, o) = 1/2 G[(l, o), (l, o)],    interactions[(l, o), (k, q)] = (1 - shrink) G[(l, o), (k, q)]   [nats]
 
     1/2 D^T F D for a perturbation D of all layers at once is the sum of both. CLADO measures each pair with a run of
-    its own, (L P)^2 / 2 of them; here the pairs come with the gradients of one sweep. Labels y are drawn as for
+    its own, (L P)^2 / 2 of them; here the pairs come with the gradients of one sweep. T is that of
     `FisherProjection`. G is positive semidefinite, of rank at most the number of samples x draws: entries between
     layers are mostly noise when those are few, hence `shrink`, which scales them towards 0 (CoopQ, 2509.15455, takes
     1/2). The published augmentation could not be checked; this is the form that follows from the same Taylor
     expansion. Of a group, its first layer carries the interactions.
 
     Attributes:
-        draws: labels drawn for each prediction.
+        draws: of random outputs for each prediction.
         seed: of the draws.
         shrink: 0 = trust all pairs, 1 = none.
         token_weights: `function(model, batch)` returns (B, T) importance of tokens of mean 1 (RSQ, 2503.01820), or

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.checkpoint import digest
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.model import Batch, samples
@@ -77,7 +77,7 @@ class HessianTrace:
         total = sum(samples(batch) for batch in setting.batches)
         mean, variance = np.zeros(len(weights) + len(layers)), np.zeros(len(weights) + len(layers))
         for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "Hessian trace")):
-            name = f"hessian trace | {digest(repr(self))} | {number}"
+            name = f"hessian trace | {digest(described(self))} | {number}"
             found = setting.checkpoint.get(name)
             if found is None:
                 found = self._batch(setting, weights, layers, batch, number)

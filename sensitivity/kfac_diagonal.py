@@ -10,10 +10,12 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
+from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.modules import weight_of
-from mpsearch.sweep import Accumulator, GradientEstimator, Gradients, Quantity, TokenWeights
+from mpsearch.source import TokenWeights
+from mpsearch.sweep import Accumulator, Gradients, Quantity
 
 #: Groups of samples for the jackknife.
 _GROUPS = 8
@@ -26,26 +28,27 @@ class KFACDiagonal(GradientEstimator):
         a_j = E[x_j^2],   b_i = E[(dT/dy_i)^2],   D = Q_o(W) - W
         sensitivity(l, o) = 1/2 sum_ij b_i a_j D_ij^2  (+ 1/2 sum_ij b_i E[(Q_o(x)_j - x_j)^2] W_ij^2 where inputs are quantized)   [nats]
 
-    T is -log p(y) with y drawn from the model's own prediction for the loss `kl`, else the loss. Exact in expectation
+    T is that of `FisherProjection`: <u, logits> with random u for the loss `kl`, else the loss. Exact in expectation
     where x and dT/dy are independent and the entries of D are independent of mean 0. Convolutions take patches for x
-    and sums over places for b (KFC, 1602.01407); embeddings take token frequencies. One forward and `draws` backward
+    and sums over places for b (KFC, 1602.01407), as if gradients at different places were uncorrelated, which
+    may double the score of early convolutions; embeddings take token frequencies. One forward and `draws` backward
     passes, whatever the number of precisions. Statistics of single samples or tokens need none of the memory of
     per-sample gradients. The standard error is the jackknife over 8 groups of samples.
 
     Attributes:
-        draws: labels drawn for each prediction.
+        draws: of u for each prediction.
         seed: of the draws.
         token_weights: `function(model, batch)` returns (B, T) importance of tokens of mean 1 (RSQ, 2503.01820), or
             None.
 
-    Logits (0, w x) at w = 0: p = 1/2, the gradient of either logit is +-1/2:
+    Logits (0, w x) at w = 0: p = 1/2, the variance of u is 1/4 for either logit:
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
     >>> _ = torch.nn.init.zeros_(model[0].weight)
     >>> shift = lambda weight, precision: weight + torch.tensor([[0.0], [0.1]])
-    >>> table = mps.profile(model, [torch.full((2, 1), 2.0)], KFACDiagonal(), mps.precisions("w4"), quantizer=shift)
-    >>> table.sensitivity.round(6)      # 1/2 (1/2)^2 2^2 0.1^2
+    >>> table = mps.profile(model, [torch.full((64, 1), 2.0)], KFACDiagonal(64), mps.precisions("w4"), quantizer=shift)
+    >>> table.sensitivity.round(3)      # 1/2 1/4 2^2 0.1^2
     array([[0.005]])
     """
 

@@ -26,9 +26,9 @@ class LinearityCoefficients(OneAtATime):
     The damage is the KL to the unquantized output. Regression through the origin over J levels with t^2 evenly spaced
     up to `greatest`; on a quadratic damage, alpha = 1/2 tr(H_l) ||W_l||^2 / n_l up to the scatter of the draws. One
     forward pass a level and layer whatever the number of precisions. Gaussian noise has no preferred direction and
-    quantization error has:
-    the theorem holds after a random rotation of the weights. Inputs that are quantized count as weights with the same
-    relative error. The standard error is that of the regression: it covers draws of noise and misfit, not samples.
+    quantization error has: the theorem holds after a random rotation of the weights. Inputs that are quantized count
+    as weights with the same relative error. The standard error is that of the regression, whose scatter grows with
+    the level (HC3; MacKinnon and White 1985): it covers draws of noise and misfit, not samples.
 
     Attributes:
         levels: J >= 2.
@@ -97,8 +97,8 @@ class LinearityCoefficients(OneAtATime):
         x = np.array(self._squared())
         y = np.array([[means[u, self._name(j)].value for j in range(self.levels)] for u in range(len(setting.units))])
         alpha = y @ x / (x @ x)
-        residual = ((y - alpha[:, None] * x) ** 2).sum(axis=1) / (self.levels - 1)
-        se = np.sqrt(residual / (x @ x))
+        residual = (y - alpha[:, None] * x) / (1 - x * x / (x @ x))
+        se = np.sqrt(((x * residual) ** 2).sum(axis=1)) / (x @ x)
         error = relative_error(setting)
         names = [unit.name for unit in setting.units]
         return Estimate(

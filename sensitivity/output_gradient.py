@@ -8,7 +8,9 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
-from mpsearch.sweep import GradientEstimator, Gradients, Quantity, TokenWeights
+from mpsearch.gradient_estimator import GradientEstimator
+from mpsearch.source import TokenWeights
+from mpsearch.sweep import Gradients, Quantity
 
 
 @dataclass(frozen=True)
@@ -17,26 +19,26 @@ class OutputGradient(GradientEstimator):
 
         sensitivity(l, o) = 1/2 mean over predictions of sum over elements (dT/dY)^2 (Y_o - Y)^2   [nats]
 
-    T is -log p(y) with y drawn from the model's own prediction for the loss `kl`, else the loss (ModelOpt takes the
+    T is that of `FisherProjection`: <u, logits> with random u for the loss `kl`, else the loss (ModelOpt takes the
     loss and no 1/2). It is the Fisher quadratic form without its off-diagonal terms: exact in expectation for errors
     that are independent over the elements of the output, which errors of weights are not. Each layer is run again
     alone for each precision; the model itself one forward and `draws` backward passes. One output difference is held
     at a time. Of a group, members' sums are added. The standard error is over samples and their draws.
 
     Attributes:
-        draws: labels drawn for each prediction.
+        draws: of u for each prediction.
         seed: of the draws.
         token_weights: `function(model, batch)` returns (B, T) importance of tokens of mean 1 (RSQ, 2503.01820), or
             None.
 
-    Logits (0, w x) at w = 0: p = 1/2, the gradient of the second logit is +-1/2:
+    Logits (0, w x) at w = 0: p = 1/2, the variance of u is 1/4 for the second logit:
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
     >>> _ = torch.nn.init.zeros_(model[0].weight)
     >>> shift = lambda weight, precision: weight + torch.tensor([[0.0], [0.1]])
-    >>> table = mps.profile(model, [torch.full((2, 1), 2.0)], OutputGradient(), mps.precisions("w4"), quantizer=shift)
-    >>> table.sensitivity.round(6)      # 1/2 (1/2)^2 (2 x 0.1)^2
+    >>> table = mps.profile(model, [torch.full((64, 1), 2.0)], OutputGradient(64), mps.precisions("w4"), quantizer=shift)
+    >>> table.sensitivity.round(3)      # 1/2 1/4 (2 x 0.1)^2
     array([[0.005]])
     """
 

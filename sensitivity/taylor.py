@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.estimator import Estimate, Setting
-from mpsearch.sweep import GradientEstimator, Gradients, Quantity, Source, TokenWeights
+from mpsearch.gradient_estimator import GradientEstimator
+from mpsearch.source import Source, TokenWeights
+from mpsearch.sweep import Gradients, Quantity
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Taylor(GradientEstimator):
 
     def source(self, setting: Setting) -> Source:
         """The loss with the data's labels."""
-        return Source("given", token_weights=self.token_weights, root=False)
+        weights = self.token_weights
+        return Source("given", token_weights=weights, root=weights is None)  # without weights as other signals: shared
 
     def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""

@@ -10,6 +10,7 @@ from torch.func import functional_call, jvp
 from torch.nn import functional as F
 
 import mpsearch as mps
+from mpsearch import sweep
 from mpsearch.model import predictions
 from mpsearch.sensitivity import (
     DeltaLoss,
@@ -154,6 +155,7 @@ def cnn(transposed=False):
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.uniform_(module.bias, 0.0, 1.0)  # rectifiers that let something through
     return model
 
 
@@ -288,7 +290,9 @@ def test_a_loop_over_samples(name):
     wanted = ("projection", "signed", "norm", "importance")
     tables = profile(model, batches, [BY_SAMPLE[what] for what in wanted])
     for what, table in zip(wanted, tables, strict=True):
-        np.testing.assert_allclose(scores(table), expected(model, batches, what), rtol=2e-4, atol=1e-9, err_msg=what)
+        truth = expected(model, batches, what)
+        assert (truth != 0).all()
+        np.testing.assert_allclose(scores(table), truth, rtol=2e-4, atol=1e-9, err_msg=what)
 
 
 def exact(model, batches, column=0):
@@ -304,7 +308,8 @@ def exact(model, batches, column=0):
 
                 return predictions(model, logits_of(swapped, batch), batch)[0]
 
-            logits, u = (z.double() for z in jvp(run, (weight.detach(),), (change,)))
+            with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):  # fused kernels have no jvp
+                logits, u = (z.detach().double() for z in jvp(run, (weight.detach(),), (change,)))
             p = logits.softmax(-1)
             total += 0.5 * float(((p * u.square()).sum(-1) - (p * u).sum(-1).square()).sum())
             count += len(logits)
@@ -316,28 +321,26 @@ def exact(model, batches, column=0):
 
 
 @pytest.mark.parametrize("name", ["language model", "sequence first, as many tokens as samples", "convolutions"])
-def test_drawn_labels_have_the_fisher_information(name):
+def test_random_outputs_have_the_fisher_information(name):
     model, batches = made(name)
     if isinstance(batches[0], dict):
         batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
     truth = exact(model, batches)
-    for estimator in (FisherProjection(300), HessianAugmented(300, seed=1)):
-        table = profile(model, batches, estimator, loss="kl")
+    for table in profile(model, batches, [FisherProjection(300), HessianAugmented(300)], loss="kl"):
         assert (abs(table.sensitivity[:, 0] - truth) < 4 * table.sensitivity_se[:, 0]).all()
-        assert (table.sensitivity_se[:, 0] < 0.5 * truth).all()
+        np.testing.assert_allclose(table.sensitivity[:, 0], truth, rtol=0.25)
 
 
 @pytest.mark.parametrize(("positions", "count", "length"), [("shared", 4, 6), ("flat", 4, 6), ("flat", 5, 5)])
 def test_positions_that_all_samples_share(positions, count, length):
-    """One output for the whole batch: unbiased over drawn labels; no gradients of samples for given ones."""
+    """One output for the whole batch: unbiased over random outputs; no gradients of samples for given labels."""
     torch.manual_seed(0)
     model = TinyForCausalLM(positions=positions).eval()
     batches = [text(count, length, labels=False) for _ in range(30)]
     truth = exact(model, batches)
     table = profile(model, batches, FisherProjection(20), loss="kl")
     assert (abs(table.sensitivity[:, 0] - truth) < 4 * table.sensitivity_se[:, 0]).all()
-    row = [layer.name for layer in table.layers].index("place")
-    assert table.sensitivity_se[row, 0] < 0.2 * truth[row]
+    np.testing.assert_allclose(table.sensitivity[:, 0], truth, rtol=0.25)
     given = [text(count, length)]
     for estimator, loss in (
         (FisherProjection(), "cross-entropy"),
@@ -718,24 +721,27 @@ class _Stop(Exception):
 
 
 @pytest.mark.parametrize("options", ["w4 w2", "w4a8 w2"])
-def test_a_run_goes_on_where_it_stopped(tmp_path, options):
-    """The own loss fails at the third batch; the second run takes up there and gives the same bits."""
+def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, options):
+    """The model fails at the third batch; the second run takes up there and gives the same bits."""
     torch.manual_seed(0)
     model, batches = cnn().eval(), [labelled(3, 2, 6, 6) for _ in range(4)]
     family = [one for one in ALL if not isinstance(one, Fisher | GaussNewtonTrace)]
-    broken = False
 
     def own(model, batch):
-        if broken and batch is batches[2]:
-            raise _Stop
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    def broken(setting, batch, number):
+        if number == 2:
+            raise _Stop
+        return forward(setting, batch, number)
+
+    forward = sweep.predicted
     options = mps.precisions(options)
     whole = profile(model, batches, family, own, options)
-    broken = True
-    with pytest.raises(_Stop):
-        profile(model, batches, family, own, options, checkpoint=tmp_path / "run.db")
-    broken = False
+    with monkeypatch.context() as patch:
+        patch.setattr(sweep, "predicted", broken)
+        with pytest.raises(_Stop):
+            profile(model, batches, family, own, options, checkpoint=tmp_path / "run.db")
     resumed = profile(model, batches, family, own, options, checkpoint=tmp_path / "run.db")
     for one, other in zip(whole, resumed, strict=True):
         np.testing.assert_array_equal(one.sensitivity, other.sensitivity)

@@ -8,7 +8,9 @@ from torch import nn
 from mpsearch.errors import ExportError, nearest
 from mpsearch.export.aimet import aimet as aimet
 from mpsearch.export.auto_round import auto_round as auto_round
+from mpsearch.export.auto_round import read_auto_round as _read_auto_round
 from mpsearch.export.bitsandbytes import bitsandbytes as bitsandbytes
+from mpsearch.export.bitsandbytes import read_bitsandbytes as _read_bitsandbytes
 from mpsearch.export.brevitas import brevitas as brevitas
 from mpsearch.export.brevitas import read_brevitas as _read_brevitas
 from mpsearch.export.compressed_tensors import compressed_tensors as compressed_tensors
@@ -40,6 +42,7 @@ from mpsearch.export.package import version as _version
 from mpsearch.export.pt2e import pt2e as pt2e
 from mpsearch.export.pt2e import read_pt2e as _read_pt2e
 from mpsearch.export.quanto import quanto as quanto
+from mpsearch.export.quanto import read_quanto as _read_quanto
 from mpsearch.export.targets import TARGETS as TARGETS
 from mpsearch.export.torchao import read_torchao as _read_torchao
 from mpsearch.export.torchao import torchao as torchao
@@ -84,6 +87,9 @@ READERS: dict[str, tuple[str, _Reader]] = {
     "pt2e": ("torchao", _read_pt2e),
     "brevitas": ("brevitas", _read_brevitas),
     "modelopt": ("nvidia-modelopt", _read_modelopt),
+    "quanto": ("optimum-quanto", _read_quanto),
+    "bitsandbytes": ("bitsandbytes", _read_bitsandbytes),
+    "auto-round": ("auto-round", _read_auto_round),
 }
 
 

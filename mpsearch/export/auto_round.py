@@ -8,8 +8,12 @@ from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
+from mpsearch.export.package import package
+from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
+from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
 
 
 def auto_round(
@@ -58,3 +62,36 @@ def auto_round(
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+    """Round to nearest with AutoRound, without tuning; every layer that it gave bits below 16."""
+    tool, tokenizers = package("auto_round", "auto-round"), package("tokenizers", "auto-round")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+    originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    rounding = tool.AutoRound(
+        model,
+        package("transformers", "auto-round").PreTrainedTokenizerFast(tokenizer_object=words),
+        layer_config=auto_round(plan, model),
+        iters=0,
+        disable_opt_rtn=True,
+        dataset=[inputs_of(example)],
+        device_map="cpu",
+    )
+    quantized, _ = rounding.quantize()
+    found = {}
+    for name, original in originals.items():
+        layer = quantized.get_submodule(name)
+        if getattr(layer, "bits", 16) >= 16:
+            continue
+        size = layer.group_size if layer.group_size > 0 else None
+        values = layer.weight.detach().to(original.dtype)
+        scales = layer.scale.to(original.dtype).reshape(-1, 1)
+        found[name] = Stored(
+            Precision(str(layer.bits), "16", size),
+            values,
+            (values.reshape(len(scales), -1) / scales).round(),
+            None,  # kept in float until it is saved
+            None,
+        )
+    return found

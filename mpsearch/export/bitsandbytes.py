@@ -3,14 +3,19 @@
 import json
 import os
 import re
+import tempfile
 from typing import Any
 
 from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
+from mpsearch.export.package import package
+from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
+from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
 
 
 def bitsandbytes(
@@ -53,3 +58,42 @@ def bitsandbytes(
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def read_bitsandbytes(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+    """Save a model of transformers and load it with the keywords; every layer that became one of the library's."""
+    layers, functional = package("bitsandbytes.nn", "bitsandbytes"), package("bitsandbytes.functional", "bitsandbytes")
+    transformers = package("transformers", "bitsandbytes")
+    if not hasattr(model, "save_pretrained"):
+        raise ExportError("bitsandbytes is verified on a model of transformers, which loads with its settings")
+    whole: Any = model
+    settings = transformers.BitsAndBytesConfig(**bitsandbytes(plan, model))
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save_pretrained(folder)
+        loaded = type(whole).from_pretrained(
+            folder, quantization_config=settings, dtype=whole.dtype, device_map={"": "cpu"}
+        )
+    found = {}
+    for name, module in loaded.named_modules():
+        if not isinstance(module, layers.Linear4bit | layers.Linear8bitLt):
+            continue
+        original, weight = weight_of(model.get_submodule(name)).detach(), module.weight
+        if isinstance(module, layers.Linear4bit):
+            state = weight.quant_state
+            size = plan[name].group_size and state.blocksize if name in plan else state.blocksize
+            precision = Precision(state.quant_type, "16", size)
+            values, scales = functional.dequantize_4bit(weight.data, state), state.absmax
+            expected, blocks = REFERENCE(original, precision), original.numel() // state.blocksize
+        else:
+            precision, scales = Precision("8", "8"), weight.SCB
+            values, expected, blocks = weight.data * weight.SCB[:, None] / 127, None, len(original)
+        found[name] = Stored(
+            precision,
+            values.detach(),
+            None if expected is not None else weight.data,
+            weight.data.numel() * weight.data.element_size() + scales.numel() * scales.element_size(),
+            original.numel() * precision.weight_bits // 8 + 4 * blocks,
+            expected,
+            tolerance=1e-6 * float(original.abs().max()),
+        )
+    return found

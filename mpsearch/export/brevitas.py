@@ -1,6 +1,7 @@
 """Brevitas: layers replaced by its quantized ones, each with its bits."""
 
 import copy
+import io
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored
+from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -46,7 +48,9 @@ def brevitas(
     plan = fitted(plan, model, "brevitas", snap=snap)
     copied = _quantized(plan, copy.deepcopy(model))
     if path is not None:
-        torch.save(copied.state_dict(), path)
+        content = io.BytesIO()
+        torch.save(copied.state_dict(), content)
+        write_atomically(path, content.getvalue())
     return copied
 
 

@@ -1,9 +1,8 @@
 """The door of every exporter: a plan checked against a model and a target, and moved to what the target has."""
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,14 +10,12 @@ from torch import nn
 
 from mpsearch import ggml
 from mpsearch.errors import EstimatorError, ExportError, nearest
-from mpsearch.export.targets import TARGETS, Target
+from mpsearch.export.targets import TARGETS, Fused, Target, fused_groups
 from mpsearch.layer import Layer
 from mpsearch.modules import canonical, kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
-
-_EXPERT = re.compile(r"(?<=\bexperts)\.\d+\b")  # the experts of a layer are one matrix
 
 
 @dataclass(frozen=True)
@@ -44,10 +41,6 @@ class Snapped:
         return f"{len(lines)} of {len(self.plan)} layers moved to what {self.target} has: {', '.join(lines)}{tail}"
 
 
-#: Name of the joined matrix -> last parts of the names of the layers in it.
-Fused = Mapping[str, tuple[str, ...]]
-
-
 def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = False, fused: Fused | None = None) -> Plan:
     """The plan, once it is certain that the target carries it out as it stands.
 
@@ -70,7 +63,7 @@ def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = Fal
     for layer in layers.values():
         reason = TARGETS[target].refusal(layer, plan[layer.name])
         if reason:
-            raise ExportError(f"{reason}; snap=True moves it to the nearest")
+            raise ExportError(f"{reason}; snap=True (--snap) moves it to the nearest")
     for title, names in joined(plan, model, TARGETS[target].fused if fused is None else fused):
         if len({_effect(plan, name) for name in names}) > 1:
             told = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
@@ -94,7 +87,7 @@ def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | 
         ExportError: without a model, or where nothing that the target has is small enough.
     """
     if model is None:
-        raise ExportError("snap=True needs the model: bytes depend on the shapes of its layers")
+        raise ExportError("snap=True (--snap) needs the model: bytes depend on the shapes of its layers")
     layers = described(plan, model)
     groups = joined(plan, model, TARGETS[target].fused if fused is None else fused)
     grouped = {name for _, names in groups for name in names}
@@ -173,31 +166,8 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
         for name, module in modules.items():
             holders.setdefault(storage_of(weight_of(module)), []).append(name)
         found += [("share a weight", tuple(tied)) for tied in holders.values() if len(tied) > 1]
-    found += [
-        ("are fused at run time", members) for members in _fused_members(names, fused).values() if len(members) > 1
-    ]
+    found += [("are fused at run time", members) for members in fused_groups(names, fused).values() if len(members) > 1]
     return [(title, group) for title, group in found if any(name in plan for name in group)]
-
-
-def fused_names(plan: Plan, fused: Fused) -> dict[str, tuple[str, ...]]:
-    """Full name of every joined matrix -> the layers of the plan in it.
-
-    >>> plan = Plan({"a.q_proj": Precision("4"), "a.k_proj": Precision("4"), "a.o_proj": Precision("4")})
-    >>> fused_names(plan, {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
-    {'a.qkv_proj': ('a.q_proj', 'a.k_proj')}
-    """
-    return {f"{parent}.{title}".lstrip("."): names for (parent, title), names in _fused_members(plan, fused).items()}
-
-
-def _fused_members(names: Iterable[str], fused: Fused) -> dict[tuple[str, str], tuple[str, ...]]:
-    members: dict[tuple[str, str], tuple[str, ...]] = {}
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        for title, parts in fused.items():
-            if last in parts:
-                key = (_EXPERT.sub("", parent), title)
-                members[key] = (*members.get(key, ()), name)
-    return members
 
 
 def group_size(found: int, columns: int, planned: Precision) -> int | None:

@@ -34,7 +34,8 @@ def gguf(
     """Write a Llama-like model of transformers as a GGUF file (gguf 0.19); without a path, only tell the types.
 
     The bytes are those of `RoundToNearest` at `wq4_k`, `wq8_0`, ..., so what llama.cpp runs is what `evaluate` measured. What
-    the plan leaves alone keeps its dtype; norms are float32. A vocabulary is not written: llama.cpp's converter brings it.
+    the plan leaves alone keeps its dtype; norms are float32. A vocabulary is not written: llama.cpp runs the file on token numbers, and
+    its converter brings the words.
 
     Args:
         plan: of GGUF types.
@@ -187,3 +188,4 @@ def _describe(writer: Any, model: nn.Module) -> None:
     writer.add_rope_freq_base(float(rotary.get("rope_theta", getattr(config, "rope_theta", 10000.0))))
     writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
     writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("none")

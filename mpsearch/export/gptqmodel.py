@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mpsearch.export.fitting import fitted, fused_names
-from mpsearch.export.targets import FUSED
+from mpsearch.export.fitting import fitted
+from mpsearch.export.targets import FUSED, fused_groups
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -45,7 +45,7 @@ def gptqmodel(
     """
     plan = fitted(plan, model, "gptqmodel-vllm" if vllm else "gptqmodel", snap=snap)
     quantized = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
-    fused = {part: name for name, parts in fused_names(plan, FUSED).items() for part in parts} if vllm else {}
+    fused = {part: name for name, parts in fused_groups(plan, FUSED).items() for part in parts} if vllm else {}
     dynamic: dict[str, dict[str, Any]] = {}
     for name, precision in quantized.items():
         if name not in fused:

@@ -1,6 +1,7 @@
 """HQQ: linear layers replaced by its own, each with its bits and group size."""
 
 import copy
+import io
 import os
 from typing import Any
 
@@ -11,6 +12,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored
+from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -46,7 +48,9 @@ def hqq(
     copied = copy.deepcopy(model)
     _replace(plan, copied)
     if path is not None:
-        torch.save(copied.state_dict(), path)
+        content = io.BytesIO()
+        torch.save(copied.state_dict(), content)
+        write_atomically(path, content.getvalue())
     return copied
 
 

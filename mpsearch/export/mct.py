@@ -8,6 +8,7 @@ from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
+from mpsearch.export.tracing import traced
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 
@@ -39,7 +40,9 @@ def mct(
         raise ExportError("mct needs the model: it names the nodes of the traced graph")
     plan = fitted(plan, model, "mct", snap=snap)
     nodes: dict[str, str] = {}
-    for node in torch.fx.symbolic_trace(model).graph.nodes:
+    with traced("mct"):
+        graph = torch.fx.symbolic_trace(model).graph
+    for node in graph.nodes:
         if node.op == "call_module":
             users = [user for user in node.users if user.op == "call_module"]
             followed = len(node.users) == 1 and users and isinstance(model.get_submodule(users[0].target), _NORMS)

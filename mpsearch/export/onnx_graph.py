@@ -9,6 +9,7 @@ from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.package import package
+from mpsearch.export.tracing import traced
 from mpsearch.model import Batch, inputs_of
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
@@ -31,7 +32,7 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
         `onnx.ModelProto`, and the nodes of each layer: MatMul (weight transposed), Gemm or Conv.
 
     Raises:
-        ExportError: for a layer that the graph does not hold, or weights that are not float32.
+        ExportError: for a model that cannot be traced, a layer that the graph does not hold, or weights that are not float32.
     """
     numpy_helper = package("onnx.numpy_helper", "onnxruntime")
     package("onnxscript", "onnxruntime")
@@ -43,11 +44,12 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
     inputs = inputs_of(example)
     positional = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     call: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
-    program = torch.onnx.export(model, **call, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
+    with traced("onnxruntime"):
+        program = torch.onnx.export(model, **call, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
     assert program is not None
-    traced = program.model_proto
-    constants = {tensor.name: tensor for tensor in traced.graph.initializer}
-    for node in traced.graph.node:
+    made = program.model_proto
+    constants = {tensor.name: tensor for tensor in made.graph.initializer}
+    for node in made.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
         owner = next((name for name in reversed(ast.literal_eval(scopes)[:-1]) if name), None)
         if owner not in nodes or node.op_type not in _OPERATORS or node.input[1] not in constants:
@@ -63,7 +65,7 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
             raise ExportError(
                 f"the traced graph has no product with the weight of {name!r}: does the example reach it?"
             )
-    return traced, nodes
+    return made, nodes
 
 
 def transposed(node: Any) -> bool:

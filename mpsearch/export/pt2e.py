@@ -9,6 +9,7 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.tracing import traced
 from mpsearch.export.verification import Stored
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
@@ -73,7 +74,8 @@ def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stor
     steps = package("torchao.quantization.pt2e.quantize_pt2e", _EXTRA)
     inputs = inputs_of(example)
     args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
-    exported = torch.export.export(model.eval(), args).module()
+    with traced("pt2e"):
+        exported = torch.export.export(model.eval(), args).module()
     prepared = steps.prepare_pt2e(exported, pt2e(plan, model))
     prepared(*args)
     folded = {}  # weights with batch norms folded in, before they are rounded

@@ -2,12 +2,18 @@
 
 import json
 import os
+from typing import Any
 
 from torch import nn
 
-from mpsearch.export.fitting import fitted
+from mpsearch.export.fitting import fitted, group_size
+from mpsearch.export.package import package
+from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
+from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest
 
 
 def quanto(
@@ -44,3 +50,33 @@ def quanto(
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def read_quanto(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+    """Quantize layer by layer and freeze; every layer whose weight became one of its tensors."""
+    tool = package("optimum.quanto", "quanto")
+    originals = {name: weight_of(m).detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
+    for name, entry in quanto(plan, model).items():
+        tool.quantize(model, weights=tool.qtypes[entry["weights"]], include=[name])
+    tool.freeze(model)
+    found = {}
+    for name, original in originals.items():
+        weight: Any = model.get_submodule(name).weight
+        if not isinstance(weight, tool.QTensor):
+            continue
+        bits, columns = weight.qtype.bits, original[0].numel()
+        size = getattr(weight, "_group_size", None) or columns
+        precision = Precision(str(bits), "16", group_size(size, columns, plan.layers.get(name, Precision("16"))))
+        packed = getattr(weight._data, "_data", weight._data)
+        scales = [getattr(weight, key) for key in ("_scale", "_shift") if hasattr(weight, key)]
+        groups = original.numel() // size
+        found[name] = Stored(
+            precision,
+            weight.dequantize().detach(),
+            weight._data.unpack() if bits < 8 else weight._data,
+            sum(part.numel() * part.element_size() for part in (packed, *scales)),
+            original.numel() * bits // 8 + len(scales) * groups * original.element_size(),
+            RoundToNearest(scale="max")(original, precision) if bits == 8 else None,
+            tolerance=1e-6 * float(original.abs().max()),
+        )
+    return found

@@ -1,6 +1,7 @@
 """What each target carries out: one table, read by the exporters and by the search."""
 
-from collections.abc import Container, Iterator, Mapping
+import re
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from mpsearch.layer import Layer
@@ -8,8 +9,10 @@ from mpsearch.precision import Precision
 
 #: Group sizes that kernels are written for; a target that takes any size is offered these when a plan is snapped.
 USUAL_GROUPS = (16, 32, 64, 128, 256)
-#: Layers that vLLM and its kin fuse into one matrix at run time: its name -> the last parts of their names.
-FUSED = {
+#: Name of a joined matrix -> last parts of the names of the layers in it.
+Fused = Mapping[str, tuple[str, ...]]
+#: What vLLM and its kin join at run time.
+FUSED: Fused = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "w13": ("w1", "w3"),
@@ -17,6 +20,7 @@ FUSED = {
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
 _ANY = range(1, 1 << 31)
+_EXPERT = re.compile(r"(?<=\bexperts)\.\d+\b")  # the experts of a layer are one matrix
 
 
 def integers(low: int, high: int) -> tuple[str, ...]:
@@ -82,7 +86,7 @@ class Target:
 
     name: str
     schemes: tuple[Scheme, ...]
-    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fused: Fused = field(default_factory=dict)
 
     def refusal(self, layer: Layer, precision: Precision) -> str | None:
         """Why the target cannot give a layer a precision, and what it can; None where it can.
@@ -126,6 +130,22 @@ class Target:
             if layer.kind in scheme.kinds:
                 found.update(scheme.precisions(layer, sizes))
         return found
+
+
+def fused_groups(names: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...]]:
+    """Full name of every joined matrix -> those of the layers that are in it.
+
+    >>> fused_groups(["a.q_proj", "a.k_proj", "a.o_proj"], {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
+    {'a.qkv_proj': ('a.q_proj', 'a.k_proj')}
+    """
+    members: dict[str, tuple[str, ...]] = {}
+    for name in names:
+        parent, _, last = name.rpartition(".")
+        for title, parts in fused.items():
+            if last in parts:
+                whole = f"{_EXPERT.sub('', parent)}.{title}".lstrip(".")
+                members[whole] = (*members.get(whole, ()), name)
+    return members
 
 
 def _groups_text(schemes: list[Scheme]) -> str:

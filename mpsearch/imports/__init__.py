@@ -1,21 +1,31 @@
-"""Plans that other tools made, so that they can be measured, compared and improved."""
+"""Plans and tables that other tools made, so that they can be measured, compared and improved."""
 
 import os
 from collections.abc import Callable
 
 from torch import nn
 
-from mpsearch.errors import PlanError, nearest
+from mpsearch.errors import PlanError, TableError, nearest
 from mpsearch.imports.compressed_tensors import from_compressed_tensors as from_compressed_tensors
+from mpsearch.imports.exllamav2 import exllamav2_table as exllamav2_table
 from mpsearch.imports.gguf import from_gguf as from_gguf
 from mpsearch.imports.gptqmodel import from_gptqmodel as from_gptqmodel
+from mpsearch.imports.modelopt import from_modelopt as from_modelopt
+from mpsearch.imports.modelopt import modelopt_table as modelopt_table
 from mpsearch.plan import Plan
+from mpsearch.table import CostTable
 
-#: Tool -> `read(path, model=None)`.
+#: Tool -> `read(path, model=None)` of the plan that it chose.
 IMPORTERS: dict[str, Callable[[str | os.PathLike[str], nn.Module | None], Plan]] = {
     "compressed-tensors": from_compressed_tensors,
     "gguf": from_gguf,
     "gptqmodel": from_gptqmodel,
+    "modelopt": from_modelopt,
+}
+#: Tool -> `read(path, model=None)` of what it measured.
+TABLE_IMPORTERS: dict[str, Callable[[str | os.PathLike[str], nn.Module | None], CostTable]] = {
+    "exllamav2": exllamav2_table,
+    "modelopt": modelopt_table,
 }
 
 
@@ -33,5 +43,24 @@ def import_plan(path: str | os.PathLike[str], tool: str, model: nn.Module | None
         MissingPackage: without the tool's package, where one is needed.
     """
     if tool not in IMPORTERS:
-        raise PlanError(f"cannot import from {tool!r}{nearest(tool, IMPORTERS)}")
+        raise PlanError(f"cannot import a plan from {tool!r}{nearest(tool, IMPORTERS)}")
     return IMPORTERS[tool](path, model)
+
+
+def import_table(path: str | os.PathLike[str], tool: str, model: nn.Module | None = None) -> CostTable:
+    """The cost table that another tool's measurements make.
+
+    Args:
+        path: of the file.
+        tool: a name in `TABLE_IMPORTERS`.
+        model: names the layers and tells their shapes, where the file does not.
+
+    Raises:
+        TableError: for an unknown tool, or where the file holds what no table can.
+        PlanError: for another file, or a number format that no precision writes.
+        OSError: where the file cannot be read.
+        MissingPackage: without the tool's package, where one is needed.
+    """
+    if tool not in TABLE_IMPORTERS:
+        raise TableError(f"cannot import a table from {tool!r}{nearest(tool, TABLE_IMPORTERS)}")
+    return TABLE_IMPORTERS[tool](path, model)

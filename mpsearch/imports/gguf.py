@@ -23,15 +23,19 @@ def from_gguf(path: str | os.PathLike[str], model: nn.Module | None = None) -> P
         model: names the layers.
 
     Raises:
-        PlanError: without a model, for a type that no precision writes, or a layer whose tensor the file does not hold.
+        PlanError: without a model, for another file, for a type that no precision writes, or a layer whose tensor the file does not hold.
         MissingPackage: without gguf.
     """
     if model is None:
         raise PlanError(f"{path}: a GGUF file has names of its own; give the model, whose layers they are")
     if not Path(path).is_file():
         raise FileNotFoundError(2, "No such file", str(path))
-    reader = package("gguf", "gguf").GGUFReader(path)
-    architecture = reader.fields["general.architecture"].contents()
+    library = package("gguf", "gguf")
+    try:
+        reader = library.GGUFReader(path)
+        architecture = reader.fields["general.architecture"].contents()
+    except (ValueError, LookupError) as error:
+        raise PlanError(f"{path}: no GGUF file of a model ({error})") from None
     types = {tensor.name: tensor.tensor_type.name for tensor in reader.tensors}
     layers = {}
     for name, module in model.named_modules():

@@ -1,13 +1,15 @@
-"""`mpsearch export`, behind its arguments."""
+"""`mpsearch export` and `mpsearch import`, behind their arguments and at the shell."""
 
 import json
 import re
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.cli import main
 from mpsearch.export_command import run
 from mpsearch.loading import UsageError
 
@@ -69,9 +71,113 @@ def test_a_traced_target_takes_the_first_batch(tmp_path, model):
         ("neutral", {"options": ["keys=nam"]}, "option keys of neutral is 'nam'; did you mean 'name'?"),
         ("torchao", {"verify": True}, "--verify needs --model"),
         ("torchao", {"snap": True}, "--snap needs --model"),
-        ("onnxruntime", {}, "onnxruntime traces the model: it needs --data"),
+        ("onnxruntime", {}, "onnxruntime runs the model: it needs --data"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, target, settings, words):
     with pytest.raises(UsageError, match=re.escape(words)):
         run(PLAN, target, str(tmp_path / "x.csv"), None, None, **{**OFF, **settings})
+
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)).eval()
+
+def data():
+    return [(torch.ones(3, 64), torch.zeros(3))]
+
+def narrow():
+    return [torch.ones(3, 63)]
+
+def nothing():
+    return []
+
+"""
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets.py").write_text(NETS)
+    PLAN.save("plan.json")
+    return tmp_path
+
+
+def shell(capsys, text):
+    status = main(text.split())
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_out_and_in_again(here, capsys):
+    status, out, err = shell(capsys, "export plan.json --to gptqmodel --model nets.py:net -o gptq.json")
+    assert (status, out, err) == (0, "gptqmodel: 1 of 2 layers quantized\n", "wrote gptq.json\n")
+    status, out, err = shell(capsys, "import gptq.json --from gptqmodel --model nets.py:net -o back.json")
+    assert (status, out) == (0, "gptqmodel: a plan with 1 of 2 layers quantized\n")
+    assert dict(mps.Plan.load("back.json")) == dict(PLAN)
+
+
+def test_results_for_machines_are_nothing_but_json(here, capfd):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    command = (
+        "export plan.json --to onnxruntime --model nets.py:net --data nets.py:data --verify --json --quiet -o m.onnx"
+    )
+    assert main(command.split()) == 0
+    captured = capfd.readouterr()
+    assert json.loads(captured.out)["verified"][0]["precision"] == "w4g32"
+    assert captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("export none.json --to torchao -o x", "none.json: No such file"),
+        ("export plan.json --to torchao", "-o/--out"),
+        ("export plan.json -o x", "--to"),
+        ("export plan.json --to gptq -o x", "unknown target 'gptq'; did you mean 'gptqmodel'"),
+        ("export plan.json --to gptqmodel --model nets.py:data -o x", "returned a list, expected a torch.nn.Module"),
+        ("export plan.json --to gptqmodel --model nets.py:nett -o x", "did you mean 'net'"),
+        ("export plan.json --to gptqmodel -o no/such/x", "No such file"),
+        ("export plan.json --to quanto -o x", "snap=True (--snap) moves it to the nearest"),
+        ("export plan.json --to onnxruntime --data nets.py:nothing --model nets.py:net -o x", "the data set is empty"),
+        ("export plan.json --to aimet --model nets.py:net -o x", "aimet cannot express w4g32 for '0'"),
+        ("export plan.json --to pt2e --model nets.py:net --verify -o x", "pt2e runs the model: it needs --data"),
+        ("import none.json --from gptqmodel -o p.json", "none.json: No such file"),
+        ("import plan.json --from gptqmodel -o p.json", "no 'bits' and 'dynamic' of GPTQModel"),
+        ("import plan.json --from gptqmodel -o p.txt", "a plan ends in .json, a table in .csv or .npz"),
+        ("import plan.json --from gptqmodel -o p.csv", "cannot import a table from 'gptqmodel'; known: exllamav2"),
+        ("import plan.json --from gptqmodl -o p.json", "did you mean 'gptqmodel'"),
+        ("import plan.json --from gptqmodel", "-o/--out"),
+    ],
+)
+def test_mistakes_at_the_shell_are_one_line(here, capsys, text, words):
+    status, out, err = shell(capsys, text)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert len(err.splitlines()) == 1
+    assert err.startswith("mpsearch: error: ")
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "onnxruntime-static"])
+def test_a_model_that_cannot_be_traced_is_one_line(here, capfd, target):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    plan = PLAN if target == "onnxruntime" else mps.Plan({"0": mps.Precision("4", "8")})
+    plan.save("plan.json")
+    assert main(f"export plan.json --to {target} --data nets.py:narrow --model nets.py:net -o x".split()) == 2
+    captured = capfd.readouterr()
+    assert "onnxruntime cannot trace the model on the example: RuntimeError: " in captured.err
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_missing_package_names_the_extra(here, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.quantization", None)
+    status, _, err = shell(capsys, "export plan.json --to torchao -o x")
+    assert status == 2
+    assert "pip install 'mpsearch[torchao]' brings it" in err
+    assert len(err.splitlines()) == 1

@@ -110,6 +110,15 @@ def test_quanto_has_one_group_size(llama, plan_of, tmp_path):
             export.quanto(plan_of(llama, down_proj=text), llama)
 
 
+@pytest.mark.slow  # quanto compiles its kernels at its first use
+def test_quanto_carries_the_plan_out(llama, plan_of):
+    pytest.importorskip("optimum.quanto")
+    found = export.verify(plan_of(llama, down_proj="w4g128", o_proj="w8", lm_head="w16"), llama, "quanto")
+    assert {str(check.precision) for check in found.layers} == {"w4g128", "w8"}
+    found = export.verify(mps.Plan({"0": mps.Precision("2", "16", 128)}), nn.Sequential(nn.Linear(512, 8)), "quanto")
+    assert all(check.code_range == (0, 3) for check in found.layers)
+
+
 def test_bitsandbytes_takes_one_width_and_skips_no_more_than_it_should(llama, plan_of, tmp_path):
     plan = plan_of(llama, o_proj="wnf4", down_proj="wnf4g64")
     found = export.bitsandbytes(plan, llama, path=tmp_path / "config.json")
@@ -121,3 +130,34 @@ def test_bitsandbytes_takes_one_width_and_skips_no_more_than_it_should(llama, pl
         export.bitsandbytes(plan_of(llama, o_proj="wnf4", down_proj="w8a8"), llama)
     with pytest.raises(mps.ExportError, match="cannot skip 'fc1' without 'fc10'"):
         export.bitsandbytes(mps.Plan({"fc1": mps.Precision("16"), "fc10": mps.Precision("nf4")}))
+
+
+@pytest.fixture
+def transformers_llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+
+
+@pytest.mark.parametrize("text", ["wnf4", "wnf4g64", "w8a8"])
+@pytest.mark.filterwarnings("ignore")
+def test_bitsandbytes_carries_the_plan_out(transformers_llama, plan_of, text):
+    pytest.importorskip("bitsandbytes")
+    plan = plan_of(transformers_llama, o_proj=text, down_proj=text)
+    found = export.verify(plan, transformers_llama, "bitsandbytes")
+    assert {check.name: str(check.precision) for check in found.layers} == dict.fromkeys(plan, text)
+    with pytest.raises(mps.ExportError, match="verified on a model of transformers"):
+        export.verify(mps.Plan({"0": mps.Precision("nf4")}), nn.Sequential(nn.Linear(64, 8)), "bitsandbytes")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_auto_round_carries_the_plan_out(transformers_llama, plan_of, tmp_path, monkeypatch):
+    pytest.importorskip("auto_round")
+    monkeypatch.chdir(tmp_path)  # it keeps a work space in the current folder
+    plan = plan_of(
+        transformers_llama, o_proj="w2g32", down_proj="w8", gate_proj="w3g64", up_proj="w3g64", lm_head="w16"
+    )
+    found = export.verify(plan, transformers_llama, "auto-round", example=torch.zeros(1, 16, dtype=torch.long))
+    assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if n != "lm_head"}

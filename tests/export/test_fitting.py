@@ -156,7 +156,7 @@ def test_snap_warns_and_needs_the_model():
     model = nn.Sequential(nn.Linear(64, 8))
     with pytest.warns(UserWarning, match="1 of 1 layers moved to what onnxruntime has: 0: w5g32 -> w4g32"):
         assert dict(fitted(plan(**{"0": "w5g32"}), model, "onnxruntime", snap=True)) == plan(**{"0": "w4g32"}).layers
-    with pytest.raises(mps.ExportError, match="snap=True needs the model"):
+    with pytest.raises(mps.ExportError, match=r"snap=True \(--snap\) needs the model"):
         fitted(plan(**{"0": "w3"}), None, "onnxruntime", snap=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

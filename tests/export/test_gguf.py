@@ -1,13 +1,15 @@
 """GGUF, written and read back by its own library, and the options of llama-quantize."""
 
+import importlib
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 import mpsearch as mps
-from mpsearch import export
+from mpsearch import export, ggml
 from mpsearch.quantize import RoundToNearest
 
 library = pytest.importorskip("gguf")
@@ -116,6 +118,52 @@ def test_transformers_loads_the_file_and_computes_the_predicted_outputs(tmp_path
                 weight = model.get_submodule(name).weight
                 weight.copy_(RoundToNearest()(weight, precision))
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch):
+    pytest.importorskip("xllamacpp")
+    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("needs a checkout, not an installed package")
+    monkeypatch.syspath_prepend(str(benchmarks))
+    return importlib.import_module("llama_cpp")
+
+
+def test_llama_cpp_runs_the_file(llama_cpp, tmp_path):
+    """Its kernels round inputs to 8 bits and keys and values to 16: near, and nearer to the plan than to the model."""
+    model = make(
+        num_attention_heads=4, num_key_value_heads=2, rope_parameters={"rope_type": "default", "rope_theta": 500.0}
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)  # so that rotations and rounding matter
+    tokens = torch.randint(64, (2, 24), generator=torch.Generator().manual_seed(1))
+    plan = mps.Plan({name: mps.Precision("q2_k") for name in every_type(model) if "layers" in name})
+    export.gguf(plan, model, path=tmp_path / "model.gguf")
+    plain = model(tokens).logits.detach()
+    with torch.no_grad():
+        for name, precision in plan.items():
+            weight = model.get_submodule(name).weight
+            weight.copy_(RoundToNearest()(weight, precision))
+    planned = model(tokens).logits.detach()
+    real = llama_cpp.LlamaCpp(tmp_path / "model.gguf", 64)
+    found = real(tokens)
+    real.close()
+    assert (found - planned).norm() < 0.1 * planned.norm()
+    assert (found - planned).norm() < 0.3 * (plain - planned).norm()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_blocks_are_those_of_ggml(llama_cpp, kind):
+    """K and IQ4 types search scales: sums in another order choose another scale in few blocks, and do no worse."""
+    weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    own, theirs = ggml.quantize(weight, kind), llama_cpp.quantized(weight, kind)
+    size = ggml.TYPES[kind].nbytes
+    same = (own == theirs).reshape(-1, size).all(1).double().mean()
+    assert same == 1 if kind[-1] in "01" else same > 0.9
+    errors = [(ggml.dequantize(part, kind) - weight).square().sum() for part in (own, theirs)]
+    assert errors[0] <= errors[1] * 1.001
 
 
 def test_what_llama_cpp_would_replace_is_refused():

@@ -9,6 +9,7 @@ import mpsearch as mps
 from mpsearch import export
 from mpsearch.import_command import run
 from mpsearch.imports import import_plan
+from mpsearch.imports.modelopt import _format
 
 
 class Net(nn.Module):
@@ -25,6 +26,9 @@ def test_what_was_exported_comes_back(tmp_path, model):
     export.gptqmodel(PLAN, model, path=tmp_path / "gptq.json")
     found = import_plan(tmp_path / "gptq.json", "gptqmodel", model)
     assert {**found.layers, "lm_head": mps.Precision("16")} == PLAN.layers
+    export.modelopt(PLAN, model, path=tmp_path / "modelopt.json")
+    found = import_plan(tmp_path / "modelopt.json", "modelopt", model)
+    assert {**found.layers, "lm_head": mps.Precision("16")} == PLAN.layers
     pytest.importorskip("compressed_tensors")
     export.compressed_tensors(PLAN, path=tmp_path / "config.json")
     assert dict(import_plan(tmp_path / "config.json", "compressed-tensors", model)) == PLAN.layers
@@ -35,7 +39,9 @@ def test_the_checkpoint_folder(tmp_path):
     pytest.importorskip("compressed_tensors")
     export.compressed_tensors(PLAN, Net(), path=tmp_path)
     assert dict(import_plan(tmp_path, "compressed-tensors", Net())) == PLAN.layers
-    assert dict(run(str(tmp_path), "compressed-tensors", str(tmp_path / "plan.json"), None)) == PLAN.layers
+    content, text = run(str(tmp_path), "compressed-tensors", str(tmp_path / "plan.json"), None)
+    assert content["layers"] == {name: str(precision) for name, precision in PLAN.items()}
+    assert text == "compressed-tensors: a plan with 2 of 3 layers quantized"
     assert dict(mps.Plan.load(tmp_path / "plan.json")) == PLAN.layers
 
 
@@ -112,13 +118,36 @@ def test_gguf(tmp_path, tied):
     assert dict(import_plan(tmp_path / "m.gguf", "gguf", model)) == plan
     with pytest.raises(mps.PlanError, match="names of its own; give the model"):
         import_plan(tmp_path / "m.gguf", "gguf")
+    (tmp_path / "x.gguf").write_text("GGML, not GGUF, and long enough to be read")
+    with pytest.raises(mps.PlanError, match="no GGUF file of a model"):
+        import_plan(tmp_path / "x.gguf", "gguf", model)
     other = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **{**sizes, "num_hidden_layers": 2}))
     with pytest.raises(mps.PlanError, match=r"no tensor 'blk\.1\.attn_q\.weight'"):
         import_plan(tmp_path / "m.gguf", "gguf", other)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_bits": 4, "block_sizes": {-1: 128, "type": "static"}}, ("4", 128)),
+        ({"num_bits": (4, 3), "block_sizes": None}, ("fp8_e4m3", None)),
+        ({"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}}, ("nvfp4", None)),
+        ({"num_bits": (2, 1), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}, ("mxfp4", None)),
+        ({"num_bits": (4, 3), "block_sizes": {-1: 32, "type": "dynamic", "scale_bits": (8, 0)}}, ("mxfp8", None)),
+        ({"num_bits": (4, 3), "block_sizes": {-1: 128}}, "numbers of .* no precision writes that"),
+        ([{"num_bits": 4}, {"num_bits": (4, 3)}], "one number format after another"),
+    ],
+)
+def test_modelopt_formats(settings, expected):
+    if isinstance(expected, tuple):
+        assert _format(settings, "x") == expected
+    else:
+        with pytest.raises(mps.PlanError, match=expected):
+            _format(settings, "x")
+
+
 def test_mistakes(tmp_path):
-    with pytest.raises(mps.PlanError, match="cannot import from 'ggfu'; did you mean 'gguf'"):
+    with pytest.raises(mps.PlanError, match="cannot import a plan from 'ggfu'; did you mean 'gguf'"):
         import_plan("x", "ggfu")
     (tmp_path / "x.json").write_text("{")
     with pytest.raises(mps.PlanError, match="not JSON"):

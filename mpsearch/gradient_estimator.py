@@ -1,0 +1,116 @@
+"""What estimators have in common that read gradients at the unquantized model."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.measure import wide
+from mpsearch.source import Source, TokenWeights
+from mpsearch.sweep import Accumulator, Gradients, Quantity, sweep
+
+
+class GradientEstimator:
+    """An estimator that reads gradients at the unquantized model.
+
+    Subclasses say what is differentiated (`source`), what is read of it (`needs`), and what a sample adds
+    (`contribution`).
+
+    Attributes:
+        needs: quantities of `Gradients` that are read.
+        unit: of the table, `nats` or `relative`.
+    """
+
+    needs: ClassVar[frozenset[Quantity]]
+    unit: ClassVar[str] = "nats"
+
+    @staticmethod
+    def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:
+        """Score for several estimators of this kind in one sweep."""
+        return sweep(setting, estimators)
+
+    def estimate(self, setting: Setting) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where labels that are needed are missing, the model cannot be differentiated, or a
+                gradient is not finite.
+        """
+        return sweep(setting, [self])[0]
+
+    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most, whatever the number of units and precisions.
+
+        The second forward pass is taken only where a precision quantizes activations and its noise has to be
+        measured. Not counted: the one backward pass that tells samples from tokens where shapes leave doubt.
+        """
+        noise = "input_squared_norm" in self.needs or self.unit == "relative"
+        return Passes(2 if noise else 1, getattr(self, "draws", 1))
+
+    def source(self, setting: Setting) -> Source:
+        """What is differentiated: by default random outputs for the loss `kl`, else the loss itself."""
+        weights: TokenWeights | None = getattr(self, "token_weights", None)
+        if setting.loss == "kl":
+            return Source("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
+        return Source("given", token_weights=weights)
+
+    def accumulator(self, setting: Setting) -> Accumulator:
+        """By default the means of the contributions with their standard errors."""
+        return Averages(
+            self.contribution(setting), lambda mean, se: self.finish(setting, mean, se), self.source(setting).draws
+        )
+
+    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+        """A function that gives (N, U, ...), what each sample adds, summed over its predictions."""
+        raise NotImplementedError
+
+    def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
+        """By default the mean contribution of a prediction is the score."""
+        return Estimate(mean, se, self.unit)
+
+
+@dataclass(eq=False)
+class Averages:
+    """Means a prediction, with standard errors that take the draws and predictions of one sample as one (see `measure.Mean`)."""
+
+    contribution: Callable[[Gradients], Tensor]
+    conclude: Callable[[NDArray[np.float64], NDArray[np.float64]], Estimate]
+    draws: int
+    samples: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
+    pending: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add(self, found: Gradients) -> None:
+        """One backward pass."""
+        now = wide(self.contribution(found))
+        self.pending = now if found.draw == 0 else self.pending + now
+        if found.draw + 1 < self.draws:
+            return
+        s = self.pending / self.draws
+        c = found.counts.to(s).reshape(-1, *[1] * (s.ndim - 1)).expand_as(s)
+        self.samples += int((found.counts > 0).sum())
+        new = torch.stack([term.sum(0) for term in (s, s * s, s * c, c, c * c)]).cpu()
+        self.sums = self.sums + new if self.sums.numel() else new
+
+    def state(self) -> Any:
+        """The sums."""
+        return {"samples": self.samples, "sums": self.sums}
+
+    def restore(self, state: Any) -> None:
+        """The sums."""
+        self.samples, self.sums = state["samples"], state["sums"]
+
+    def finish(self) -> Estimate:
+        """Mean and standard error of the ratio of sums (Cochran 1977, section 6.3)."""
+        s, ss, sc, c, cc = self.sums.numpy()
+        mean = s / c
+        if self.samples < 2:
+            return self.conclude(mean, np.full_like(mean, math.nan))
+        residual = np.maximum(ss - 2 * mean * sc + mean**2 * cc, 0.0)
+        return self.conclude(mean, np.sqrt(self.samples / (self.samples - 1) * residual) / c)

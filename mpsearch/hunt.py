@@ -1,0 +1,115 @@
+"""Plans within the limits of a budget, proposed and measured until the passes are spent."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch.plan_meter import Measurement, PlanMeter
+from mpsearch.proposers import Posterior, Proposer, Record
+
+Options = NDArray[np.int64]
+
+#: A plan is dropped where it is worse than the best one by so many standard errors of the difference.
+DROPPED_AT = 3.0
+#: A plan that does more than so many times the damage of the best one beyond it tells nothing of plans near the best one.
+_FAR = 3.0
+
+
+@dataclass(eq=False)
+class Hunt:
+    """One budget: measures what is proposed, and learns from it.
+
+    Attributes:
+        record: limits, tables, measured plans.
+        prior: (U, P) damage that the posterior starts from, up to a factor.
+        meter: on the select part.
+        posterior: after the first measurement.
+    """
+
+    record: Record
+    prior: NDArray[np.float64]
+    meter: PlanMeter
+    posterior: Posterior = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.posterior = Posterior(self.prior)
+
+    def open(self, plans: Sequence[Options]) -> None:
+        """Measure the first plans, and set the scale of the prior by them."""
+        for options in plans:
+            if self.record.new(options) and self.record.fits(options):
+                self.measure(options)
+        self._learn()
+
+    def adopt(self, plans: Sequence[Options]) -> None:
+        """Take over plans that were measured within other limits; those on the whole part alone."""
+        for options in plans:
+            if self.meter.complete(options):
+                self.record.measured[tuple(options.tolist())] = self.meter.measure(options).value
+        self._learn()
+
+    def go(self, proposers: Sequence[Proposer], enough: Callable[[], bool], most: float = math.inf) -> None:
+        """Ask the proposers in turn and measure.
+
+        Args:
+            proposers: asked in turn.
+            enough: True ends it; so does a round in which none has anything to propose.
+            most: plans to measure.
+        """
+        idle = asked = 0
+        while idle < len(proposers):
+            for proposer in proposers:
+                if asked >= most or enough():
+                    return
+                asked += 1
+                options = proposer.propose(self.record, self.posterior)
+                if options is None:
+                    idle += 1
+                    continue
+                idle = 0
+                value = self.measure(options)
+                if _near(value, self.record.measured[tuple(self.record.best.tolist())]):
+                    self.posterior.add(options, value)
+
+    def measure(self, options: Options) -> float:
+        """Damage of a plan; it is dropped as soon as it is clearly worse than the best one, and then estimated.
+
+        The estimate is that of the best plan and the difference on the samples that both have seen.
+        """
+        record, meter = self.record, self.meter
+        best: Measurement | None = None
+        if any(record.fits(np.array(key)) for key in record.measured):
+            best = meter.known.get(tuple(record.best.tolist()))
+
+        def clearly_worse(found: Measurement) -> bool:
+            if best is None:
+                return False
+            difference, se = found.over(best)
+            return difference > DROPPED_AT * se and difference > 0
+
+        found = meter.measure(options, clearly_worse)
+        value = found.value
+        if best is not None and not meter.complete(options):
+            value = best.value + found.over(best)[0]
+        record.measured[tuple(options.tolist())] = value
+        return value
+
+    def _learn(self) -> None:
+        """The posterior from all plans measured so far, its scale from the best of them."""
+        if not self.record.measured:
+            return
+        rows = np.arange(len(self.prior))
+        least = min(self.record.measured.values())
+        near = [(np.array(key), value) for key, value in self.record.measured.items() if _near(value, least)]
+        ratios = [value / self.prior[rows, options].sum() for options, value in near if value > 0]
+        scale = float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+        self.posterior = Posterior(self.prior * scale)
+        for options, value in near:
+            self.posterior.add(options, value)
+
+
+def _near(value: float, least: float) -> bool:
+    return value <= least + _FAR * abs(least)

@@ -1,0 +1,131 @@
+"""The additive-output surrogate: shifts of the logits of single perturbations, added up."""
+
+import math
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.estimator import Setting
+from mpsearch.measure import kl_divergence, log_softmax
+from mpsearch.model import fingerprint
+from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+
+_INDEX = "logit shift | index"
+
+
+@dataclass(frozen=True)
+class LogitShift(OneAtATime):
+    """Keeps, beside the KL of each cell, the shift of the output that it makes on a fixed sample of predictions.
+
+    It shares its runs with `KLDivergence`. Shifts go to the checkpoint of the run, and are read from there by `surrogate`.
+
+    Attributes:
+        predictions: how many are kept, spread over the batches.
+        classes: how many classes are told apart: the likeliest ones of the unquantized model, and all others as one.
+    """
+
+    predictions: int = 256
+    classes: int = 64
+    unit = "nats"
+
+    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """KL of each prediction, in nats; writes the shift of the sample."""
+        rows = math.ceil(self.predictions / len(setting.batches))
+        before, chosen = _coarse(reference.logits[:rows], self.classes, None)
+        after, _ = _coarse(output.logits[:rows], self.classes, chosen)
+        key = fingerprint([before])
+        index: list[str] = setting.checkpoint.get(_INDEX) or []
+        if key not in index:
+            setting.checkpoint.put(f"logit shift | {key}", before)
+            setting.checkpoint.put(_INDEX, [*index, key])
+        setting.checkpoint.put(f"logit shift | {key} | {probe.unit} {probe.name}", after - before)
+        return kl_divergence(reference.logits, output.logits)
+
+
+def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, K) log probabilities, the unlikely classes taken as one; and the classes that are told apart."""
+    log_p = log_softmax(logits)
+    if log_p.shape[1] <= classes:
+        return log_p.cpu(), None
+    if chosen is None:
+        chosen = log_p.topk(classes - 1, dim=1).indices
+    kept = log_p.gather(1, chosen)
+    rest = log_p.scatter(1, chosen, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([kept, rest], 1).cpu(), chosen
+
+
+@dataclass(eq=False)
+class Surrogate:
+    """Damage of a plan without running the model: KL(p || softmax(log p + sum_u shift[u, plan(u)])), mean over a sample.
+
+    It sees how errors of layers add and cancel at the output, but not how one layer's error changes another's: a proposer,
+    not the judge. On some networks its plans are worse than those of the tables.
+
+    Attributes:
+        log_p: (N, K) log probabilities of the unquantized model.
+        shifts: (U, P, N, K) what each cell adds to them, alone.
+
+    >>> shifts = np.array([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])      # two cells that cancel
+    >>> surrogate = Surrogate(np.log(np.array([[0.5, 0.5]])), shifts)
+    >>> float(surrogate.damage(np.array([0, 0])))
+    0.0
+    """
+
+    log_p: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    _rows: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rows = np.arange(len(self.shifts))
+        self._p = np.exp(self.log_p)
+
+    def damage(self, options: NDArray[np.int64]) -> float:
+        """Of one plan (U,), in nats."""
+        return float(self._kl(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
+
+    def damage_of_changes(
+        self, options: NDArray[np.int64], changes: list[tuple[tuple[int, int], ...]]
+    ) -> NDArray[np.float64]:
+        """(M,) of a plan after each of M lists of changes (unit, column)."""
+        total = self.log_p + self.shifts[self._rows, options].sum(0)
+        moved = np.repeat(total[None], len(changes), 0)
+        for number, change in enumerate(changes):
+            for unit, column in change:
+                moved[number] += self.shifts[unit, column] - self.shifts[unit, options[unit]]
+        return self._kl(moved)
+
+    def _kl(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M,) mean divergence for (M, N, K) logits."""
+        top = logits.max(-1, keepdims=True)
+        log_q = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        found: NDArray[np.float64] = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
+        return found
+
+
+def surrogate(setting: Setting) -> Surrogate | None:
+    """The surrogate from what `LogitShift` has written to the checkpoint; None where that is nothing.
+
+    A cell that changes nothing has no shift.
+    """
+    index: list[str] = setting.checkpoint.get(_INDEX) or []
+    if not index:
+        return None
+    log_p = [setting.checkpoint.get(f"logit shift | {key}").numpy() for key in index]
+    names = [str(precision) for precision in setting.precisions]
+    shifts = [
+        [
+            np.concatenate(
+                [
+                    np.zeros_like(reference) if found is None else found.numpy()
+                    for key, reference in zip(index, log_p, strict=True)
+                    for found in [setting.checkpoint.get(f"logit shift | {key} | {unit} {name}")]
+                ]
+            )
+            for name in names
+        ]
+        for unit in range(len(setting.units))
+    ]
+    return Surrogate(np.concatenate(log_p), np.array(shifts))

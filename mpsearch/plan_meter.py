@@ -1,0 +1,330 @@
+"""Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Setting
+from mpsearch.measure import kl_divergence, log_softmax
+from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.perturb import input_quantizers, inputs, weights
+
+Floats = NDArray[np.float64]
+Options = NDArray[np.int64]
+#: `metric(model, batch) -> float`, the mean over the samples of the batch.
+Metric = Callable[[nn.Module, Batch], float]
+#: (N, C) logits, (N,) labels or None, (N,) sample of each prediction.
+Predicted = tuple[Tensor, Tensor | None, Tensor]
+
+#: Logits of the unquantized model that are kept; beyond, it is run again for each plan.
+REFERENCE_BYTES = 2**30
+
+
+@dataclass(frozen=True)
+class Damage:
+    """What is measured of a plan: the rise over the unquantized model, larger = worse.
+
+    Attributes:
+        metric: `kl` (divergence of the predictions), `loss` (rise of the cross-entropy), `accuracy` (drop), or
+            `metric(model, batch)`, of which the change for the worse counts.
+        higher_is_better: direction of a metric of one's own.
+    """
+
+    metric: Literal["kl", "loss", "accuracy"] | Metric = "kl"
+    higher_is_better: bool = False
+
+    @property
+    def unit(self) -> str:
+        """`nats`, or `relative` for what is no divergence or loss."""
+        return "nats" if self.metric in ("kl", "loss") else "relative"
+
+    def of(
+        self, model: nn.Module, batch: Batch, predicted: Predicted, reference: Predicted | None
+    ) -> tuple[Floats, Floats]:
+        """What the model, as it stands, does on one batch.
+
+        Args:
+            model: the model; run again for a metric of one's own.
+            batch: the batch.
+            predicted: logits, labels and samples of its predictions (`model.predictions`).
+            reference: those of the unquantized model; None where this is it.
+
+        Returns:
+            (n,) sums over the predictions of each sample and (n,) counts of them. A metric of one's own has one number for
+            the batch, which counts as one sample.
+
+        Raises:
+            EstimatorError: where labels are needed and missing.
+        """
+        count = samples(batch)
+        if callable(self.metric):
+            value = float(self.metric(model, batch)) * (-1.0 if self.higher_is_better else 1.0)
+            return np.array([value * count]), np.array([float(count)])
+        logits, labels, index = predicted
+        if self.metric == "kl":
+            values = kl_divergence(logits if reference is None else reference[0], logits)
+        elif labels is None:
+            raise EstimatorError(f"the {self.metric} needs labels; give batches (inputs, targets), or the metric 'kl'")
+        elif self.metric == "loss":
+            values = -log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+        else:
+            values = -(logits.argmax(-1) == labels).double()
+        rows = index.cpu().numpy()
+        sums = np.bincount(rows, values.detach().double().cpu().numpy(), count)
+        return sums.astype(np.float64), np.bincount(rows, minlength=count).astype(np.float64)
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Damage of a plan on the first samples of a part.
+
+    Attributes:
+        sums: (n,) over the predictions of each sample.
+        counts: (n,) predictions of each sample.
+    """
+
+    sums: Floats
+    counts: Floats
+
+    @property
+    def value(self) -> float:
+        """Mean damage a prediction."""
+        return float(self.sums.sum() / self.counts.sum())
+
+    @property
+    def se(self) -> float:
+        """Its standard error over samples; nan with fewer than two."""
+        return _ratio_se(self.sums, self.counts)
+
+    def over(self, other: "Measurement") -> tuple[float, float]:
+        """By how much this plan is worse than another one on the samples that both have seen, and the standard error.
+
+        The samples are the same, so what they have in common cancels (common random numbers).
+        """
+        size = min(len(self.sums), len(other.sums))
+        sums, counts = self.sums[:size] - other.sums[:size], self.counts[:size]
+        return float(sums.sum() / counts.sum()), _ratio_se(sums, counts)
+
+    def first(self, size: int) -> "Measurement":
+        """The part over the first samples."""
+        return Measurement(self.sums[:size], self.counts[:size])
+
+
+def _ratio_se(sums: Floats, counts: Floats) -> float:
+    """Standard error of a ratio of sums (Cochran 1977, section 6.3), as in `measure.Mean`."""
+    used = counts > 0
+    size = int(used.sum())
+    if size < 2:
+        return math.nan
+    residual = (sums - sums.sum() / counts.sum() * counts)[used]
+    return float(math.sqrt(size / (size - 1) * (residual**2).sum()) / counts.sum())
+
+
+@dataclass(eq=False)
+class Spending:
+    """Forward-pass equivalents of a search: what it may take, and what it has taken.
+
+    Attributes:
+        limit: passes over all parts of the data; a backward pass counts 2.
+        used: taken so far; results found in the checkpoint count as if they had been run, so that an interrupted search goes
+            on as it would have.
+        free: results found in the checkpoint cost nothing: they are those of an earlier search.
+        watch: is told of every charge.
+    """
+
+    limit: float
+    used: float = 0.0
+    free: bool = False
+    watch: Callable[[float], object] | None = None
+
+    @property
+    def left(self) -> float:
+        """Passes left."""
+        return self.limit - self.used
+
+    def charge(self, passes: float, *, found: bool) -> None:
+        """Count passes that were run, or were `found` in the checkpoint."""
+        if not (found and self.free):
+            self.used += passes
+            if self.watch is not None:
+                self.watch(passes)
+
+
+@dataclass(eq=False)
+class PlanMeter:
+    """Measures plans on one part of the data; a plan that was measured before costs nothing.
+
+    Attributes:
+        name: of the part; names the results in the checkpoint.
+        setting: model, units (the rows of a plan), precisions, quantizer, checkpoint; passes are counted there.
+        batches: of this part.
+        damage: what is measured.
+        total: samples of all parts: one pass is a run over so many.
+        spending: is charged.
+        known: options of a plan -> what is known of it.
+    """
+
+    name: str
+    setting: Setting
+    batches: Sequence[Batch]
+    damage: Damage
+    total: int
+    spending: Spending
+    known: dict[tuple[int, ...], Measurement] = field(default_factory=dict)
+    _references: dict[int, "_Reference"] = field(default_factory=dict)
+    _paid: set[int] = field(default_factory=set)
+    _run: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self._sizes = [samples(batch) for batch in self.batches]
+        one = callable(self.damage.metric)
+        #: numbers in a measurement once a batch is done
+        self._ends = np.cumsum([1] * len(self._sizes) if one else self._sizes).tolist()
+        self.share = sum(self._sizes) / self.total
+
+    def measure(self, options: Options, stop: Callable[[Measurement], bool] | None = None) -> Measurement:
+        """The damage of a plan on this part.
+
+        Args:
+            options: (U,) column of each unit.
+            stop: is shown what is known after each batch but the last; True ends the measurement there.
+
+        Raises:
+            EstimatorError: where the damage is not finite, or labels that it needs are missing.
+        """
+        key = tuple(int(p) for p in options)
+        seen = self.known.get(key)
+        stored = self._stored(key) if seen is None or len(seen.sums) < self._ends[-1] else seen
+        made: Made | None = None
+        for number, end in enumerate(self._ends):
+            if seen is not None and len(seen.sums) >= end:
+                continue
+            if stored is not None and len(stored.sums) >= end:
+                self._touch(number, found=True)
+                self._spend(number, found=True)
+                seen = stored.first(end)
+            else:
+                self._touch(number, found=False)
+                made = self.made(np.array(key)) if made is None else made
+                seen = self._longer(key, seen, made, number)
+                self._store(key, seen)
+            if stop is not None and number + 1 < len(self._ends) and stop(seen):
+                break
+        assert seen is not None
+        self.known[key] = seen
+        return seen
+
+    def _touch(self, number: int, *, found: bool) -> None:
+        """The first plan on a batch pays for the unquantized model."""
+        if number not in self._paid:
+            self.spending.charge(self._sizes[number] / self.total, found=found)
+            self._paid.add(number)
+
+    def complete(self, options: Options) -> bool:
+        """True where a plan has been measured on the whole part."""
+        seen = self.known.get(tuple(int(p) for p in options))
+        return seen is not None and len(seen.sums) == self._ends[-1]
+
+    def count(self, size: int) -> None:
+        """Somebody else has run the model on so many samples."""
+        self.setting.passes.add(self.total, forward=size)
+        self.spending.charge(size / self.total, found=False)
+
+    def made(self, options: Options) -> "Made":
+        """What puts a plan (U,) into the model."""
+        setting = self.setting
+        chosen = {
+            layer.name: setting.precisions[p]
+            for unit, p in zip(setting.units, options.tolist(), strict=True)
+            for layer in unit.layers
+        }
+        values = {
+            parameter: setting.quantized(layer, chosen[layer.name])
+            for unit in setting.units
+            for parameter, layer in setting.parameters(unit).items()
+            if chosen[layer.name].quantizes_weight
+        }
+        return Made(values, input_quantizers(setting.model, chosen, setting.quantizer, setting.ranges))
+
+    def _longer(self, key: tuple[int, ...], seen: Measurement | None, made: "Made", number: int) -> Measurement:
+        """A measurement with one more batch."""
+        model, batch = self.setting.model, self.batches[number]
+        reference = self._reference(number)
+        with torch.no_grad(), weights(made.values), inputs(made.functions):
+            found = predictions(model, call(model, batch), batch)
+            sums, counts = self.damage.of(model, batch, found, reference.predicted)
+        self._spend(number, found=False)
+        change = sums if self.damage.metric == "kl" else sums - reference.sums
+        if not (np.isfinite(change).all() and torch.isfinite(found[0]).all()):
+            raise EstimatorError(
+                f"the damage of a plan is not finite ({self.name} part, batch {number}): "
+                + " ".join(
+                    f"{unit.name}={self.setting.precisions[p]}" for unit, p in zip(self.setting.units, key, strict=True)
+                )
+            )
+        before = Measurement(np.zeros(0), np.zeros(0)) if seen is None else seen
+        return Measurement(np.append(before.sums, change), np.append(before.counts, counts))
+
+    def _reference(self, number: int) -> "_Reference":
+        """What the unquantized model does on a batch; kept, up to `REFERENCE_BYTES` of logits."""
+        if number in self._references:
+            return self._references[number]
+        model, batch = self.setting.model, self.batches[number]
+        with torch.no_grad():
+            predicted = predictions(model, call(model, batch), batch)
+            sums, _ = self.damage.of(model, batch, predicted, None)
+        if number in self._run:
+            self._spend(number, found=False)
+        else:  # `_touch` has charged it
+            self.setting.passes.add(self.total, forward=self._sizes[number])
+            self._run.add(number)
+        made = _Reference(predicted, sums)
+        held = sum(kept.bytes for kept in self._references.values())
+        if held + made.bytes <= REFERENCE_BYTES:
+            self._references[number] = made
+        return made
+
+    def _spend(self, number: int, *, found: bool) -> None:
+        if not found:
+            self.setting.passes.add(self.total, forward=self._sizes[number])
+        self.spending.charge(self._sizes[number] / self.total, found=found)
+
+    def _name(self, key: tuple[int, ...]) -> str:
+        return f"plan | {self.name} | {' '.join(str(self.setting.precisions[p]) for p in key)}"
+
+    def _stored(self, key: tuple[int, ...]) -> Measurement | None:
+        stored = self.setting.checkpoint.get(self._name(key))
+        return None if stored is None else Measurement(stored["sums"].numpy(), stored["counts"].numpy())
+
+    def _store(self, key: tuple[int, ...], found: Measurement) -> None:
+        self.setting.checkpoint.put(
+            self._name(key), {"sums": torch.from_numpy(found.sums), "counts": torch.from_numpy(found.counts)}
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class _Reference:
+    """Of the unquantized model on one batch."""
+
+    predicted: Predicted
+    sums: Floats
+
+    @property
+    def bytes(self) -> int:
+        """Size of the logits."""
+        return self.predicted[0].numel() * self.predicted[0].element_size()
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """A plan as it is put into the model."""
+
+    values: dict[nn.Parameter, Tensor]
+    functions: dict[nn.Module, Callable[[Tensor], Tensor]]

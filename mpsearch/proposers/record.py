@@ -1,0 +1,81 @@
+"""What a search knows so far: the limits, the tables, and the plans that were measured."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch._solve import choose
+from mpsearch.problem import Problem
+from mpsearch.solvers import Exact
+
+Floats = NDArray[np.float64]
+Options = NDArray[np.int64]
+
+
+@dataclass(eq=False)
+class Record:
+    """Shared by the proposers of a search.
+
+    Attributes:
+        problem: rows (units), options, limits; its objective says by nan what is not allowed.
+        tables: name of a signal -> (U, P) damage in nats, at least 0.
+        generator: of all random draws.
+        measured: plan -> damage on the whole part, measured or, for a plan that was dropped early, estimated.
+    """
+
+    problem: Problem
+    tables: Mapping[str, Floats]
+    generator: np.random.Generator
+    measured: dict[tuple[int, ...], float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.allowed = ~np.isnan(self.problem.objective)
+        self._rows = np.arange(len(self.problem.objective))
+
+    def exact(self, costs: Floats) -> Options | None:
+        """The plan within the limits with the least sum of costs (U, P); None where the solver finds none."""
+        problem = replace(self.problem, objective=np.where(self.allowed, costs, np.nan), interactions=None)
+        return choose(Exact(time_limit_s=5.0, gap=1e-6), problem).options
+
+    def fits(self, options: Options) -> bool:
+        """True where a plan is allowed and keeps the limits."""
+        return bool(self.allowed[self._rows, options].all()) and self.problem.feasible(options)
+
+    def new(self, options: Options) -> bool:
+        """True for a plan that nobody has measured."""
+        return tuple(options.tolist()) not in self.measured
+
+    @property
+    def best(self) -> Options:
+        """The plan with the least measured damage among those that fit."""
+        fitting = [key for key in self.measured if self.fits(np.array(key))]
+        return np.array(min(fitting, key=self.measured.__getitem__))
+
+    def neighbours(self, options: Options) -> list[tuple[tuple[int, int], ...]]:
+        """All changes of one unit, or of two where the second pays for the first, that keep the limits.
+
+        Returns:
+            of each neighbour its changes, (unit, new column).
+        """
+        usage, free = self.problem.usage, self.problem.free
+        used = usage[:, self._rows, options].sum(1)
+        units, columns = np.nonzero(self.allowed & (np.arange(self.allowed.shape[1]) != options[:, None]))
+        change = usage[:, units, columns] - usage[:, units, options[units]]  # (R, M)
+        room = (free - used)[:, None]
+        alone = (change <= room).all(0)
+        found: list[tuple[tuple[int, int], ...]] = [((int(units[m]), int(columns[m])),) for m in np.flatnonzero(alone)]
+        grows, shrinks = np.flatnonzero(~alone), np.flatnonzero((change <= 0).all(0) & (change < 0).any(0))
+        for m in grows:
+            paid = shrinks[(change[:, m, None] + change[:, shrinks] <= room).all(0) & (units[shrinks] != units[m])]
+            found += [((int(units[m]), int(columns[m])), (int(units[k]), int(columns[k]))) for k in paid]
+        return found
+
+
+def changed(options: Options, changes: tuple[tuple[int, int], ...]) -> Options:
+    """A plan after some changes."""
+    found = options.copy()
+    for unit, column in changes:
+        found[unit] = column
+    return found

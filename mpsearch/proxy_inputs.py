@@ -1,0 +1,133 @@
+"""The tensors that expressions of proxies are built from."""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Passes, Setting
+from mpsearch.features import Observer, observed
+from mpsearch.gradients import differentiated, gradient, mean_gradient, ones_like_sample
+from mpsearch.measure import wide
+from mpsearch.model import call, samples
+from mpsearch.modules import channel_axis, weight_of
+from mpsearch.perturb import weights as replaced
+
+
+def weight_inputs(
+    setting: Setting, names: Collection[str], *, num_samples: int, seed: int
+) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """The inputs of `Tree` for every weight, laid out as the weight, in float32 or wider.
+
+        weight            W
+        gradient          g = d mean loss / d W; for `kl` of the cross-entropy of the data's labels, or of labels drawn from the model
+        activation        root mean square, over samples and places, of the layer's input that each weight multiplies
+        hessian           diagonal of the Hessian of the loss, from Hessian-vector products: mean over Rademacher z of z (H z);
+                          for `kl` of the Gauss-Newton matrix
+        virtual_gradient  gradient of the summed logits for an input of ones
+
+    EMQ (2307.10554) takes feature maps for activations, its sibling code H z of one z for the Hessian. Neither goes well with weights:
+    feature maps have another shape, and H z has random signs.
+
+    Args:
+        setting: model, data and loss.
+        names: those wanted; nothing else is computed.
+        num_samples: Hessian-vector products a batch.
+        seed: of drawn labels and probes.
+
+    Raises:
+        EstimatorError: where the model cannot be differentiated, or an input is not finite.
+    """
+    weights = differentiated(setting)
+    found: dict[str, Sequence[Tensor]] = {"weight": [w.detach() for w in weights]}
+    if "gradient" in names:
+        found["gradient"] = mean_gradient(setting, weights, seed)
+    if "activation" in names:
+        found["activation"] = _activations(setting, weights)
+    if "hessian" in names:
+        found["hessian"] = _hessian_diagonals(setting, weights, num_samples, seed)
+    if "virtual_gradient" in names:
+        found["virtual_gradient"] = _virtual_gradients(setting, weights)
+    for name, tensors in found.items():
+        if not all(torch.isfinite(tensor).all() for tensor in tensors):
+            raise EstimatorError(f"the {name} of a layer is not finite")
+    return {w: {name: found[name][place] for name in names} for place, w in enumerate(weights)}
+
+
+def cost(names: Collection[str], batches: int, num_samples: int) -> Passes:
+    """Passes over the data that `weight_inputs` takes."""
+    passes = Passes()
+    if "gradient" in names:
+        passes.add(1, forward=1, backward=1)
+    if "activation" in names:
+        passes.add(1, forward=2, backward=1)
+    if "hessian" in names:
+        passes.add(1, forward=1, backward=1 + 2 * num_samples)
+    if "virtual_gradient" in names:
+        passes.add(batches, forward=1, backward=1)
+    return passes
+
+
+def _virtual_gradients(setting: Setting, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    with torch.enable_grad():
+        found = gradient(wide(call(setting.model, ones_like_sample(setting.batches[0]))).sum(), weights)
+    setting.passes.add(len(setting.batches), forward=1, backward=1)
+    return found
+
+
+def _activations(setting: Setting, weights: Sequence[nn.Parameter]) -> list[Tensor]:
+    """A layer is linear in its weight, so the sum of its outputs for squared inputs has the wanted sums as its gradient."""
+    sums = {w: torch.zeros_like(wide(w.detach())) for w in weights}
+    places = dict.fromkeys(weights, 0)
+
+    def seen_by(module: nn.Module) -> Observer:
+        weight, axis = weight_of(module), channel_axis(module)
+        parameters = {p: wide(p.detach()) for p in module.parameters(recurse=False)}
+
+        def see(x: Tensor, y: Tensor) -> None:
+            with torch.enable_grad(), replaced(parameters):
+                squared = module.forward(wide(x).square() if x.is_floating_point() else x)
+                sums[weight] += torch.autograd.grad(squared.sum(), weight)[0]
+            places[weight] += y.numel() // y.shape[axis]
+
+        return see
+
+    modules = [setting.module(layer) for unit in setting.units for layer in unit.layers]
+    with torch.no_grad(), observed({module: seen_by(module) for module in modules}):
+        for batch in setting.progress(setting.batches, len(setting.batches), "activations"):
+            call(setting.model, batch)
+            setting.passes.add(len(setting.batches), forward=2, backward=1)
+    return [(sums[w] / max(places[w], 1)).sqrt() for w in weights]
+
+
+def _hessian_diagonals(setting: Setting, weights: Sequence[nn.Parameter], num_samples: int, seed: int) -> list[Tensor]:
+    total = sum(samples(batch) for batch in setting.batches)
+    generator = torch.Generator().manual_seed(seed)
+    found = [torch.zeros_like(wide(w.detach())) for w in weights]
+    for batch in setting.progress(setting.batches, len(setting.batches), "Hessian diagonals"):
+        with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            slopes = gradient(setting.mean_loss(batch), weights, create_graph=True)
+        for _ in range(num_samples):
+            signs = [_rademacher(w, generator) for w in weights]
+            for whole, z, product in zip(found, signs, _products(slopes, weights, signs), strict=True):
+                whole.add_(z * product, alpha=samples(batch) / total / num_samples)
+        setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * num_samples)
+    return found
+
+
+def _products(slopes: Sequence[Tensor], weights: Sequence[nn.Parameter], vectors: Sequence[Tensor]) -> list[Tensor]:
+    """Hessian-vector products; the graph is kept."""
+    parts = [(wide(g) * v).sum().cpu() for g, v in zip(slopes, vectors, strict=True) if g.requires_grad]
+    if not parts:
+        return [torch.zeros_like(v) for v in vectors]
+    try:
+        found = torch.autograd.grad(torch.stack(parts).sum(), weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+    return [torch.zeros_like(v) if h is None else wide(h) for v, h in zip(vectors, found, strict=True)]
+
+
+def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
+    return wide(2 * signs.to(like.device) - 1)

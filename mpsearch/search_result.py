@@ -1,0 +1,351 @@
+"""What a search found, and the folder that keeps it."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mpsearch import report
+from mpsearch.errors import PlanError, nearest
+from mpsearch.evaluation import Evaluation
+from mpsearch.files import write_atomically
+from mpsearch.measured_plans import MeasuredPlans
+from mpsearch.plan import Plan
+from mpsearch.table import CostTable
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from mpsearch.logit_shift import Surrogate
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One plan on the report part, as a row of the comparison.
+
+    Attributes:
+        name: `plan`, `w4` (a uniform precision), `best of kl-divergence` (the exact plan of one table).
+        role: `plan`, `uniform`, `uniform above` (the next larger one, beyond the budget), `table`.
+        usage: of every resource.
+        evaluation: on the report part.
+        damage: that was searched for, on the report part.
+        damage_se: its standard error.
+        difference: damage less that of the plan, on common samples.
+        difference_se: its standard error.
+    """
+
+    name: str
+    role: str
+    usage: Mapping[str, float]
+    evaluation: Evaluation
+    damage: float
+    damage_se: float
+    difference: float
+    difference_se: float
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredFront:
+    """Plans measured on the select part, of which none is beaten in both damage and use; with every uniform precision.
+
+    Attributes:
+        over: the resource.
+        plans: not dominated, by increasing use.
+        uniforms: the uniform precisions that were measured, by increasing use; None without any.
+    """
+
+    over: str
+    plans: MeasuredPlans
+    uniforms: MeasuredPlans | None
+
+    @property
+    def usage(self) -> np.ndarray[Any, Any]:
+        """(N,) use of the resource by each plan of the front."""
+        return np.array([plan.usage[self.over] for plan in self.plans.plans])
+
+    def to_frame(self) -> "pd.DataFrame":
+        """One row a plan: use of every resource, damage, standard error, whether it is uniform, whether on the front."""
+        import pandas as pd
+
+        columns, rows = self._rows()
+        return pd.DataFrame(rows, columns=columns)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the rows of `to_frame` as CSV."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        columns, rows = self._rows()
+        writer.writerow(columns)
+        writer.writerows(rows)
+        write_atomically(path, text.getvalue())
+
+    def _rows(self) -> tuple[list[str], list[list[Any]]]:
+        resources = list(self.plans.plans[0].usage)
+        columns = [*resources, "damage", "damage_se", "uniform"]
+        rows = []
+        for measured in (self.plans, self.uniforms):
+            if measured is None:
+                continue
+            assert measured.damage_se is not None
+            for plan, damage, se in zip(
+                measured.plans, measured.damage.tolist(), measured.damage_se.tolist(), strict=True
+            ):
+                label = "" if measured is self.plans else _plan(plan)
+                rows.append([*(float(plan.usage[name]) for name in resources), damage, se, label])
+        return columns, rows
+
+    def plot(self, path: str | os.PathLike[str], *, mark: Plan | None = None, title: str = "") -> None:
+        """Draw measured damage over the resource, with every uniform precision.
+
+        Args:
+            path: .png, .svg or .pdf.
+            mark: the chosen plan.
+            title: above the picture.
+        """
+        from mpsearch import plot
+
+        plot.measured_front(Path(path), self, mark=mark, title=title)
+
+
+@dataclass(frozen=True, eq=False)
+class SearchResult:
+    """What a search found.
+
+    Attributes:
+        plan: the best plan, measured.
+        verdict: is mixed precision worth it here? In words, with numbers.
+        wins: True: mixed precision is measurably better than uniform; False: uniform is; None: no measurable difference.
+        measured: the plan on the report part, which the search never saw.
+        uniform: the best uniform precision that fits, as (name, Evaluation on the report part); None where none fits.
+        comparison: the plan, uniform precisions and the best plan of one table, on the report part.
+        front: plans measured on the select part that none beats in both damage and use.
+        tables: name of a signal -> its table; `posterior` is what the measured plans made of them.
+        surrogate: the additive-output surrogate, where one-at-a-time runs were made.
+        plans: all plans measured on the whole select part.
+        passes: forward-pass equivalents taken: a backward pass counts 2.
+        settings: what was asked for, and fingerprints of model and data.
+        seconds: it took.
+        identity: what the measured plans depend on.
+        finished: everything that was run, for a search with another budget.
+    """
+
+    plan: Plan
+    verdict: str
+    wins: bool | None
+    measured: Evaluation
+    uniform: tuple[str, Evaluation] | None
+    comparison: Sequence[Compared]
+    front: MeasuredFront
+    tables: Mapping[str, CostTable]
+    plans: MeasuredPlans
+    passes: float
+    settings: Mapping[str, Any]
+    seconds: float
+    identity: Mapping[str, str]
+    finished: Mapping[str, bytes] = field(repr=False)
+    surrogate: "Surrogate | None" = field(default=None, repr=False)
+
+    @property
+    def predicted(self) -> Mapping[str, Any]:
+        """What the posterior table says of the plan: sensitivity, unit, bound, gap."""
+        return self.plan.predicted
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write plan.json, tables/*.csv, plans.csv, front.csv, summary.json and passes.db into a folder.
+
+        Raises:
+            OSError: where the folder cannot be made or written.
+        """
+        from mpsearch.checkpoint import Checkpoint
+
+        path = Path(folder)
+        (path / "tables").mkdir(parents=True, exist_ok=True)
+        self.plan.save(path / "plan.json")
+        for name, table in self.tables.items():
+            table.save(path / "tables" / f"{name}.csv")
+        self.plans.save(path / "plans.csv")
+        self.front.save(path / "front.csv")
+        (path / "passes.db").unlink(missing_ok=True)
+        with Checkpoint(path / "passes.db", self.identity) as kept:
+            kept.fill(self.finished)
+        write_atomically(path / "summary.json", json.dumps(_finite(self.summary()), indent=1) + "\n")
+
+    def summary(self) -> dict[str, Any]:
+        """All but the plans and tables, as JSON values."""
+        return {
+            "mpsearch_search": _VERSION,
+            "verdict": self.verdict,
+            "wins": self.wins,
+            "passes": self.passes,
+            "seconds": self.seconds,
+            "uniform": None if self.uniform is None else self.uniform[0],
+            "comparison": [dataclasses.asdict(one) for one in self.comparison],
+            "over": self.front.over,
+            "tables": list(self.tables),
+            "settings": dict(self.settings),
+            "identity": dict(self.identity),
+        }
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> "SearchResult":
+        """Read what `save` wrote.
+
+        Raises:
+            PlanError: where a file is damaged, with the place.
+            OSError: where a file is missing.
+        """
+        from mpsearch.checkpoint import Checkpoint
+
+        path = Path(folder)
+        content = _read(path / "summary.json")
+        tables = {name: CostTable.load(path / "tables" / f"{name}.csv") for name in content["tables"]}
+        plans = MeasuredPlans.load(path / "plans.csv")
+        posterior = tables["posterior"]
+        plans = dataclasses.replace(plans, plans=tuple(with_usage(plan, posterior) for plan in plans.plans))
+        comparison = [_compared(one) for one in content["comparison"]]
+        name = content["uniform"]
+        evaluations = {one.role: one.evaluation for one in comparison}
+        with Checkpoint(path / "passes.db", content["identity"]) as kept:
+            finished = kept.rows()
+        return cls(
+            Plan.load(path / "plan.json"),
+            content["verdict"],
+            content["wins"],
+            evaluations["plan"],
+            None if name is None else (name, evaluations["uniform"]),
+            comparison,
+            measured_front(plans, content["over"]),
+            tables,
+            plans,
+            content["passes"],
+            content["settings"],
+            content["seconds"],
+            content["identity"],
+            finished,
+        )
+
+    def __str__(self) -> str:
+        """Verdict, comparison and passes, for a person."""
+        rows = []
+        for one in self.comparison:
+            found = one.evaluation
+            rows.append(
+                [
+                    {"plan": "plan"}.get(one.role, one.name)
+                    + (" (over budget)" if one.role == "uniform above" else ""),
+                    report.amount("average_bits", one.usage.get("average_bits", math.nan)),
+                    report.amount("memory_bytes", one.usage.get("memory_bytes", math.nan)),
+                    report.damage(found.kl, found.kl_se),
+                    report.damage(found.loss),
+                    report.percent(found.accuracy),
+                ]
+            )
+        reference = self.measured.reference
+        if reference is not None:
+            rows.append(["unquantized", "", "", "0", report.damage(reference.loss), report.percent(reference.accuracy)])
+        header = ["held-out data", "bits", "memory", "KL [nats]", "loss", "right"]
+        gap = self.plan.predicted.get("gap")
+        proof = (
+            "no bound known" if gap is None else "the best for what was learned" if gap <= 0 else
+            f"within {100 * gap:.2g} % of the best for what was learned"
+        )  # fmt: skip
+        return "\n".join(
+            [
+                self.verdict,
+                "",
+                report.table(header, rows),
+                "",
+                f"{self.passes:.4g} forward-pass equivalents, {len(self.plans)} plans measured, {self.seconds:.1f} s; {proof}",
+            ]
+        )
+
+
+def with_usage(plan: Plan, table: CostTable) -> Plan:
+    """A plan with its use of every resource of a table."""
+    from mpsearch.problem import usage_of
+
+    options = np.array([table.precisions.index(plan[layer.name]) for layer in table.layers])
+    usage = usage_of(table, options)
+    del usage["sensitivity"]
+    return dataclasses.replace(plan, usage=usage)
+
+
+def measured_front(plans: MeasuredPlans, over: str) -> MeasuredFront:
+    """The plans that none beats in both damage and use of one resource, and the uniform ones."""
+    use = np.array([plan.usage[over] for plan in plans.plans])
+    kept: list[int] = []
+    for number in np.lexsort((plans.damage, use)):
+        if not kept or plans.damage[number] < plans.damage[kept[-1]]:
+            kept.append(int(number))
+    uniform = [i for i, plan in enumerate(plans.plans) if len(set(plan.values())) == 1]
+    uniform.sort(key=lambda i: use[i])
+    return MeasuredFront(over, _part(plans, kept), _part(plans, uniform) if uniform else None)
+
+
+def _part(plans: MeasuredPlans, numbers: Sequence[int]) -> MeasuredPlans:
+    assert plans.damage_se is not None
+    places = list(numbers)
+    return dataclasses.replace(
+        plans,
+        plans=tuple(plans.plans[i] for i in places),
+        damage=plans.damage[places],
+        damage_se=plans.damage_se[places],
+    )
+
+
+def _plan(plan: Plan) -> str:
+    return str(next(iter(plan.values())))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no nan: it becomes null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path}: not JSON ({error})") from None
+    known = (
+        "mpsearch_search", "verdict", "wins", "passes", "seconds", "uniform", "comparison", "over", "tables", "settings", "identity",
+    )  # fmt: skip
+    if not isinstance(content, dict) or content.get("mpsearch_search") != _VERSION:
+        raise PlanError(f"{path}: no summary of a search that this mpsearch reads")
+    for key in content:
+        if key not in known:
+            raise PlanError(f"{path}: unknown key {key!r}{nearest(key, known)}")
+    for key in known:
+        if key not in content:
+            raise PlanError(f"{path}: the key {key!r} is missing")
+    return content
+
+
+def _compared(content: dict[str, Any]) -> Compared:
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    def evaluation(value: dict[str, Any]) -> Evaluation:
+        found = {key: part for key, part in value.items() if key != "reference"}
+        for key in ("kl", "kl_se"):
+            found[key] = number(found[key])
+        return Evaluation(**found, reference=None if value["reference"] is None else evaluation(value["reference"]))
+
+    numbers = {key: number(content[key]) for key in ("damage", "damage_se", "difference", "difference_se")}
+    return Compared(content["name"], content["role"], content["usage"], evaluation(content["evaluation"]), **numbers)
