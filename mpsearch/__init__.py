@@ -31,6 +31,8 @@ from mpsearch.table import Peak as Peak
 if TYPE_CHECKING:
     from mpsearch._calibrate import calibrate as calibrate
     from mpsearch._evaluate import evaluate as evaluate
+    from mpsearch._evolve_proxy import ProxyTruth as ProxyTruth
+    from mpsearch._evolve_proxy import evolve_proxy as evolve_proxy
     from mpsearch._layers import layers as layers
     from mpsearch._measure_plans import measure_plans as measure_plans
     from mpsearch._profile import forecast as forecast
@@ -38,6 +40,7 @@ if TYPE_CHECKING:
     from mpsearch._search import search as search
     from mpsearch.distill import distill_data as distill_data
     from mpsearch.evaluation import Evaluation as Evaluation
+    from mpsearch.proxy_evolution import ProxyEvolution as ProxyEvolution
     from mpsearch.search_result import SearchResult as SearchResult
 
 __version__ = "0.1.0"
@@ -47,6 +50,9 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "distill_data": "mpsearch.distill",
     "evaluate": "mpsearch._evaluate",
     "Evaluation": "mpsearch.evaluation",
+    "evolve_proxy": "mpsearch._evolve_proxy",
+    "ProxyEvolution": "mpsearch.proxy_evolution",
+    "ProxyTruth": "mpsearch._evolve_proxy",
     "layers": "mpsearch._layers",
     "forecast": "mpsearch._profile",
     "measure_plans": "mpsearch._measure_plans",

@@ -71,7 +71,8 @@ def evolve_proxy(
 
     with the score an expression (`EvolvedProxy`) of tensors that are computed once. A tree is dropped where shapes do not fit, a
     score is not finite, or all layers of a model score the same. Correlations are of the plans that were searched with: judge the
-    proxy on a model that was left out.
+    proxy on a model that was left out. Give it three models or more: what was evolved on two was worse on others than no score at all
+    (`benchmarks/proxies.py`).
 
     The inputs of all models are held together, 8 bytes a weight for each. `x @ y` takes the square of a layer's input size; for layers
     of many thousand inputs set its prior to 0.

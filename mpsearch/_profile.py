@@ -2,9 +2,8 @@
 
 import contextlib
 import itertools
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -26,10 +25,14 @@ from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 from mpsearch.resources import RESOURCES, Resource
+from mpsearch.resources.columns import (
+    ResourceFunction,
+    measure_resources,
+    named_functions,
+    refused_cells,
+    table_fields,
+)
 from mpsearch.table import CostTable, Interactions
-
-#: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`.
-ResourceFunction = Callable[[nn.Module, Sequence[Layer], Sequence[Precision]], Any]
 
 
 @overload
@@ -124,7 +127,7 @@ def profile(
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
         check_layers(model, decisions)
         units = units_of(decisions)
-        usage = resource_columns(model, decisions, options, resources, quantize)
+        usage = resource_columns(model, decisions, options, resources, quantize, data[0])
         _probe_determinism(model, data[0])
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
@@ -298,26 +301,10 @@ def resource_columns(
     options: Sequence[Precision],
     resources: Sequence[str] | Mapping[str, ResourceFunction],
     quantize: Quantizer,
+    example: Batch,
 ) -> dict[str, Resource]:
-    functions: dict[str, ResourceFunction] = {}
-    if isinstance(resources, Mapping):
-        functions.update(resources)
-    else:
-        for name in resources:
-            if name not in RESOURCES:
-                raise TableError(f"unknown resource {name!r}{nearest(name, RESOURCES)}")
-            functions[name] = RESOURCES[name](quantize)
-    found = {}
-    for name, function in functions.items():
-        result = function(model, decisions, options)
-        if not isinstance(result, Resource):
-            result = Resource(np.asarray(result, np.float64), 0.0, math.nan)
-        if result.usage.shape != (len(decisions), len(options)):
-            raise TableError(
-                f"resource {name} has shape {result.usage.shape}, expected {(len(decisions), len(options))}"
-            )
-        found[name] = result
-    return found
+    functions = named_functions(resources, RESOURCES, quantize)
+    return measure_resources(model, decisions, options, functions, example)
 
 
 def _probe_determinism(model: nn.Module, batch: Batch) -> None:
@@ -360,14 +347,12 @@ def _table(
     return CostTable(
         tuple(decisions),
         options,
-        estimate.sensitivity[rows] * share,
+        np.where(refused_cells(usage), np.nan, estimate.sensitivity[rows] * share),
         None if se is None else se[rows] * share,
-        {name: resource.usage for name, resource in usage.items()},
-        {name: resource.fixed for name, resource in usage.items()},
-        {name: resource.reference for name, resource in usage.items() if math.isfinite(resource.reference)},
-        estimate.unit,
-        origin,
-        None if estimate.pairs is None else _interactions(estimate.pairs, units, decisions),
+        unit=estimate.unit,
+        origin=origin,
+        interactions=None if estimate.pairs is None else _interactions(estimate.pairs, units, decisions),
+        **table_fields(usage),
     )
 
 

@@ -1,6 +1,5 @@
 """`mpsearch demo`: the whole way from a trained network to measured plans, on scikit-learn's digits."""
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,10 @@ from tqdm.auto import tqdm
 import mpsearch as mps
 from mpsearch import report
 from mpsearch.errors import MissingPackage
-from mpsearch.evaluation import Evaluation
-from mpsearch.plot import Measured
-from mpsearch.problem import uniform, usage_of
-from mpsearch.sensitivity import HessianTrace, KLDivergence
 
 PRECISIONS = "w2 w3 w4 w6 w8"
 BUDGETS = (2.5, 3.0, 4.0)  # average weight bits
+MIDDLE = 3.0  # the one whose result is kept, with its curve
 
 
 @dataclass(frozen=True)
@@ -86,175 +82,56 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int, width: int = 2
 
 
 def run(out: Path, *, seed: int = 0, epochs: int = 25, width: int = 24) -> Result:
-    """Train, profile, solve, measure, and write `table.csv`, `plan.json`, `front.csv` and `front.png`.
+    """Train, search at every budget, and write the result of the middle one with its whole measured curve into a folder.
 
     Args:
         out: folder, made if need be.
-        seed: of data split, training and probes.
+        seed: of data split, training and search.
         epochs: of training.
         width: channels of the network.
     """
     training, calibration, test = digits(seed)
     model = train(*training, seed, epochs, width)
-    calibrated = [(x, y) for x, y in zip(calibration[0].split(128), calibration[1].split(128), strict=True)]
-    held_out = [(x, y) for x, y in zip(test[0].split(256), test[1].split(256), strict=True)]
+    batches = list(zip(calibration[0].split(128), calibration[1].split(128), strict=True))
+    held_out = list(zip(test[0].split(256), test[1].split(256), strict=True))
     precisions = mps.precisions(PRECISIONS)
-    tables = mps.profile(model, calibrated, [KLDivergence(), HessianTrace(num_samples=16, seed=seed)], precisions)
-    judge = tables[0]
-
-    uniforms = []
-    for name, totals in uniform(judge):
-        plan = mps.Plan({layer.name: mps.Precision.parse(name) for layer in judge.layers})
-        uniforms.append((name, totals, mps.evaluate(model, held_out, plan)))
-    rows = []
-    for limit in BUDGETS:
-        for label, table in zip(("KL", "Hessian trace"), tables, strict=True):
-            solution = mps.solve(table, mps.Budget(average_bits=limit))
-            assert solution.plan is not None
-            rows.append((limit, label, solution, mps.evaluate(model, held_out, solution.plan)))
-
-    out.mkdir(parents=True, exist_ok=True)
-    judge.save(out / "table.csv")
-    tables[1].save(out / "table-hessian-trace.csv")
-    chosen = next(row for row in rows if row[0] == 3.0 and row[1] == "KL")[2]
-    assert chosen.plan is not None
-    chosen.plan.save(out / "plan.json")
-    front = mps.pareto(judge, "memory_bytes")
-    front.save(out / "front.csv")
-    front.plot(
-        out / "front.png",
-        mark=chosen,
-        measured=[_series("plans, measured on held-out digits", rows), _uniform_series(uniforms)],
-        title="Digits network: damage over memory",
-    )
-    comparisons = [_comparison(row, uniforms, judge) for row in rows]
+    found: dict[float, mps.SearchResult] = {}
+    for limit in (MIDDLE, *(limit for limit in BUDGETS if limit != MIDDLE)):
+        found[limit] = mps.search(
+            model,
+            batches,
+            mps.Budget(average_bits=limit),
+            precisions,
+            report=held_out,
+            front=limit == MIDDLE,
+            previous=found.get(MIDDLE),
+            seed=seed,
+        )
+    middle = found[MIDDLE]
+    middle.save(out)
+    middle.front.plot(out / "front.png", mark=middle.plan, title="Digits network: measured damage")
     content = {
-        "budgets": comparisons,
-        "uniform": [
-            {
-                "precision": n,
-                "memory_bytes": t["memory_bytes"],
-                "kl": e.kl,
-                "kl_se": e.kl_se,
-                "accuracy": e.accuracy,
-            }
-            for n, t, e in uniforms
-        ],
-        "files": [
-            str(out / name) for name in ("table.csv", "table-hessian-trace.csv", "plan.json", "front.csv", "front.png")
-        ],
+        "verdicts": {str(limit): found[limit].verdict for limit in BUDGETS},
+        "passes": {str(limit): found[limit].passes for limit in BUDGETS},
+        "comparison": middle.summary()["comparison"],
+        "layers": {name: str(precision) for name, precision in middle.plan.items()},
+        "folder": str(out),
     }
-    return Result(content, _text(model, comparisons, uniforms, out, uniforms[0][2]))
-
-
-def _series(label: str, rows: list[tuple[float, str, mps.Solution, Evaluation]]) -> Measured:
-    return Measured(
-        label,
-        [row[2].usage["memory_bytes"] for row in rows],
-        [row[3].kl for row in rows],
-        [row[3].kl_se for row in rows],
-    )
-
-
-def _uniform_series(uniforms: list[tuple[str, dict[str, float], Evaluation]]) -> Measured:
-    return Measured(
-        "uniform precision, measured",
-        [totals["memory_bytes"] for _, totals, _ in uniforms],
-        [found.kl for *_, found in uniforms],
-        [found.kl_se for *_, found in uniforms],
-        uniform=True,
-    )
-
-
-def _comparison(
-    row: tuple[float, str, mps.Solution, Evaluation],
-    uniforms: list[tuple[str, dict[str, float], Evaluation]],
-    judge: mps.CostTable,
-) -> dict[str, Any]:
-    """A plan beside the uniform precision that a user would take instead: the cheapest with at least as many bytes."""
-    limit, label, solution, measured = row
-    assert solution.plan is not None
-    size = usage_of(judge, _columns(judge, solution.plan))["memory_bytes"]
-    larger = [u for u in uniforms if u[1]["memory_bytes"] >= size]
-    name, totals, other = min(larger, key=lambda u: u[1]["memory_bytes"])
-    difference = other.kl - measured.kl
-    error = math.hypot(other.kl_se, measured.kl_se)
-    verdict = "mixed wins" if difference > 2 * error else "uniform wins" if difference < -2 * error else "no difference"
-    return {
-        "average_bits_limit": limit,
-        "estimator": label,
-        "average_bits": solution.usage["average_bits"],
-        "memory_bytes": size,
-        "predicted": solution.sensitivity,
-        "status": str(solution.status),
-        "kl": measured.kl,
-        "kl_se": measured.kl_se,
-        "accuracy": measured.accuracy,
-        "uniform": name,
-        "uniform_memory_bytes": totals["memory_bytes"],
-        "uniform_kl": other.kl,
-        "uniform_kl_se": other.kl_se,
-        "uniform_accuracy": other.accuracy,
-        "verdict": verdict,
-    }
-
-
-def _columns(table: mps.CostTable, plan: mps.Plan) -> Any:
-    import numpy as np
-
-    return np.array([table.precisions.index(plan[layer.name]) for layer in table.layers])
-
-
-def _text(
-    model: nn.Module,
-    comparisons: list[dict[str, Any]],
-    uniforms: list[tuple[str, dict[str, float], Evaluation]],
-    out: Path,
-    any_evaluation: Evaluation,
-) -> str:
-    reference = any_evaluation.reference
-    assert reference is not None
     weights = sum(parameter.numel() for parameter in model.parameters())
+    reference = middle.measured.reference
+    assert reference is not None
+    rows = [[f"{limit:g} bits", found[limit].verdict, f"{found[limit].passes:.0f}"] for limit in BUDGETS]
     lines = [
         f"A network of {weights} parameters on handwritten digits, {report.percent(reference.accuracy)} right on "
         f"{reference.num_samples} held-out images.",
         "Damage is the KL divergence from the unquantized network in nats; ± is one standard error.",
         "",
-        report.table(
-            ["budget", "by", "plan", "predicted", "measured", "right", "instead", "measured", "right", ""],
-            [
-                [
-                    f"{c['average_bits_limit']:g} bits",
-                    c["estimator"].split()[0],
-                    f"{c['average_bits']:.2f} b",
-                    report.damage(c["predicted"]),
-                    report.damage(c["kl"], c["kl_se"]),
-                    report.percent(c["accuracy"]),
-                    c["uniform"],
-                    report.damage(c["uniform_kl"], c["uniform_kl_se"]),
-                    report.percent(c["uniform_accuracy"]),
-                    c["verdict"],
-                ]
-                for c in comparisons
-            ],
-        ),
+        *(f"at {limit}: {text} ({passes} passes)" for limit, text, passes in rows),
         "",
-        "'instead' is the smallest uniform precision with at least the plan's bytes.",
-        "Every plan is proven optimal for its table." if all(c["status"] == "optimal" for c in comparisons) else "",
+        f"At {MIDDLE:g} bits, measured on images that the search never saw:",
         "",
-        report.table(
-            ["uniform", "memory", "measured damage", "right"],
-            [
-                [
-                    name,
-                    report.amount("memory_bytes", totals["memory_bytes"]),
-                    report.damage(found.kl, found.kl_se),
-                    report.percent(found.accuracy),
-                ]
-                for name, totals, found in uniforms
-            ],
-        ),
+        str(middle).split("\n", 2)[2],
         "",
-        f"{out}/: table.csv, table-hessian-trace.csv, plan.json (3 bits, KL), front.csv, front.png",
+        f"{out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db",
     ]
-    return "\n".join(lines)
+    return Result(content, "\n".join(lines))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.unfused import unfused
 
 #: `(inputs, targets)`, a tensor, or a dict of keywords.
 Batch = Any
@@ -177,7 +178,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; outside, the model and every random generator are as they were.
 
     Training flags, `requires_grad`, gradients, buffers and random states are put back whatever happens inside. Parameters are
-    never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`).
+    never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`). Fused weights lie
+    in modules of their own (`mpsearch.unfused`).
     """
     modes = {module: module.training for module in model.modules()}
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
@@ -186,7 +188,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         model.eval()
-        yield
+        with unfused(model):
+            yield
     finally:
         for module, training in modes.items():
             module.training = training

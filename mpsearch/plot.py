@@ -174,11 +174,10 @@ def measured_front(path: Path, drawn: "MeasuredFront", *, mark: Plan | None = No
                 name = str(next(iter(plan.values())))
                 axes.annotate(name, (x, y), xytext=(6, 5), textcoords="offset points", fontsize=8, color="#8a5f00")
     if mark is not None:
-        number = [dict(plan) for plan in best.plans].index(dict(mark)) if dict(mark) in map(dict, best.plans) else -1
-        if number >= 0:
-            axes.plot(
-                [use[number]], [best.damage[number]], "*", color="black", markersize=15, label="chosen plan", zorder=5
-            )
+        at_plan = mark.origin["search"]["select"]["damage"]
+        axes.plot(
+            [mark.usage[over]], _visible([at_plan]), "*", color="black", markersize=15, label="chosen plan", zorder=5
+        )
     if (best.damage > 0).any():
         axes.set_yscale("log")
     axes.set_xlabel(_LABELS.get(over, over))

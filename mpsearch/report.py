@@ -40,6 +40,17 @@ def amount(resource: str, value: float) -> str:
     return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")])
 
 
+def label(resource: str) -> str:
+    """Name of a resource without its unit.
+
+    >>> label("memory_bytes"), label("latency_s"), label("average_bits")
+    ('memory', 'latency', 'average bits')
+    """
+    for unit in ("_bytes", "_s", "_j"):
+        resource = resource.removesuffix(unit)
+    return resource.replace("_", " ")
+
+
 def passes(forward: float, backward: float) -> str:
     """Runs of the model over the data.
 

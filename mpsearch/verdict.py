@@ -75,7 +75,7 @@ def tolerance_verdict(
         unit: of the damage.
 
     >>> tolerance_verdict("memory_bytes", 750.0, "w4", 1000.0, 0.1, 0.08, 0.02, "nats").text
-    'mixed precision takes 25.0 % less memory_bytes than uniform w4; damage 0.08 ± 0.02 nats on held-out data, 0.1 tolerated'
+    'mixed precision takes 25.0 % less memory than uniform w4; damage 0.08 ± 0.02 nats on held-out data, 0.1 tolerated'
     """
     found = f"damage {report.damage(damage, se)} {unit} on held-out data, {report.damage(tolerance)} tolerated"
     if damage - CLEAR * se > tolerance:
@@ -85,4 +85,4 @@ def tolerance_verdict(
     if use >= uniform_use:
         return Verdict(False, f"uniform {uniform} is the cheapest plan found; {found}")
     saved = report.percent(1 - use / uniform_use)
-    return Verdict(True, f"mixed precision takes {saved} less {resource} than uniform {uniform}; {found}")
+    return Verdict(True, f"mixed precision takes {saved} less {report.label(resource)} than uniform {uniform}; {found}")

@@ -8,6 +8,7 @@ from mpsearch.sensitivity.cosine_distance import CosineDistance as CosineDistanc
 from mpsearch.sensitivity.delta_loss import DeltaLoss as DeltaLoss
 from mpsearch.sensitivity.empirical_fisher import EmpiricalFisher as EmpiricalFisher
 from mpsearch.sensitivity.emq import EMQ as EMQ
+from mpsearch.sensitivity.evolved_proxy import EvolvedProxy as EvolvedProxy
 from mpsearch.sensitivity.fisher import Fisher as Fisher
 from mpsearch.sensitivity.fisher_projection import FisherProjection as FisherProjection
 from mpsearch.sensitivity.gauss_newton_trace import GaussNewtonTrace as GaussNewtonTrace

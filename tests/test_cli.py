@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mpsearch import CostTable, Plan
+from mpsearch import CostTable, Plan, SearchResult
 from mpsearch.cli import main
 
 NETS = """
@@ -259,7 +259,7 @@ def test_an_interrupt_is_one_line(here, capsys, monkeypatch):
 
 
 def test_every_command_explains_itself(capsys):
-    for command in ("demo", "profile", "solve", "pareto", "evaluate", "show", "compare"):
+    for command in ("demo", "profile", "search", "solve", "pareto", "evaluate", "show", "compare"):
         with pytest.raises(SystemExit) as caught:
             main([command, "--help"])
         assert caught.value.code == 0
@@ -292,12 +292,11 @@ def test_the_demo_on_a_small_network(here, capsys, monkeypatch):
     monkeypatch.setattr(demo, "run", lambda out, seed: full(out, seed=seed, epochs=2, width=4))
     status, out, _ = run(capsys, "demo", "-o", "results", "--quiet")
     assert status == 0
-    assert "budget" in out
     assert "uniform" in out
-    names = {path.name for path in (here / "results").iterdir()}
-    assert names == {"table.csv", "table-hessian-trace.csv", "plan.json", "front.csv", "front.png"}
-    table, plan = CostTable.load("results/table.csv"), Plan.load("results/plan.json")
-    assert set(plan) == {layer.name for layer in table.layers}
+    assert "forward-pass equivalents" in out
+    found = SearchResult.load("results")
+    assert (here / "results" / "front.png").stat().st_size > 10_000
+    assert dict(found.plan) == dict(Plan.load("results/plan.json"))
 
 
 @pytest.mark.slow
@@ -316,5 +315,5 @@ def test_the_demo_as_a_user_runs_it(here):
     assert time.perf_counter() - start < 2 * 120
     assert first == second
     content = json.loads(first)
-    assert len(content["budgets"]) == 6
-    assert any(row["verdict"] == "mixed wins" for row in content["budgets"])
+    assert len(content["verdicts"]) == 3
+    assert any(text.startswith("mixed precision wins") for text in content["verdicts"].values())

@@ -15,6 +15,8 @@ from mpsearch.export.brevitas import brevitas as brevitas
 from mpsearch.export.brevitas import read_brevitas as _read_brevitas
 from mpsearch.export.compressed_tensors import compressed_tensors as compressed_tensors
 from mpsearch.export.compressed_tensors import read_compressed_tensors as _read_compressed_tensors
+from mpsearch.export.executorch import executorch as executorch
+from mpsearch.export.executorch import read_executorch as _read_executorch
 from mpsearch.export.exllamav3 import exllamav3 as exllamav3
 from mpsearch.export.fitting import Snapped as Snapped
 from mpsearch.export.fitting import fitted as _fitted
@@ -62,6 +64,7 @@ EXPORTERS: dict[str, Callable[..., Any]] = {
     "hqq": hqq,
     "mlx": mlx,
     "pt2e": pt2e,
+    "executorch": executorch,
     "brevitas": brevitas,
     "gptqmodel": gptqmodel,
     "auto-round": auto_round,
@@ -85,6 +88,7 @@ READERS: dict[str, tuple[str, _Reader]] = {
     "hqq": ("hqq", _read_hqq),
     "mlx": ("mlx", _read_mlx),
     "pt2e": ("torchao", _read_pt2e),
+    "executorch": ("executorch", _read_executorch),
     "brevitas": ("brevitas", _read_brevitas),
     "modelopt": ("nvidia-modelopt", _read_modelopt),
     "quanto": ("optimum-quanto", _read_quanto),

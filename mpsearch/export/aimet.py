@@ -26,7 +26,8 @@ def aimet(
     """Encodings for `QuantizationSimModel.load_encodings(path, strict=True)`: a scale for each output channel (AIMET 2.42).
 
     Integers of 2 to 16 bits; the scales are those of `quantizer`. An encoding holds min = s offset and max = min + (2^b - 1) s, with
-    offset = -2^(b-1).
+    offset = -2^(b-1). That is one code more than the reference has: where a scale clips, as the default's may, AIMET's weights are
+    as near or nearer; with `RoundToNearest(scale="max")`, which clips nothing, they are the same.
 
     Args:
         plan: the plan.

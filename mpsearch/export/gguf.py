@@ -56,18 +56,12 @@ def gguf(
     plan = fitted(plan, model, "gguf", snap=snap)
     tensors = _tensors(plan, model, architecture)
     if path is not None:
-        library = package("gguf", "gguf")
         part = Path(path).with_name(f".{Path(path).name}.part")
-        writer = library.GGUFWriter(part, architecture)
-        _describe(writer, model)
-        for name, (kind, value) in tensors.items():
-            data, shape = _data(value, kind)
-            writer.add_tensor(name, data, raw_shape=shape, raw_dtype=library.GGMLQuantizationType[kind])
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        part.replace(path)
+        try:
+            _write(part, tensors, model, architecture)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
     return {name: kind for name, (kind, _) in tensors.items()}
 
 
@@ -124,6 +118,21 @@ def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple
             wanted = "fp32"
         found[tensor_name(layer, architecture)] = (_CASTS.get(wanted, wanted.upper()), _rotated(layer, value, model))
     return found
+
+
+def _write(path: Path, tensors: dict[str, tuple[str, Tensor]], model: nn.Module, architecture: str) -> None:
+    library = package("gguf", "gguf")
+    writer = library.GGUFWriter(path, architecture)
+    try:
+        _describe(writer, model)
+        for name, (kind, value) in tensors.items():
+            data, shape = _data(value, kind)
+            writer.add_tensor(name, data, raw_shape=shape, raw_dtype=library.GGMLQuantizationType[kind])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    finally:
+        writer.close()
 
 
 def _name_of_tied(model: nn.Module, name: str, architecture: str) -> str:

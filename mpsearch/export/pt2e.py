@@ -26,6 +26,7 @@ def pt2e(
     *,
     snap: bool = False,
     path: str | os.PathLike[str] | None = None,
+    outputs: bool = False,
 ) -> Any:
     """A quantizer for `torchao.quantization.pt2e.quantize_pt2e.prepare_pt2e(exported, quantizer)` (torchao 0.18).
 
@@ -38,6 +39,7 @@ def pt2e(
         model: checks names and shapes.
         snap: move what cannot be expressed to the nearest instead of refusing it.
         path: refused: there is no file form.
+        outputs: round the output of a layer wherever its input is rounded, as XNNPACK needs it.
 
     Raises:
         ExportError: for what cannot be expressed; also, from `prepare_pt2e`, for a layer that the graph does not hold.
@@ -57,7 +59,7 @@ def pt2e(
         for node in graph.graph.nodes:
             owner = _owner(node)
             if owner is not None and owner in wanted:
-                _annotate(node, wanted[owner])
+                _annotate(node, wanted[owner], outputs)
                 missing.discard(owner)
         if missing:
             raise ExportError(f"the exported graph has no layer {min(missing)!r}")
@@ -69,32 +71,48 @@ def pt2e(
     return type("PlanQuantizer", (base,), {"annotate": annotate, "validate": validate})()
 
 
-def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch, outputs: bool = False) -> dict[str, Stored]:
     """Export, prepare, calibrate with the example, convert; every weight behind a dequantization."""
+    return stored(plan, *converted(plan, model, example, outputs))
+
+
+def converted(
+    plan: Plan, model: nn.Module, example: Batch, outputs: bool
+) -> tuple[torch.fx.GraphModule, dict[str, torch.Tensor]]:
+    """The quantized graph, and the weights with batch norms folded in, before they were rounded."""
     steps = package("torchao.quantization.pt2e.quantize_pt2e", _EXTRA)
-    inputs = inputs_of(example)
-    args = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+    args = arguments(example)
     with traced("pt2e"):
         exported = torch.export.export(model.eval(), args).module()
-    prepared = steps.prepare_pt2e(exported, pt2e(plan, model))
+    prepared = steps.prepare_pt2e(exported, pt2e(plan, model, outputs=outputs))
     prepared(*args)
-    folded = {}  # weights with batch norms folded in, before they are rounded
+    folded = {}
     for node in prepared.graph.nodes:
         if (name := _owner(node)) is not None:
             source = node.args[1]
             while source.op != "get_attr":
                 source = source.args[0]
             folded[name] = _constant(prepared, source.target)
-    converted = cast(torch.fx.GraphModule, steps.convert_pt2e(prepared))
+    return cast(torch.fx.GraphModule, steps.convert_pt2e(prepared)), folded
+
+
+def arguments(example: Batch) -> tuple[Any, ...]:
+    """Positional arguments of the model."""
+    inputs = inputs_of(example)
+    return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
+
+
+def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tensor]) -> dict[str, Stored]:
+    """Every weight behind a dequantization in a quantized graph."""
     found = {}
-    for node in converted.graph.nodes:
+    for node in graph.graph.nodes:
         if (name := _owner(node)) is None:
             continue
         dequantize = node.args[1]
         if "dequantize_per_channel" not in str(dequantize.target):
             continue
         codes, scales, zeros, axis, low, high = dequantize.args[:6]
-        codes, scales, zeros = (_constant(converted, part.target) for part in (codes, scales, zeros))
+        codes, scales, zeros = (_constant(graph, part.target) for part in (codes, scales, zeros))
         shape = [-1 if at == axis else 1 for at in range(codes.ndim)]
         values = (codes - zeros.reshape(shape)) * scales.reshape(shape)
         bits = (high - low + 1).bit_length()
@@ -121,7 +139,7 @@ def _owner(node: torch.fx.Node) -> str | None:
     return str(path).removeprefix("L['self'].")
 
 
-def _annotate(node: torch.fx.Node, precision: Precision) -> None:
+def _annotate(node: torch.fx.Node, precision: Precision, outputs: bool) -> None:
     quantizer = package("torchao.quantization.pt2e.quantizer", _EXTRA)
     observers = package("torchao.quantization.pt2e", _EXTRA)
     most = (1 << (precision.weight_bits - 1)) - 1
@@ -141,7 +159,11 @@ def _annotate(node: torch.fx.Node, precision: Precision) -> None:
         observer_or_fake_quant_ctr=observers.MinMaxObserver,
     )
     chosen = {node.args[1]: weights} | ({node.args[0]: inputs} if precision.quantizes_activation else {})
-    node.meta["quantization_annotation"] = quantizer.QuantizationAnnotation(input_qspec_map=chosen, _annotated=True)
+    node.meta["quantization_annotation"] = quantizer.QuantizationAnnotation(
+        input_qspec_map=chosen,
+        output_qspec=inputs if outputs and precision.quantizes_activation else None,
+        _annotated=True,
+    )
 
 
 def _constant(graph: Any, target: str) -> torch.Tensor:

@@ -196,6 +196,7 @@ TARGETS: dict[str, Target] = {
         Target("hqq", (_HQQ,)),
         Target("mlx", (_MLX,)),
         Target("pt2e", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
+        Target("executorch", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
         Target("brevitas", (Scheme(integers(2, 8), _ANY_INPUT, kinds=("linear", *_CONVS)),)),
         Target("exllamav3", (Scheme(integers(1, 8)),)),
         Target("aimet", (Scheme(integers(2, 16), kinds=("linear", *_CONVS)),)),

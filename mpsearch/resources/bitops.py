@@ -2,11 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpsearch.layer import Layer
+from mpsearch.model import Batch, call, preserved, samples
 from mpsearch.precision import Precision
 from mpsearch.resources.resource import Resource
 
@@ -15,8 +20,9 @@ from mpsearch.resources.resource import Resource
 class BitOps:
     """BitOps = MACs x weight bits x activation bits, for one sample (HAWQ-V3, 2011.10680, section 3.4).
 
-    Bits are nominal; what is left alone counts 16. Only the layers of the table are counted: norms, activation functions and
-    attention products are not.
+    Bits are nominal; what is left alone counts 16. A layer whose two operands are both activations (`matmul`, `kv_cache`)
+    counts the bits of the one as weight bits, of the other as activation bits. With an example, the products that no
+    decision touches (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count.
 
     >>> from mpsearch import precisions
     >>> found = BitOps()(nn.Identity(), [Layer("fc", "linear", (8, 4), macs=32)], precisions("w4 w4a8"))
@@ -24,8 +30,54 @@ class BitOps:
     ([[2048.0, 1024.0]], 8192.0)
     """
 
-    def __call__(self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision]) -> Resource:
+    def __call__(
+        self,
+        model: nn.Module,
+        layers: Sequence[Layer],
+        precisions: Sequence[Precision],
+        *,
+        example: Batch | None = None,
+    ) -> Resource:
         """Count; see `Resource`."""
         macs = np.array([layer.macs for layer in layers], np.float64)
         bits = [precision.weight_bits * precision.activation_bits for precision in precisions]
-        return Resource(np.outer(macs, bits), 0.0, float(macs.sum() * 256))
+        decided = float(macs.sum())
+        every = decided if example is None else round(count_macs(model, example) / samples(example))
+        rest = max(every - decided, 0.0)
+        return Resource(np.outer(macs, bits), 256 * rest, 256 * (decided + rest))
+
+
+def count_macs(model: nn.Module, example: Batch) -> int:
+    """Multiply-accumulates of all matrix products and convolutions of one run, whatever module or function makes them.
+
+    >>> count_macs(nn.Linear(3, 2), torch.ones(5, 3))
+    30
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation otherwise
+    try:
+        with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Products() as products:
+            call(model, example)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return products.macs
+
+
+class _Products(TorchDispatchMode):
+    """Adds up the products of the operations that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.macs = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"):
+            left = args[1] if name in ("addmm", "baddbmm", "addmv") else args[0]
+            self.macs += result.numel() * left.shape[-1]
+        elif name in ("convolution", "_convolution"):
+            given, weight, transposed = args[0], args[1], args[6]
+            counted: Tensor = given if transposed else result  # each of its elements meets one kernel
+            self.macs += counted.numel() * (weight.numel() // weight.shape[0])
+        return result

@@ -5,17 +5,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+Array = NDArray[np.float64]
+
 
 @dataclass(frozen=True, eq=False)
 class Resource:
-    """Use of one resource.
+    """Use of one resource: a sum over the layers, or the maximum over steps of such sums.
 
     Attributes:
-        usage: (L, P) use by each cell.
-        fixed: use that no decision touches.
+        usage: (L, P) use by each cell, nan = option not allowed; (T, L, P) for a maximum over T steps.
+        fixed: use that no decision touches; (T,) for a maximum.
         reference: use by the unquantized model; nan where it is not known.
     """
 
-    usage: NDArray[np.float64]
-    fixed: float
+    usage: Array
+    fixed: float | Array
     reference: float
+
+    @property
+    def is_peak(self) -> bool:
+        """True for a maximum over steps."""
+        return self.usage.ndim == 3

@@ -1,6 +1,7 @@
 """The benchmark's judge, its random plans, its file, its table and its picture."""
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -129,6 +130,23 @@ def test_rows_against_the_slow_way(sensitivity, trained, truth):
         assert row["passes"] == row["forward_passes"]
     sizes = [float(NUMEL @ [sensitivity.PRECISIONS[p].weight_bits for p in row]) for row in truth.options]
     assert rows[0]["size_spearman"] == pytest.approx(-spearmanr(sizes, damage)[0])
+
+
+def test_a_uniform_precision_fits_its_own_budget_whatever_the_rounding(sensitivity):
+    generator = np.random.default_rng(0)
+    over = 0
+    for _ in range(20):
+        shares = generator.dirichlet(np.ones(9))
+        bits = np.outer(shares, [precision.weight_bits for precision in sensitivity.PRECISIONS])
+        judge = SimpleNamespace(
+            layers=range(9),
+            average_bits=lambda options, bits=bits: bits[range(9), options].sum(),
+            kl=lambda options: (4.0 ** -options[0], 0.0),
+        )
+        over += judge.average_bits(np.ones(9, int)) > 3
+        found = [sensitivity.uniform_within(judge, limit) for limit in sensitivity.BUDGETS]
+        assert found == [("w2", 1.0), ("w3", 0.25), ("w4", 0.0625), ("w4", 0.0625)]
+    assert over  # without allowance, w3 would not fit 3 bits
 
 
 def test_plans_for_calibration_are_measured_on_the_data_and_new_for_each_seed(sensitivity, trained, truth):

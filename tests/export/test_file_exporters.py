@@ -51,7 +51,7 @@ def test_llm_compressor_groups_are_those_of_compressed_tensors(llama, plan_of, t
     assert library.QuantizationConfig.model_validate(modifiers["GPTQModifier"]).config_groups.keys() == groups.keys()
 
 
-def test_aimet_encodings_give_the_weights_of_the_quantizer(tmp_path):
+def test_aimet_encodings_give_the_weights_of_a_quantizer_that_does_not_clip(tmp_path):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 4))
     plan = mps.Plan({"0": mps.Precision("3"), "2": mps.Precision("8")})
     quantizer = RoundToNearest(scale="max")

@@ -11,7 +11,7 @@ NAMED = [name for name in export.EXPORTERS if name != "neutral"]
 
 
 def exported(target, plan, model):
-    options = {"example": EXAMPLE} if target.startswith("onnxruntime") else {}
+    options = {"example": EXAMPLE} if target.startswith(("onnxruntime", "executorch")) else {}
     return export.EXPORTERS[target](plan, model, **options)
 
 

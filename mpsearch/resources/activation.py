@@ -1,0 +1,159 @@
+"""Memory of activations."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter, tree_map
+
+from mpsearch.layer import Layer
+from mpsearch.model import Batch, call, preserved, samples
+from mpsearch.precision import Precision
+from mpsearch.resources.arithmetic import stored_bits
+from mpsearch.resources.resource import Array, Resource
+
+
+@dataclass(frozen=True)
+class ActivationBytes:
+    """Peak bytes of activations while one sample runs: at each step of the real execution, the tensors that are alive.
+
+    A tensor whose only reader is one layer, or one group, is stored in the activation format of that layer, block scales included; one
+    that is also read elsewhere (a residual sum, a norm) is left alone. The input of the model is alive all the time, weights and buffers do
+    not count, nor does what a kernel needs inside. In the table it is a peak: one row of limits for each step that no other covers.
+
+    A linear layer reads 4 numbers (16 bytes) and writes 8 (32 bytes); the second reads these 8 and writes 2:
+
+    >>> from mpsearch import layers, precisions
+    >>> model, row = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(1, 4)
+    >>> found = ActivationBytes()(model, layers(model, row), precisions("w8a8 w8"), example=row)
+    >>> found.usage.tolist(), found.fixed.tolist(), found.reference
+    ([[[4.0, 16.0], [8.0, 32.0]]], [8.0], 56.0)
+    """
+
+    def __call__(
+        self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch
+    ) -> Resource:
+        """Count; see `Resource`, with (T, L, P) usage."""
+        with preserved(model), torch.no_grad(), _watching(model, [layer.name for layer in layers]) as watch:
+            call(model, _one_sample(example))
+        row_of = {layer.name: row for row, layer in enumerate(layers)}
+        unit_of = {layer.name: layer.group or layer.name for layer in layers}
+        formats = [precision.activation for precision in precisions]
+        shape = (len(watch.full_steps), len(layers), len(precisions) + 1)
+        usage = np.zeros(shape)  # the last column: unquantized
+        fixed = np.zeros(shape[0])
+        steps = np.array(watch.full_steps)
+        for one in watch.storages.values():
+            alive = (steps >= one.born) & (steps < one.died)
+            names = sorted(one.readers, key=lambda name: row_of.get(name, -1))
+            decided = bool(names) and one.dtype.is_floating_point and "" not in one.readers
+            if decided and len({unit_of[name] for name in names}) == 1:
+                dtype = str(one.dtype).removeprefix("torch.")
+                elements = one.nbytes / one.dtype.itemsize
+                sizes = [one.nbytes if f == "16" else elements * stored_bits(f, dtype) / 8 for f in formats]
+                usage[alive, row_of[names[0]]] += [*sizes, one.nbytes]
+            else:
+                fixed[alive] += one.nbytes
+        reference = float((usage[:, :, -1].sum(1) + fixed).max())
+        kept = _uncovered(np.concatenate([usage[:, :, :-1].reshape(len(fixed), -1), fixed[:, None]], 1))
+        return Resource(usage[kept][:, :, :-1], fixed[kept], reference)
+
+
+def _one_sample(example: Batch) -> Batch:
+    """The example cut to its first sample."""
+    count = samples(example)
+    return tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == count else x, example)
+
+
+def _uncovered(steps: Array) -> list[int]:
+    """Rows of (T, N) that no other row is at least as large as everywhere."""
+    active = steps[:, steps.any(axis=0)]
+    kept: list[int] = []
+    for place in np.argsort(-active.sum(axis=1), kind="stable"):
+        if not any((active[other] >= active[place]).all() for other in kept):
+            kept.append(int(place))
+    return sorted(kept)
+
+
+@dataclass
+class _Storage:
+    """A piece of memory that activations lie in."""
+
+    alive: StorageWeakRef | None  # None: held from outside
+    nbytes: int
+    dtype: torch.dtype
+    born: int
+    died: float = float("inf")
+    readers: set[str] = field(default_factory=set)
+
+
+class _Watch(TorchDispatchMode):
+    """Notes when each storage is made, by which layer it is read, and when it is gone."""
+
+    def __init__(self, weights: set[int]) -> None:
+        super().__init__()
+        self.weights = weights
+        self.storages: dict[int, _Storage] = {}
+        self.inside: list[str] = [""]
+        self.step = 0
+        self.full_steps: list[int] = []  # those after which something is freed, and the last
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._bury()
+        given = {_key(x): x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        for key, x in given.items():
+            if key not in self.storages and key not in self.weights:
+                self.storages[key] = _Storage(None, x.untyped_storage().nbytes(), x.dtype, 0)
+        result = func(*args, **(kwargs or {}))
+        made = {_key(x): x for x in tree_iter(result) if isinstance(x, Tensor)}
+        for key, x in made.items():
+            if key not in given:
+                storage = x.untyped_storage()
+                self.storages[key] = _Storage(StorageWeakRef(storage), storage.nbytes(), x.dtype, self.step)
+        for key in given.keys() - made.keys() - self.weights:  # what shares memory with the result is only seen anew
+            self.storages[key].readers.add(self.inside[-1])
+        self.step += 1
+        return result
+
+    def _bury(self) -> None:
+        gone = [one for one in self.storages.values() if one.died == float("inf") and one.alive and one.alive.expired()]
+        for one in gone:
+            one.died = self.step
+        if gone and self.step:
+            self.full_steps.append(self.step - 1)
+
+    def finish(self) -> None:
+        """Close the last step."""
+        self.full_steps.append(self.step - 1)
+
+
+def _key(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
+@contextmanager
+def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[_Watch]:
+    """The watch, told by hooks which layer is running."""
+    watch = _Watch({_key(x) for x in [*model.parameters(), *model.buffers()]})
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda *_: watch.inside.append(name)
+
+    handles = []
+    for name in names:
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(enter(name)))
+        handles.append(module.register_forward_hook(lambda *_: watch.inside.pop() and None))
+    try:
+        with watch:
+            yield watch
+        watch.finish()
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,62 @@
+"""What really goes through each layer: the calls of one run."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import TableError
+from mpsearch.model import Batch, call, first_tensor, preserved
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a layer.
+
+    Attributes:
+        shape: of its input.
+        dtype: of its input.
+        outputs: elements of its output.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    outputs: int
+
+    @property
+    def inputs(self) -> int:
+        """Elements of its input."""
+        return torch.Size(self.shape).numel()
+
+
+def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str, list[Call]]:
+    """Run the example once and note every call of some modules; the model comes back as it was.
+
+    Raises:
+        TableError: without an example.
+
+    >>> calls_of(nn.Sequential(nn.Linear(3, 2)), ["0"], torch.ones(5, 3))["0"]
+    [Call(shape=(5, 3), dtype=torch.float32, outputs=10)]
+    """
+    if example is None:
+        raise TableError("this resource runs the model: give it example=, one batch")
+    found: dict[str, list[Call]] = {name: [] for name in names}
+
+    def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
+        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            given = first_tensor(args if args else keywords)
+            made = output if isinstance(output, Tensor) else first_tensor(output)
+            found[name].append(Call(tuple(given.shape), given.dtype, made.numel()))
+
+        return see
+
+    handles = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in found]
+    try:
+        with preserved(model), torch.no_grad():
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found

@@ -1,0 +1,236 @@
+"""Latency measured on this machine with real kernels."""
+
+import contextlib
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.errors import TableError
+from mpsearch.files import write_atomically
+from mpsearch.layer import Layer
+from mpsearch.model import Batch, call, device_of, preserved, samples
+from mpsearch.modules import canonical, kind_of
+from mpsearch.precision import Precision
+from mpsearch.resources.calls import Call, calls_of
+from mpsearch.resources.kernels import Kernel, NoKernel, onnxruntime_kernel, torch_kernel
+from mpsearch.resources.resource import Resource
+
+_ENGINES = {"torch": torch_kernel, "onnxruntime": onnxruntime_kernel}
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One kernel at one shape.
+
+    Attributes:
+        least_s: the fastest of all rounds: what the work takes when nothing disturbs it.
+        spread_s: median less the fastest: how much was disturbed.
+    """
+
+    least_s: float
+    spread_s: float
+
+
+@dataclass(frozen=True)
+class MeasuredLatency:
+    """Seconds for one sample, each layer at the shapes and in the batch of the example, with the kernels that are installed.
+
+    The precisions of a layer are timed in turns, round after round, so that a disturbance meets all of them, and the fastest round of each
+    counts. What no kernel runs is nan: not allowed. Conversions from and to the dtype of the model are part of a kernel, so layers add up.
+    `fixed` is what is left of the time of the whole model, unquantized, when its layers are taken away (0 for `onnxruntime`, which runs
+    layers alone).
+
+    Timings are kept in a file by device, versions, threads, engine, layer shape and precision, and are not taken again.
+
+    Attributes:
+        engine: `torch` or `onnxruntime`; see `mpsearch.resources.kernels` for what each runs.
+        threads: that the kernels may use.
+        rounds: of timing, after one to warm up.
+        cache: the file; None keeps nothing.
+
+    >>> from mpsearch import layers, precisions
+    >>> model, row = nn.Sequential(nn.Linear(64, 64)), torch.ones(1, 64)
+    >>> found = MeasuredLatency(cache=None, rounds=2)(model, layers(model, row), precisions("w3 w16"), example=row)
+    >>> bool(np.isnan(found.usage[0, 0])), bool(found.usage[0, 1] > 0)
+    (True, True)
+    """
+
+    engine: Literal["torch", "onnxruntime"] = "torch"
+    threads: int = 1
+    rounds: int = 30
+    cache: str | Path | None = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "mpsearch" / "latency.json"
+
+    def __post_init__(self) -> None:
+        if self.engine not in _ENGINES:
+            raise TableError(f"engine {self.engine!r}, expected one of {', '.join(_ENGINES)}")
+        if self.threads < 1 or self.rounds < 1:
+            raise TableError(f"{self.threads} threads and {self.rounds} rounds, expected at least one of each")
+
+    def __call__(
+        self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch
+    ) -> Resource:
+        """Measure; see `Resource`. `reference` is the unquantized model.
+
+        Raises:
+            TableError: where no kernel runs a layer at any precision, with the reason of each.
+        """
+        calls = calls_of(model, [layer.name for layer in layers], example)
+        count = samples(example)
+        columns = list(dict.fromkeys([*precisions, Precision("16")]))
+        known = _read(self.cache)
+        found: dict[str, Timing] = {}
+        reasons: dict[str, str] = {}
+        with preserved(model), torch.no_grad(), _threads(self.threads):
+            work = {
+                (layer.name, one): (model.get_submodule(layer.name), one)
+                for layer in layers
+                for one in calls[layer.name]
+            }
+            for module, one in work.values():
+                keys = {self._key(module, one, precision): precision for precision in columns}
+                found |= {key: known[key] for key in keys if key in known}
+                missing = {key: precision for key, precision in keys.items() if key not in found}
+                kernels, refused = self._kernels(module, one, missing)
+                reasons |= refused
+                found |= _time(kernels, self.rounds, device_of(model))
+            seconds = np.array(
+                [
+                    [self._sum(model.get_submodule(layer.name), calls[layer.name], one, found) for one in columns]
+                    for layer in layers
+                ]
+            )
+            asked = seconds[:, [columns.index(one) for one in precisions]]
+            for layer, row in zip(layers, asked, strict=True):
+                if np.isnan(row).all():
+                    module, one = model.get_submodule(layer.name), calls[layer.name][0]
+                    said = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
+                    raise TableError(f"latency_s of layer {layer.name!r}: no kernel runs it: {'; '.join(said)}")
+            plain = float(seconds[:, columns.index(Precision("16"))].sum())
+            rest = max(self._whole(model, example, known, found) - plain, 0.0) if self.engine == "torch" else 0.0
+        if self.cache is not None and found.keys() - known.keys():
+            _write(self.cache, found)
+        return Resource(asked / count, rest / count, (plain + rest) / count)
+
+    def _kernels(
+        self, module: nn.Module, one: Call, missing: dict[str, Precision]
+    ) -> tuple[dict[str, Kernel], dict[str, str]]:
+        """Kernels by key, and the reasons where there is none."""
+        if not missing:
+            return {}, {}
+        x = _input(module, one)
+        kernels, refused = {}, {}
+        for key, precision in missing.items():
+            try:
+                kernels[key] = _ENGINES[self.engine](module, x, precision)
+            except NoKernel as error:
+                refused[key] = str(error)
+        return kernels, refused
+
+    def _sum(self, module: nn.Module, calls: list[Call], precision: Precision, found: dict[str, Timing]) -> float:
+        keys = [self._key(module, one, precision) for one in calls]
+        return math.fsum(found[key].least_s if key in found else math.nan for key in keys)
+
+    def _key(self, module: nn.Module, one: Call, precision: Precision) -> str:
+        """What a timing depends on."""
+        settings = [
+            f"{name}={getattr(module, name)}"
+            for name in ("stride", "padding", "dilation", "groups", "output_padding")
+            if hasattr(module, name)
+        ]
+        shape = "x".join(map(str, canonical(module).shape))
+        bias = "" if getattr(module, "bias", None) is None else " bias"
+        return (
+            f"{_machine(module)} | {self.engine} {_version(self.engine)} | {self.threads} threads | {kind_of(module)} {shape}"
+            f"{bias} {' '.join(settings)} | {'x'.join(map(str, one.shape))} {one.dtype} | {precision}"
+        )
+
+    def _whole(self, model: nn.Module, example: Batch, known: dict[str, Timing], found: dict[str, Timing]) -> float:
+        """Seconds of one run of the unquantized model; not kept, since a model has no name."""
+        return _time({"": lambda: call(model, example)}, max(self.rounds // 3, 1), device_of(model))[""].least_s
+
+
+def _input(module: nn.Module, one: Call) -> Tensor:
+    """An input of the shape and dtype of a call."""
+    device = next(module.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    if one.dtype.is_floating_point:
+        return torch.randn(one.shape, generator=generator).to(device, one.dtype)
+    assert isinstance(module, nn.Embedding)
+    return torch.randint(module.num_embeddings, one.shape, generator=generator).to(device, one.dtype)
+
+
+def _time(kernels: dict[str, Kernel], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """The kernels in turns."""
+    times: dict[str, list[float]] = {key: [] for key in kernels}
+    for number in range(rounds + 1):
+        for key, kernel in kernels.items():
+            start = time.perf_counter()
+            kernel()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            if number:  # the first warms up
+                times[key].append(time.perf_counter() - start)
+    return {key: Timing(min(taken), statistics.median(taken) - min(taken)) for key, taken in times.items()}
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _machine(module: nn.Module) -> str:
+    """Name of the processor, or of the graphics card, that holds a module."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _version(engine: str) -> str:
+    if engine == "torch":
+        return str(torch.__version__)
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(engine)
+    except PackageNotFoundError:
+        return "missing"
+
+
+def _read(path: str | Path | None) -> dict[str, Timing]:
+    if path is None or not Path(path).expanduser().is_file():
+        return {}
+    try:
+        content: dict[str, Any] = json.loads(Path(path).expanduser().read_text())
+        return {key: Timing(float(value["least_s"]), float(value["spread_s"])) for key, value in content.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TableError(f"{path} is no file of timings ({type(error).__name__}: {error}); delete it") from None
+
+
+def _write(path: str | Path, found: dict[str, Timing]) -> None:
+    """Add to the file, also to what another process has added since."""
+    place = Path(path).expanduser()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    every = _read(place) | found
+    content = {key: {"least_s": one.least_s, "spread_s": one.spread_s} for key, one in sorted(every.items())}
+    write_atomically(place, json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,84 @@
+"""Latency from the peak numbers of a device."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from torch import nn
+
+from mpsearch.errors import TableError, nearest
+from mpsearch.layer import Layer
+from mpsearch.model import Batch, samples
+from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.resources.arithmetic import number, stored_bits
+from mpsearch.resources.calls import Call, calls_of
+from mpsearch.resources.devices import DEVICES, Device
+from mpsearch.resources.resource import Resource
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Seconds for one sample: of each call the longer of arithmetic and memory, plus an overhead (Williams et al., 2009).
+
+    t = max(MACs / rate(weight format, activation format), bytes / bandwidth) + overhead. Bytes are the packed weight, read once a
+    call, and input and output, in the batch of the example. The weight is widened to the format of the input, or both to one
+    that the device multiplies; what is left alone (`16`) has the dtype in which it is stored: cast a model to bfloat16 to see
+    half precision. A pair that nothing on the device holds is nan: not allowed.
+
+    A lower bound, and not monotone in bits: H100 has no int4 units, and a small layer is all overhead. What no decision
+    touches (norms, attention products) is not counted.
+
+    Attributes:
+        device: a name among `DEVICES`, or a device of one's own.
+        quantizer: tells the bytes of scales and zero-points.
+
+    Raises:
+        TableError: for an unknown device.
+
+    64 x 64 weights and one row of 64 inputs on a device of 1 MAC and 1000 bytes a second:
+
+    >>> import torch
+    >>> from mpsearch import layers, precisions
+    >>> from mpsearch.resources.devices import Processor
+    >>> model, row = nn.Sequential(nn.Linear(64, 64, bias=False)), torch.ones(1, 64)
+    >>> slow = Processor({"fp32": 2.0}, bytes_per_s=1000.0, overhead_s=0.5, source="by hand")
+    >>> Roofline(slow)(model, layers(model, row), precisions("w16"), example=row).usage   # 4096 MACs; 16896 bytes
+    array([[4096.5]])
+    """
+
+    device: str | Device = "a100"
+    quantizer: object = RoundToNearest()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.device, str) and self.device not in DEVICES:
+            raise TableError(f"unknown device profile {self.device!r}{nearest(self.device, DEVICES)}")
+
+    def __call__(
+        self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch
+    ) -> Resource:
+        """Estimate; see `Resource`. `reference` is the unquantized model."""
+        device = DEVICES[self.device] if isinstance(self.device, str) else self.device
+        calls = calls_of(model, [layer.name for layer in layers], example)
+        count = samples(example)
+        columns = [*precisions, Precision("16")]
+        seconds = np.array(
+            [[self._layer(layer, calls[layer.name], one, device, count) for one in columns] for layer in layers]
+        )
+        return Resource(seconds[:, :-1], 0.0, float(seconds[:, -1].sum()))
+
+    def _layer(self, layer: Layer, calls: list[Call], precision: Precision, device: Device, count: int) -> float:
+        """Seconds for one sample."""
+        weight, given = number(precision.weight, layer.dtype), number(precision.activation, layer.dtype)
+        rate = device.macs_per_s(weight, given)
+        if math.isnan(rate) or not calls:
+            return rate if calls else 0.0
+        macs = layer.macs * count / len(calls)
+        weight_bytes = packed_bytes(layer.numel, layer.weight_shape[0], layer.dtype_bytes, precision, self.quantizer)
+        bits = stored_bits(precision.activation, layer.dtype)
+        total = 0.0
+        for one in calls:
+            moved = weight_bytes + one.inputs * bits / 8 + one.outputs * layer.dtype_bytes
+            total += max(macs / rate, moved / device.bytes_per_s) + device.overhead_s
+        return total / count

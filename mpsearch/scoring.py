@@ -1,0 +1,155 @@
+"""The tables that a search starts from."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from mpsearch._profile import families, profile
+from mpsearch.checkpoint import Checkpoint
+from mpsearch.errors import EstimatorError
+from mpsearch.estimator import Estimator, Setting
+from mpsearch.identity import described, digest
+from mpsearch.logit_shift import LogitShift, Surrogate, surrogate
+from mpsearch.plan_meter import Spending
+from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputGradient
+from mpsearch.table import Array, CostTable
+
+#: Fewer passes than these are few: they go into the sweep, not into runs of one perturbation at a time.
+FEW = 20.0
+#: Tables that the prior is the geometric mean of; the others propose plans.
+_LEADING = ("fisher-projection", "kl-divergence")
+#: Share of the passes that one perturbation at a time may take.
+_MOST = 0.45
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What the score part says.
+
+    Attributes:
+        tables: name of a signal -> its table.
+        costs: the same as (U, P) damage of units, at least 0.
+        prior: (U, P) the belief that measured plans correct.
+        surrogate: of the output, where one-at-a-time runs were made.
+    """
+
+    tables: Mapping[str, CostTable]
+    costs: Mapping[str, Array]
+    prior: Array
+    surrogate: Surrogate | None
+
+    @property
+    def together(self) -> Array:
+        """(U, P) geometric mean of all tables."""
+        return geometric_mean(list(self.costs.values()))
+
+
+def scores(
+    setting: Setting,
+    base: CostTable,
+    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
+    share: float,
+    spending: Spending,
+    estimators: Sequence[Estimator] | None,
+    seed: int,
+) -> Scores:
+    """Fill the tables that the passes allow: one sweep of gradients, and one perturbation at a time.
+
+    Args:
+        setting: model, score part, units, precisions.
+        base: layers and resources.
+        rows: (L,) unit of each layer.
+        share: of all samples that the score part has.
+        spending: is charged.
+        estimators: instead of the default ones.
+        seed: of the default ones.
+
+    Raises:
+        EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
+    """
+    chosen = _chosen(setting, share, spending.limit, estimators, seed)
+    members = list(chosen.values())
+    if estimators is None and "kl-divergence" in chosen:
+        members.append(LogitShift())
+    assert isinstance(setting.checkpoint, Checkpoint)
+    made = profile(
+        setting.model,
+        setting.batches,
+        members,
+        setting.precisions,
+        layers=base.layers,
+        quantizer=setting.quantizer,
+        resources=(),
+        checkpoint=setting.checkpoint,
+        progress=False,
+    )
+    key = f"search | tables | {digest(*map(described, members))}"
+    spent = setting.checkpoint.get(key)
+    stored = spent is not None
+    if spent is None:
+        passes = [made[family[0]].origin["passes"] for family in families(members)]
+        spent = share * sum(found["forward"] + 2 * found["backward"] for found in passes)
+        setting.checkpoint.put(key, spent)
+    spending.charge(spent, found=stored)
+    tables = {
+        name: replace(
+            table,
+            usage=base.usage,
+            fixed_usage=base.fixed_usage,
+            reference_usage=base.reference_usage,
+            peaks=base.peaks,
+            interactions=None,
+        )
+        for name, table in zip(chosen, made, strict=False)
+    }
+    costs = {name: _unit_costs(name, table, rows) for name, table in tables.items()}
+    leading = [costs[name] for name in _LEADING if name in costs]
+    return Scores(tables, costs, geometric_mean(leading or list(costs.values())), surrogate(setting))
+
+
+def _chosen(
+    setting: Setting, share: float, limit: float, estimators: Sequence[Estimator] | None, seed: int
+) -> dict[str, Estimator]:
+    """Estimators by the name of their table."""
+    if estimators is not None:
+        return {_label(one, estimators): one for one in estimators}
+    draws = 2 if limit < FEW else 8
+    chosen: dict[str, Estimator] = {
+        "fisher-projection": FisherProjection(draws, seed=seed),
+        "output-gradient": OutputGradient(draws, seed=seed),
+    }
+    measured = KLDivergence()
+    cost = measured.cost(len(setting.batches), len(setting.units), len(setting.precisions))
+    if share * cost.forward < _MOST * limit:
+        chosen["kl-divergence"] = measured
+    return chosen
+
+
+def _unit_costs(name: str, table: CostTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Array:
+    """(U, P) damage of each unit, at least a millionth of the largest, 0 where the estimator says exactly 0."""
+    merged = np.zeros((int(rows.max()) + 1, len(table.precisions)))
+    np.add.at(merged, rows, table.sensitivity)
+    if table.unit != "nats" and (merged < 0).any():
+        raise EstimatorError(f"the table of {name} has negative scores; a search starts from damages of 0 or more")
+    floor = 1e-6 * float(np.nanmax(np.abs(merged), initial=0.0))
+    return np.where(merged == 0, 0.0, np.maximum(merged, floor))
+
+
+def geometric_mean(tables: Sequence[Array]) -> Array:
+    """Of tables, cell by cell; 0 where any of them says 0.
+
+    >>> geometric_mean([np.array([[1.0, 4.0]]), np.array([[4.0, 4.0]])])
+    array([[2., 4.]])
+    """
+    zero = np.any([table == 0 for table in tables], axis=0)
+    logs = np.mean([np.log(np.where(table == 0, 1.0, table)) for table in tables], axis=0)
+    found: Array = np.where(zero, 0.0, np.exp(logs))
+    return found
+
+
+def _label(one: Estimator, among: Sequence[Estimator]) -> str:
+    """File name of a table: the class, numbered where it occurs again."""
+    name = type(one).__name__
+    twins = [other for other in among if type(other).__name__ == name]
+    return name if len(twins) == 1 else f"{name}-{[o is one for o in twins].index(True) + 1}"

@@ -1,0 +1,398 @@
+"""The stages of a search: tables, plans, finalists, report."""
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mpsearch._solve import solve
+from mpsearch.budget import Budget
+from mpsearch.data_split import cut
+from mpsearch.errors import EstimatorError, InfeasibleError, SolverError
+from mpsearch.estimator import Estimator, Setting
+from mpsearch.goal import Goal
+from mpsearch.hunt import Hunt
+from mpsearch.measured_plans import MeasuredPlans
+from mpsearch.model import Batch, samples
+from mpsearch.plan import Plan
+from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
+from mpsearch.problem import Problem, named
+from mpsearch.proposers import AdditiveOutput, Moves, Record, Thompson
+from mpsearch.report_part import Reported, report_on
+from mpsearch.scoring import FEW, scores
+from mpsearch.search_result import Compared, SearchResult, measured_front, with_usage
+from mpsearch.solution import Choice, Status
+from mpsearch.table import CostTable
+from mpsearch.verdict import Verdict, tolerance_verdict, verdict
+
+Options = NDArray[np.int64]
+Effort = Literal["fast", "default", "thorough"]
+
+#: The select part is measured in at least so many batches, so that a poor plan is dropped after a quarter.
+_PIECES = 4
+#: Limits of a whole curve.
+_LEVELS = 10
+#: Steps of the bisection on the use of a resource.
+_STEPS = 7
+
+
+@dataclass(eq=False)
+class Stages:
+    """One search: tables, plans, finalists, report.
+
+    Attributes:
+        setting: model, score part, units, precisions.
+        parts: name -> batches.
+        base: layers and resources, sensitivity 0.
+        damage: what is measured.
+        goal: what is asked for.
+        spending: passes.
+        seed: of all draws.
+        estimators: instead of the default ones.
+        taken: passes that each stage took.
+    """
+
+    setting: Setting
+    parts: Mapping[str, list[Batch]]
+    base: CostTable
+    damage: Damage
+    goal: Goal
+    spending: Spending
+    seed: int
+    estimators: Sequence[Estimator] | None
+    taken: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.total = sum(size(part) for part in self.parts.values())
+        self.share = {name: size(part) / self.total for name, part in self.parts.items()}
+        self.generator = np.random.default_rng(self.seed)
+        self.select, self.score, self.report = (
+            PlanMeter(name, self.setting, cut(self.parts[name], pieces), self.damage, self.total, self.spending)
+            for name, pieces in (("select", _PIECES), ("score", 1), ("report", 1))
+        )
+        self.rows = _unit_of_layers(self.base, self.setting)
+        #: plans that the report part will be run for, and the unquantized model
+        self.reported = 5
+        self.finalists = min(8, max(2, int(self.spending.limit / 10)))
+        self.reserve = self.share["report"] * self.reported + self.share["score"] * (1 + self.finalists)
+
+    def result(self) -> SearchResult:
+        """All stages."""
+        self._check_passes()
+        with self._stage("tables"):
+            self.scores = scores(
+                self.setting, self.base, self.rows, self.share["score"], self.spending, self.estimators, self.seed
+            )
+        if self.goal.tolerance is not None:
+            with self._stage("plans"):
+                hunt, chosen = self._least(self.goal.tolerance)
+        elif self.goal.front:
+            with self._stage("plans"):
+                hunt, chosen = self._curve()
+        else:
+            with self._stage("plans"):
+                hunt = self._hunt(self.goal.budget or Budget())
+                self._fill(hunt, self.reserve)
+            with self._stage("finalists"):
+                chosen = self._final(hunt)
+        with self._stage("report"):
+            return self._report(hunt, chosen)
+
+    @contextlib.contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        before = self.spending.used
+        yield
+        self.taken[name] = round(self.spending.used - before, 3)
+
+    def _check_passes(self) -> None:
+        least = self.reserve + 3 * self.share["score"] + 3 * self.share["select"]
+        if self.spending.limit < least:
+            raise EstimatorError(
+                f"{self.spending.limit:.3g} passes are too few: a sweep, three plans and the report take {least:.3g}; "
+                "raise max_passes"
+            )
+
+    def _hunt(self, budget: Budget, *, uniforms: bool = True) -> Hunt:
+        """A hunt within a budget, opened with what the tables say."""
+        problem = Problem.of(self.base, budget)
+        record = Record(problem, self.scores.costs, self.generator)
+        hunt = Hunt(record, self.scores.prior, self.select)
+        starts = (self.scores.prior, self.scores.together, *self.scores.costs.values())
+        first = [record.exact(costs) for costs in starts]
+        opening = [options for options in first if options is not None]
+        if not opening:
+            raise SolverError("no plan was found within the limits, and no proof that there is none")
+        if uniforms:
+            fitting = [options for options in self._uniform() if record.fits(options)]
+            opening += fitting[-1:] if self.spending.limit < FEW else fitting[-2:]
+        hunt.open(opening)
+        return hunt
+
+    def _uniform(self) -> list[Options]:
+        """Uniform plans, where they are allowed, by increasing expected damage reversed: the least damaging last."""
+        units = len(self.setting.units)
+        plans = [np.full(units, p) for p in range(len(self.setting.precisions))]
+        rows = np.arange(units)
+        return sorted(plans, key=lambda options: -float(self.scores.prior[rows, options].sum()))
+
+    def _fill(self, hunt: Hunt, reserve: float) -> None:
+        """Propose and measure until only the reserve is left; the last third goes to moves around the best plan too."""
+        spending = self.spending
+        begin = spending.left
+        goal = reserve + self.share["select"]
+        if self.scores.surrogate is not None:
+            hunt.go([AdditiveOutput(self.scores.surrogate)], lambda: spending.left < goal, most=3)
+        hunt.go([Thompson()], lambda: spending.left < goal + (begin - goal) / 3)
+        hunt.go([Thompson(), Moves()], lambda: spending.left < goal)
+
+    def _final(self, hunt: Hunt) -> Options:
+        """The best plan on select and score parts together, among the best on the select part alone."""
+        record = hunt.record
+        fitting = [key for key in record.measured if record.fits(np.array(key))]
+        ranked = sorted(
+            (key for key in fitting if self.select.complete(np.array(key))), key=record.measured.__getitem__
+        )
+        top = [np.array(key) for key in ranked[: self.finalists]]
+        together = [_joined(self.select.measure(options), self.score.measure(options)).value for options in top]
+        return top[int(np.argmin(together))]
+
+    def _least(self, tolerance: float) -> tuple[Hunt, Options]:
+        """The least use of a resource within a tolerated damage: bisection on the limit, with a short hunt at each."""
+        over = self.goal.minimize
+        low, high = self._range(over)
+        each = (self.spending.left - self.reserve) / (_STEPS + 1)
+        best: tuple[Hunt, Options] | None = None
+        least = math.inf
+        for step in range(_STEPS + 1):
+            limit = high if step == 0 else math.sqrt(low * high) if low > 0 else (low + high) / 2
+            hunt = self._within(over, limit, adopt=True)
+            stop = self.spending.left - each
+            value = hunt.record.measured[tuple(hunt.record.best.tolist())]
+
+            def enough(hunt: Hunt = hunt, stop: float = stop) -> bool:
+                best_now = hunt.record.measured[tuple(hunt.record.best.tolist())]
+                return best_now <= tolerance or self.spending.left < max(stop, self.reserve + self.share["select"])
+
+            hunt.go([Thompson(), Moves()], enough)
+            options = hunt.record.best
+            value = hunt.record.measured[tuple(options.tolist())]
+            least = min(least, value)
+            if value <= tolerance:
+                best = (hunt, options)
+                high = self._use(over, options)
+            else:
+                low = limit
+            if step == 0 and best is None:
+                break
+            if high - low <= 1e-3 * high or self.spending.left < self.reserve + self.share["select"]:
+                break
+        if best is None:
+            raise InfeasibleError(
+                f"no measured plan stays within the tolerance of {tolerance:.6g}: the least damage measured is {least:.6g}"
+            )
+        return best
+
+    def _curve(self) -> tuple[Hunt, Options]:
+        """Hunts at limits spread over the attainable range; the chosen plan is that within the budget, or at the middle."""
+        over = self.goal.over
+        low, high = self._range(over)
+        levels = list(
+            np.geomspace(low, high, _LEVELS + 2)[1:-1] if low > 0 else np.linspace(low, high, _LEVELS + 2)[1:-1]
+        )
+        for options in self._uniform():
+            if Record(Problem.of(self.base, Budget()), self.scores.costs, self.generator).fits(options):
+                self.select.measure(options)
+        hunts = []
+        for number, limit in enumerate(levels):
+            hunt = self._within(over, float(limit), adopt=True)
+            stop = self.spending.left - (self.spending.left - self.reserve) / (len(levels) + 1 - number)
+            hunt.go([Thompson(), Moves()], lambda stop=stop: self.spending.left < max(stop, self.reserve))  # type: ignore[misc]
+            hunts.append(hunt)
+        if self.goal.budget is None:
+            hunt = hunts[len(hunts) // 2]
+        else:
+            hunt = self._hunt(self.goal.budget)
+            hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
+            self._fill(hunt, self.reserve)
+        return hunt, self._final(hunt)
+
+    def _within(self, over: str, limit: float, *, adopt: bool) -> Hunt:
+        """A hunt within a limit on one resource and the rest of the budget."""
+        limits = {} if self.goal.budget is None else {n: v for n, v in self.goal.budget.items() if n != over}
+        hunt = self._hunt(Budget(**limits, **{over: limit}), uniforms=False)
+        if adopt:
+            hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
+        return hunt
+
+    def _range(self, over: str) -> tuple[float, float]:
+        """Least and most use of a resource within the rest of the budget."""
+        limits = {} if self.goal.budget is None else {n: v for n, v in self.goal.budget.items() if n != over}
+        least = solve(self.base, Budget(**limits), minimize=over)
+        rows = np.arange(len(self.base.layers))
+        most = max(
+            self._use(over, np.full(len(self.setting.units), p)) for p in range(len(self.setting.precisions))
+        ) if rows.size else 0.0  # fmt: skip
+        return least.usage[over], most
+
+    def _use(self, over: str, options: Options) -> float:
+        return self._usage(options)[over]
+
+    def _usage(self, options: Options) -> dict[str, float]:
+        return dict(with_usage(Plan(named(self.base, options[self.rows])), self.base).usage)
+
+    def _report(self, hunt: Hunt, chosen: Options) -> SearchResult:
+        """Measure the plan, uniform precisions and the best plan of one table on the report part."""
+        names = [str(option) for option in self.setting.precisions]
+        uniform = self._best_uniform(hunt.record)
+        plans: dict[str, tuple[str, Options]] = {"plan": ("plan", chosen)}
+        if uniform is not None:
+            plans["uniform"] = (names[int(uniform[0])], uniform)
+        above = self._next_uniform(hunt.record)
+        if above is not None and self.goal.tolerance is None:
+            plans["uniform above"] = (names[int(above[0])], above)
+        single = self._best_of_tables(hunt.record)
+        if single is not None:
+            plans["table"] = single
+        batches = self.parts["report"]
+        found = report_on(
+            self.setting, batches, {role: options for role, (_, options) in plans.items()}, self.damage, self.report
+        )
+        said = self._verdict(plans, {role: one.measurement for role, one in found.items()})
+        if said.wins is False and self.goal.tolerance is None:  # uniform is returned
+            plans |= {"mixed": ("mixed plan", chosen), "plan": ("plan", plans["uniform"][1])}
+            found |= {"mixed": found["plan"], "plan": found["uniform"]}
+            if np.array_equal(chosen, plans["plan"][1]):
+                del plans["mixed"]
+            chosen = plans["plan"][1]
+        comparison = [self._compared(role, plans, found) for role in plans]
+        plan, posterior = self._plan(hunt, chosen)
+        measured = self._measured()
+        return SearchResult(
+            plan,
+            said.text,
+            said.wins,
+            comparison[0].evaluation,
+            None if uniform is None else (plans["uniform"][0], found["uniform"].evaluation),
+            comparison,
+            measured_front(measured, self.goal.over),
+            {**self.scores.tables, "posterior": posterior},
+            measured,
+            round(self.spending.used, 4),
+            {},
+            0.0,
+            {},
+            {},
+            self.scores.surrogate,
+        )
+
+    def _compared(self, role: str, plans: Mapping[str, tuple[str, Options]], found: Mapping[str, Reported]) -> Compared:
+        name, options = plans[role]
+        mine = found[role].measurement
+        difference, se = mine.over(found["plan"].measurement)
+        usage = self._usage(options)
+        return Compared(name, role, usage, found[role].evaluation, mine.value, mine.se, difference, se)
+
+    def _best_uniform(self, record: Record) -> Options | None:
+        """The uniform precision that does the least damage of those that fit; with a tolerance the cheapest within it."""
+        if self.goal.tolerance is not None:
+            every = [o for o in self._uniform() if record.allowed[np.arange(len(o)), o].all()]
+            free = Record(Problem.of(self.base, self.goal.budget or Budget()), self.scores.costs, self.generator)
+            fitting = [o for o in every if free.fits(o) and self.select.measure(o).value <= self.goal.tolerance]
+            return min(fitting, key=lambda o: self._use(self.goal.over, o), default=None)
+        fitting = [options for options in self._uniform() if record.fits(options) and not record.new(options)]
+        return min(fitting, key=lambda o: record.measured[tuple(o.tolist())], default=None)
+
+    def _next_uniform(self, record: Record) -> Options | None:
+        """The cheapest uniform precision that does not fit."""
+        beyond = [o for o in self._uniform() if not record.fits(o) and record.allowed[np.arange(len(o)), o].all()]
+        return min(beyond, key=lambda o: self._use(self.goal.over, o), default=None)
+
+    def _best_of_tables(self, record: Record) -> tuple[str, Options] | None:
+        """The best of the plans that single tables propose, by the select part."""
+        single = {name: record.exact(costs) for name, costs in self.scores.costs.items()}
+        known = {name: o for name, o in single.items() if o is not None and not record.new(o)}
+        if not known:
+            return None
+        name = min(known, key=lambda name: record.measured[tuple(known[name].tolist())])
+        return f"best of {name}", known[name]
+
+    def _verdict(self, plans: Mapping[str, tuple[str, Options]], found: Mapping[str, Measurement]) -> Verdict:
+        name, uniform = plans.get("uniform", (None, None))
+        chosen = plans["plan"][1]
+        if self.goal.tolerance is not None:
+            over = self.goal.minimize
+            return tolerance_verdict(
+                over,
+                self._use(over, chosen),
+                name,
+                math.nan if uniform is None else self._use(over, uniform),
+                self.goal.tolerance,
+                found["plan"].value,
+                found["plan"].se,
+                self.damage.unit,
+            )
+        difference, se = found["uniform"].over(found["plan"]) if uniform is not None else (math.nan, math.nan)
+        same = uniform is not None and np.array_equal(uniform, chosen)
+        return verdict(self.damage.unit, name, difference, se, chosen=same)
+
+    def _plan(self, hunt: Hunt, chosen: Options) -> tuple[Plan, CostTable]:
+        """The plan with its proof against the posterior table, and that table."""
+        costs = hunt.posterior.expected()
+        counts = np.bincount(self.rows)
+        table = replace(
+            self.base,
+            sensitivity=(costs / counts[:, None])[self.rows],
+            unit=self.damage.unit,
+            origin={
+                "estimator": f"posterior of {len(hunt.posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
+                "quantizer": repr(self.setting.quantizer),
+            },
+        )
+        problem = Problem.of(table, self.goal.budget or Budget())
+        best = hunt.record.exact(costs)
+        bound = -math.inf if best is None or self.goal.tolerance is not None else problem.value(best)
+        value = problem.value(chosen)
+        solution = problem.solution(Choice(chosen, Status.FEASIBLE, min(bound, value)), "search", 0.0)
+        assert solution.plan is not None
+        measured = self.select.measure(chosen)
+        origin = {
+            "search": {
+                "select": {"damage": measured.value, "se": measured.se, "unit": self.damage.unit},
+                "seed": self.seed,
+            },
+            "table": dict(table.origin),
+        }
+        return replace(solution.plan, origin=origin), table
+
+    def _measured(self) -> MeasuredPlans:
+        """All plans that the whole select part has seen."""
+        known = [
+            (np.array(key), found) for key, found in self.select.known.items() if self.select.complete(np.array(key))
+        ]
+        plans = [with_usage(Plan(named(self.base, options[self.rows])), self.base) for options, _ in known]
+        return MeasuredPlans(
+            tuple(plans),
+            np.array([found.value for _, found in known]),
+            np.array([found.se for _, found in known]),
+            self.damage.unit,
+            {"part": "select", "samples": size(self.parts["select"])},
+        )
+
+
+def _unit_of_layers(base: CostTable, setting: Setting) -> NDArray[np.int64]:
+    """(L,) unit of each layer of a table."""
+    place = {layer.name: u for u, unit in enumerate(setting.units) for layer in unit.layers}
+    return np.array([place[layer.name] for layer in base.layers])
+
+
+def _joined(first: Measurement, second: Measurement) -> Measurement:
+    return Measurement(np.append(first.sums, second.sums), np.append(first.counts, second.counts))
+
+
+def size(batches: Sequence[Batch]) -> int:
+    """Number of samples."""
+    return sum(map(samples, batches))
