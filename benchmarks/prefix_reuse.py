@@ -87,7 +87,7 @@ def naive(model: Timed, batches: list[Tensor]) -> NDArray[np.float64]:
     found = []
     quantizer = RoundToNearest()
     references = [model(batch) for batch in batches]
-    for layer in mps.layers(model, batches[0], groups=()):
+    for layer in mps.layers(model, batches[0], groups="none"):
         module = model.get_submodule(layer.name)
         for precision in PRECISIONS:
             value = quantized_weight(module, layer.name, precision, quantizer)
@@ -123,7 +123,7 @@ def compare(name: str, repeat: int) -> dict[str, str | int | float]:
         if way == "naive":
             found[way] = naive(model, batches)
         else:
-            table = mps.profile(model, batches, KLDivergence(), PRECISIONS, groups=(), progress=False, resources=())
+            table = mps.profile(model, batches, KLDivergence(), PRECISIONS, groups="none", progress=False, resources=())
             found[way] = table.sensitivity
         seconds[way], totals[way] = model.seconds, time.process_time() - start
     difference = float(np.abs(found["naive"] - found["reused"]).max() / found["naive"].max())

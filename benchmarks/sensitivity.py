@@ -4,8 +4,9 @@
 
 For each network, random plans are measured on held-out data (KL to the unquantized network): half of all sizes, half at
 the average bits of one of the budgets. Every estimator that has defaults, and a few with other settings, fills a table from a
-small calibration set, a different one a seed. A table is judged by its ranks of the random plans and by the measured damage of
-its best plan at each budget; once as it is, and once after `mps.calibrate` with plans measured on the calibration set.
+small calibration set, a different one a seed; every layer is a decision of its own. A table is judged by its ranks of the random
+plans and by the measured damage of its best plan at each budget; once as it is, and once after `mps.calibrate` with plans
+measured on the calibration set.
 Writes benchmarks/results/sensitivity.csv, .png and sensitivity_table.md; rows of other networks, estimators and seeds are kept.
 """
 
@@ -111,7 +112,7 @@ class Judge:
 
     def __init__(self, name: str, model: nn.Module, held_out: Sequence[tuple[Tensor, Tensor]]) -> None:
         self._model, self._held_out = model, held_out
-        self.layers = mps.layers(model, held_out[0])
+        self.layers = mps.layers(model, held_out[0], groups="none")  # random plans tie no layers, so neither do tables
         self.fingerprint = state_fingerprint(model)
         numel = np.array([layer.numel for layer in self.layers])
         #: (L, P) what each cell adds to the average bits
@@ -256,7 +257,7 @@ class Truth:
 def uniform_within(judge: Judge, limit: float) -> tuple[str, float]:
     """The uniform precision with the least measured damage among those within the limit, and its KL."""
     plans = [np.full(len(judge.layers), p) for p in range(len(PRECISIONS))]
-    fitting = [options for options in plans if judge.average_bits(options) <= limit]
+    fitting = [options for options in plans if judge.average_bits(options) <= limit + 1e-9]  # a sum of rounded shares
     kl, p = min((judge.kl(options)[0], int(options[0])) for options in fitting)
     return str(PRECISIONS[p]), kl
 
@@ -311,6 +312,7 @@ def measure(truth: Truth, model: nn.Module, data: Calibration, signal: Signal, s
         signal.estimator(seed),
         PRECISIONS,
         loss=signal.loss,
+        layers=truth.judge.layers,
         resources=(),
         progress=False,
     )
@@ -586,7 +588,27 @@ calibration set, a backward pass counts 2. Seconds of one CPU thread.
 
 
 #: What to choose, with plan qualities of the table.
-ADVICE = ("`fisher-projection` {fisher-projection:.2f}",)
+ADVICE = (
+    "A first table: `fisher-projection` ({fisher-projection:.2f}), one forward and two backward passes however many layers and "
+    "precisions. More draws ({fisher-projection, 8 draws:.2f}) and pairs of layers (`hessian-augmented`, "
+    "{hessian-augmented:.2f}) change little on average.",
+    "Time for a run a layer and precision, or no gradients: `kl-divergence` ({kl-divergence:.2f}) or `cosine-distance` "
+    "({cosine-distance:.2f}).",
+    "No data: `mps.distill_data` (`kl-divergence` {kl-divergence, distilled data:.2f}, `fisher-projection` "
+    "{fisher-projection, distilled data:.2f}): plans as good as from data, but no forecast of their damage.",
+    "No data and no passes: `qe` ({qe:.2f}), `relative-weight-error` ({relative-weight-error:.2f}); the best uniform precision has "
+    "{uniform:.2f}.",
+    "Of the cheap scores `snip` ({snip:.2f}) is as good as any; `lrp` ({lrp:.2f}) beats the weights alone, not "
+    "`fisher` ({fisher:.2f}).",
+    "Rather `gauss-newton-trace` ({gauss-newton-trace:.2f}, 5 passes) than `hessian-trace` ({hessian-trace:.2f}, 131 passes): no sign "
+    "to get wrong. The task loss instead of the KL ({hessian-trace, cross-entropy:.2f}) makes no difference.",
+    "Worse than uniform: `taylor` ({taylor:.2f}), `synflow` ({synflow:.2f}), `lrp-qvit` ({lrp-qvit:.2f}), `activation-entropy` "
+    "({activation-entropy:.2f}). `mps.calibrate` with a scale for each precision mends the last two ({lrp-qvit after:.2f}, "
+    "{activation-entropy after:.2f}), whose fall with the bits is off; a table that is right without it gets no better.",
+    "High rank correlation is no promise: `path-shapley` ranks random plans best and `task-metric` among the best, but cells that they "
+    "falsely take for free fill their own plans ({path-shapley:.2f}, {task-metric:.2f}).",
+    "Neighbours in the table are equal within the spread of calibration sets. Measure the plan before you ship it.",
+)
 
 
 def advice(numbers: Mapping[str, float]) -> str:

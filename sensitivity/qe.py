@@ -25,6 +25,10 @@ class QE:
     layer, with the trained weights, and stage weights of 1. A baseline: it measures capacity, not damage, and sees no
     data. Layers that share a weight each add their own. No passes.
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.93, 0.74 among plans of equal size; its own plans do 1.74 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Two channels of squared norms 1 and 7: sigma = 2, so log 2 + log 2; an error as large as the weights:
 
     >>> import torch, mpsearch as mps

@@ -22,6 +22,10 @@ class SNIP:
     of the quantization error nor curvature. The loss is the setting's; for `kl` the cross-entropy of the data's
     labels, or of labels drawn from the model where the data has none. One forward and one backward pass.
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.93, 0.76 among plans of equal size; its own plans do 1.35 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Attributes:
         seed: of the drawn labels.
 

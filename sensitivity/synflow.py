@@ -22,9 +22,13 @@ class Synflow:
         sensitivity(l, p) = score(l) x relative squared error of p    [relative]
 
     Without data: the input is one sample of ones (token numbers stay). Batch norm keeps its scale and loses its
-    running mean; EMQ also draws new Gaussian weights, which is left out here. A baseline that ought to fail: flow is
-    conserved, so the sum is the same number in every layer of a chain without biases, and the mean is little but 1 /
-    size of the layer. One forward and one backward run of one sample.
+    running mean (EMQ passes it by, and draws new Gaussian weights). A baseline that ought to fail: flow is
+    conserved, so the sum is the same number in every layer of a chain without biases; the mean is then little but 1 /
+    size of the layer, and its plans were worse than uniform precision. One forward and one backward run of one sample.
+
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.84, 0.59 among plans of equal size; its own plans do 5.46 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
 
     Attributes:
         reduction: over the weights of a layer.
@@ -39,7 +43,7 @@ class Synflow:
            [6.]])
     """
 
-    reduction: Literal["mean", "sum"] = "mean"
+    reduction: Literal["sum", "mean"] = "sum"
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum"):

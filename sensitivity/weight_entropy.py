@@ -27,6 +27,10 @@ class WeightEntropy:
     quantizer, whatever quantizer fills the table. A baseline: it measures the tensor, not the loss. No data, no
     passes.
 
+    In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
+    0.93, 0.75 among plans of equal size; its own plans do 1.78 times the least damage known (`KLDivergence` 0.96,
+    0.81, 1.31; uniform precision 4.34).
+
     Attributes:
         bits: of the codes; the entropy lies between 0 and this.
 

@@ -42,6 +42,23 @@ def test_the_judge_has_the_numbers_of_evaluate(sensitivity, network):
     assert judge.average_bits(np.array([4, 1, 2, 0, 3])) == pytest.approx(NUMEL @ [8, 3, 4, 2, 6] / 128)
 
 
+def test_every_layer_is_a_decision_of_its_own_also_in_attention(sensitivity, models):
+    torch.manual_seed(0)
+    images = models.Examples(torch.randn(16, 1, 8, 8), torch.zeros(16, dtype=torch.long))
+    trained = models.Trained(models.ViT(depth=1).eval(), images, images)
+    judge = sensitivity.Judge("vit", trained.model, images.batches(16))
+    truth = sensitivity.Truth(judge, 16)
+    assert len(judge.layers) == 8
+    assert not any(layer.group for layer in judge.layers)
+    rows = filled(sensitivity, trained, truth, "kl", 0, sensitivity.Signal("kl-divergence"))[1]
+    table = mps.profile(
+        trained.model, images.sample(24, 0).batches(12), KLDivergence(), sensitivity.PRECISIONS, groups="none"
+    )
+    for row in rows:
+        plan = mps.solve(table, mps.Budget(average_bits=row["average_bits_limit"])).plan
+        assert row["kl"] == judge.kl(judge.options(plan))[0]
+
+
 def test_what_was_measured_is_kept_for_the_same_network_alone(sensitivity, network):
     judge = sensitivity.Judge("net", network, batches())
     value = judge.kl(np.array([1, 2, 3, 3, 0]))

@@ -29,7 +29,7 @@ def test_products_of_matrices():
     first = sum(after[i] * a[i, j] for i in range(5) for j in range(3))
     second = sum(b[i, j] * before[j] for i in range(2) for j in range(5))
     np.testing.assert_allclose(scores(model, batches, Synflow("sum")), [first, second])
-    np.testing.assert_allclose(scores(model, batches, Synflow()), [first / 15, second / 10])
+    np.testing.assert_allclose(scores(model, batches, Synflow("mean")), [first / 15, second / 10])
 
 
 def test_flow_is_conserved_so_the_sum_tells_nothing():
