@@ -183,7 +183,14 @@ def from_table(
             extra = 3.0 * DISTILLATION if matched else 0.0
         chosen: Any = loss
         table = mps.profile(
-            task.model, batches, kind(**settings), PRECISIONS, loss=chosen, resources=(), progress=False
+            task.model,
+            batches,
+            kind(**settings),
+            PRECISIONS,
+            loss=chosen,
+            groups="none",
+            resources=(),
+            progress=False,
         )
         passes = table.origin["passes"]
         used = passes["forward"] + 2 * passes["backward"] + extra
@@ -205,7 +212,7 @@ def searched(effort: Literal["fast", "default", "thorough"], task: Task, limit: 
     start = time.process_time()
     budget = mps.Budget(average_bits=limit)
     found = mps.search(
-        task.model, task.batches, budget, PRECISIONS, effort=effort, groups=(), seed=task.seed, progress=False
+        task.model, task.batches, budget, PRECISIONS, effort=effort, groups="none", seed=task.seed, progress=False
     )
     return Found(found.plan, found.passes, time.process_time() - start)
 
@@ -313,7 +320,9 @@ class Reference:
 
     def _tables(self) -> list[mps.CostTable]:
         estimators: list[Estimator] = [KLDivergence(), FisherProjection()]
-        return mps.profile(self._model, self._batches, estimators, PRECISIONS, resources=(), progress=False)
+        return mps.profile(
+            self._model, self._batches, estimators, PRECISIONS, groups="none", resources=(), progress=False
+        )
 
     def _changed(self, options: Options, table: NDArray[np.float64], limit: float) -> Options:
         """The plan not measured yet that differs in one or two layers, fits, and has the least damage by a table."""

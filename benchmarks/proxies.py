@@ -122,7 +122,9 @@ def signals(name: str, evolution: ProxyEvolution) -> Iterator[tuple[tuple[str, .
 def judged(on: Network, seed: int, name: str, estimator: Estimator, evolved_on: Sequence[str] = ()) -> list[Row]:
     """One row a budget."""
     start = time.process_time()
-    table = mps.profile(on.model, on.calibration(seed), estimator, PRECISIONS, resources=(), progress=False)
+    table = mps.profile(
+        on.model, on.calibration(seed), estimator, PRECISIONS, groups="none", resources=(), progress=False
+    )
     seconds = time.process_time() - start
     found = on.truth.judged(table)
     on.judge.save()

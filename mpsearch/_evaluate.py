@@ -50,9 +50,9 @@ def evaluate(
     """
     data = collect(batches)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    _check_plan(model, plan)
     before = state_fingerprint(model)
     with preserved(model), torch.no_grad():
+        _check_plan(model, plan)
         ranges = {}
         names = [name for name, precision in plan.items() if precision.quantizes_activation]
         if names:
@@ -112,9 +112,11 @@ class Tally:
         every = torch.arange(count)
         if self._loss_function is not None:
             value = float(self._loss_function(model, batch))
-            self._loss.add(torch.full((count,), value), torch.zeros_like(every), 1)
+            self._loss.add(torch.full((count,), value, dtype=torch.float64), torch.zeros_like(every), 1)
         if self._metric is not None:
-            self._score.add(torch.full((count,), float(self._metric(model, batch))), torch.zeros_like(every), 1)
+            self._score.add(
+                torch.full((count,), float(self._metric(model, batch)), dtype=torch.float64), torch.zeros_like(every), 1
+            )
         self._samples += count
 
     def result(self, reference: Evaluation | None) -> Evaluation:

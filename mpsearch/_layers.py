@@ -1,17 +1,21 @@
 """The door from a model to its decisions."""
 
-import fnmatch
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from mpsearch import fusion
+from mpsearch.data_flow import DataFlow, trace
 from mpsearch.errors import TableError, nearest
+from mpsearch.experts import place_of, routers
+from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, preserved, samples
-from mpsearch.modules import canonical, kind_of, storage_of, weight_of
+from mpsearch.model import Batch, preserved, samples
+from mpsearch.modules import canonical, kind_of
 
 
 def layers(
@@ -20,91 +24,163 @@ def layers(
     *,
     exclude: Sequence[str] = (),
     groups: Literal["auto", "none"] | Mapping[str, Sequence[str]] = "auto",
+    cut: Sequence[str] = (),
+    target: str | None = None,
+    experts: Literal["each", "block"] = "each",
+    decide_routers: bool = False,
+    tie_residuals: bool = False,
 ) -> list[Layer]:
     """Find the quantizable layers of a model, in the order of `named_modules`.
 
-    Linear, Conv1d to 3d (grouped and depthwise too), transposed convolutions and Embedding, with their subclasses, and GPT-2's `Conv1D`.
-    MACs come from really running the example: a module that is called several times counts several times; one that is not called is
-    reported in a warning and left out. Layers that share a weight are one group.
+    Linear, Conv1d to 3d (grouped and depthwise too), transposed convolutions and Embedding, with their subclasses, GPT-2's `Conv1D`,
+    and what `mpsearch.unfused` takes apart: `nn.MultiheadAttention`, experts in one tensor, parametrized layers. MACs come from really
+    running the example: a module that is called several times counts several times, an expert the tokens that it is given; one
+    that is not called is reported in a warning and left out, but for experts, whose turn may come with other data. An embedding
+    that does not return a row for each number of its first input alone (Whisper's positions) is left alone.
+
+    Layers share a precision, and the name of their group says why, where they share a weight, or are linear, read the same
+    tensor and meet in a product (q/k/v, gate/up): engines fuse those.
 
     Args:
         model: any module; it comes back as it was.
         example: one batch: `(inputs, targets)`, a tensor or a dict of keywords.
         exclude: names or patterns (`encoder.*`) of layers to leave alone.
-        groups: `auto` (shared weights), `none` (refused where weights are shared), or name -> layers, added to the shared weights.
+        groups: `auto`; `none` (refused where weights are shared); or name -> layers or patterns, added to `auto`.
+        cut: names or patterns of layers to take out of the groups that are found; `["*"]` leaves only those that must be.
+        target: a name in `mpsearch.export.TARGETS`: what it joins is grouped, what it cannot express is not allowed, and what lies
+            inside a module that it sees as one (`nn.MultiheadAttention`, experts in one tensor) is left alone.
+        experts: decide on `each` expert, or on a whole `block` of them at once; expert groups are `groups` by pattern.
+        decide_routers: routers of experts are decisions too, instead of being left alone.
+        tie_residuals: layers whose outputs are added share a precision.
 
     Raises:
-        TableError: for a model without quantizable layers, or a name or pattern that matches nothing, or half of a
-            shared weight excluded.
+        TableError: for a model without quantizable layers, a name or pattern that matches nothing, or half of a group
+            excluded.
 
+    >>> import torch
     >>> [(layer.name, layer.kind, layer.macs) for layer in layers(nn.Sequential(nn.Linear(3, 2)), torch.ones(5, 3))]
     [('0', 'linear', 6)]
     """
-    found = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
-    if not found:
-        raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
-    excluded: list[str] = []
-    for pattern in exclude:
-        matched = fnmatch.filter(found, pattern)
-        if not matched:
-            raise TableError(f"exclude={pattern!r} matches no layer{nearest(pattern, found)}")
-        excluded += matched
-        for name in matched:
-            found.pop(name)
-    if not found:
-        raise TableError(f"exclude={list(exclude)} leaves no layer")
-    kept = {storage_of(weight_of(module)): name for name, module in found.items()}
-    for name in excluded:
-        tied = kept.get(storage_of(weight_of(model.get_submodule(name))))
-        if tied is not None:
-            raise TableError(f"{name!r} is excluded but shares its weight with {tied!r}: exclude both or neither")
-    macs = _count(model, found, example)
-    idle = [name for name in found if macs[name] is None]
-    if idle:
-        shown = ", ".join(idle[:5]) + (f", ... ({len(idle)} in all)" if len(idle) > 5 else "")
-        warnings.warn(f"the example never calls {shown}: left out of the decisions", stacklevel=2)
-    called = {name: module for name, module in found.items() if macs[name] is not None}
-    if not called:
-        raise TableError("the example calls none of the quantizable layers")
-    group = _groups(called, groups)
-    made = []
-    for name, module in called.items():
-        weight = canonical(module)
-        kind = kind_of(module)
-        assert kind is not None
-        made.append(
-            Layer(
-                name,
-                kind,
-                tuple(weight.shape),
-                int(macs[name] or 0),
-                group[name],
-                str(weight.dtype).removeprefix("torch."),
+    if target is not None and target not in TARGETS:
+        raise TableError(f"unknown target {target!r}{nearest(target, TARGETS)}")
+    if experts not in ("each", "block"):
+        raise TableError(f"experts={experts!r}, expected 'each' or 'block'")
+    own = {name for name, _ in model.named_modules()}
+    with preserved(model):
+        found = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+        if not found:
+            raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
+        excluded = {name for pattern in exclude for name in fusion.matching(pattern, found, "exclude")}
+        if not decide_routers:
+            excluded.update(routers(model, found))
+        if target is not None:
+            hidden = sorted(set(found) - own - excluded)
+            excluded.update(hidden)
+            if hidden:
+                warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", stacklevel=2)
+        if excluded == set(found):
+            raise TableError(f"exclude={list(exclude)} leaves no layer")
+        tied = fusion.shared_weights(found)
+        _refuse_partial(tied, excluded)
+        macs, flow, tables = _run(model, found, example)
+        excluded |= tables
+        called = _called(found, excluded, macs, tied)
+        if groups == "none":
+            for group in tied:
+                if len(_of(group, called)) > 1:
+                    raise TableError(
+                        f"the layers {', '.join(_of(group, called))} share a weight, so they must share a precision"
+                    )
+            joined: list[fusion.Group] = []
+        else:
+            joined = tied + fusion.same_input(found, flow)
+            if target is not None:
+                joined += fusion.joined_by(target, TARGETS[target].fused, found)
+            if tie_residuals:
+                joined += fusion.residual_operands(flow)
+            if experts == "block":
+                joined += fusion.whole_blocks(called)
+            joined = fusion.without(joined, cut, found)
+            _refuse_partial(joined, excluded)
+        kept = [fusion.Group(names, g.reason, g.binding) for g in joined if len(names := _of(g, called)) > 1]
+        titles = fusion.named(kept, groups if isinstance(groups, Mapping) else {}, list(called))
+        made = []
+        for name, module in called.items():
+            weight = canonical(module)
+            kind = kind_of(module)
+            assert kind is not None
+            made.append(
+                Layer(
+                    name,
+                    kind,
+                    tuple(weight.shape),
+                    macs[name],
+                    titles[name],
+                    str(weight.dtype).removeprefix("torch."),
+                    target or "",
+                )
             )
-        )
     return made
 
 
-def _count(model: nn.Module, found: Mapping[str, nn.Module], example: Batch) -> dict[str, int | None]:
-    """MACs of one sample of each module; None where it is not called."""
-    totals: dict[str, int | None] = dict.fromkeys(found)
+def _of(group: fusion.Group, called: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    return tuple(name for name in group.members if name in called)
+
+
+def _shown(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _refuse_partial(groups: Sequence[fusion.Group], excluded: set[str]) -> None:
+    """A group is excluded as a whole or not at all."""
+    for group in groups:
+        out = [name for name in group.members if name in excluded]
+        left = [name for name in group.members if name not in excluded]
+        if out and left:
+            if group.reason == "shared weight":
+                raise TableError(
+                    f"{out[0]!r} is excluded but shares its weight with {left[0]!r}: exclude both or neither"
+                )
+            cut = "" if group.binding else f", or write cut={out}"
+            raise TableError(
+                f"{out[0]!r} is excluded but in one group with {', '.join(map(repr, left))} ({group.reason}): exclude all or "
+                f"none{cut}"
+            )
+
+
+def _called(
+    found: Mapping[str, nn.Module], excluded: set[str], macs: Mapping[str, int], tied: Sequence[fusion.Group]
+) -> dict[str, nn.Module]:
+    """The decisions: what the example calls, and experts of a block of which it calls some."""
+    blocks = {place.block for name in macs if (place := place_of(name))}
+    wanted = {name: module for name, module in found.items() if name not in excluded}
+    idle = [name for name in wanted if name not in macs]
+    waiting = {name for name in idle if (place := place_of(name)) and place.block in blocks}
+    elsewhere = {name for group in tied if any(other in macs for other in group.members) for name in group.members}
+    lost = [name for name in idle if name not in waiting | elsewhere]
+    if lost:
+        warnings.warn(f"the example never calls {_shown(lost)}: left out of the decisions", stacklevel=3)
+    called = {name: module for name, module in wanted.items() if name in macs or name in waiting}
+    if not called:
+        raise TableError("the example calls none of the quantizable layers")
+    return called
+
+
+def _run(model: nn.Module, found: Mapping[str, nn.Module], example: Batch) -> tuple[Counter[str], DataFlow, set[str]]:
+    """MACs of one sample of each layer that the example calls, 0 for others; the flow of data; embeddings of something else."""
+    totals: Counter[str] = Counter()
+    tables: set[str] = set()
+
+    def see(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        totals[name] += _macs(module, given, output)
+        if isinstance(module, nn.Embedding) and (
+            output.shape[: given.ndim] != given.shape or not torch.equal(module.forward(given), output)
+        ):
+            tables.add(name)
+
+    flow = trace(model, found, example, see)
     count = samples(example)
-
-    def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
-        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-            given = args[0] if args else next(iter(keywords.values()))
-            totals[name] = (totals[name] or 0) + _macs(module, given, output)
-
-        return see
-
-    handles = [module.register_forward_hook(watch(name), with_kwargs=True) for name, module in found.items()]
-    try:
-        with preserved(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: None if total is None else round(total / count) for name, total in totals.items()}
+    return Counter({name: round(total / count) for name, total in totals.items()}), flow, tables
 
 
 def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:
@@ -115,28 +191,3 @@ def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:
         return int(given.numel() * (module.weight.numel() // module.weight.shape[0]))
     weight = canonical(module)
     return output.numel() * (weight.numel() // weight.shape[0])
-
-
-def _groups(
-    found: Mapping[str, nn.Module], groups: Literal["auto", "none"] | Mapping[str, Sequence[str]]
-) -> dict[str, str]:
-    """Name of the group of each layer; empty for a layer of its own."""
-    holders: dict[tuple[torch.device, int, int], list[str]] = {}
-    for name, module in found.items():
-        holders.setdefault(storage_of(weight_of(module)), []).append(name)
-    group = dict.fromkeys(found, "")
-    for names in holders.values():
-        if len(names) > 1:
-            if groups == "none":
-                raise TableError(f"the layers {', '.join(names)} share a weight, so they must share a precision")
-            group.update(dict.fromkeys(names, f"{names[0]} (shared weight)"))
-    for title, members in groups.items() if isinstance(groups, Mapping) else ():
-        for name in members:
-            if name not in found:
-                raise TableError(f"group {title!r} names {name!r}, which is no layer{nearest(name, found)}")
-            if group[name] not in ("", title):
-                tied = [other for other, at in group.items() if at == group[name]]
-                if not set(tied) <= set(members):
-                    raise TableError(f"group {title!r} splits the layers {', '.join(tied)}, which share a weight")
-            group[name] = title
-    return group

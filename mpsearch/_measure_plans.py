@@ -59,14 +59,14 @@ def measure_plans(
     data = collect(batches)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)), unit="nats")
-    for number, plan in enumerate(plans):
-        try:
-            check_plan(model, plan)
-        except PlanError as error:
-            raise PlanError(f"plan {number}: {error}") from None
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]
     with preserved(model), torch.no_grad():
+        for number, plan in enumerate(plans):
+            try:
+                check_plan(model, plan)
+            except PlanError as error:
+                raise PlanError(f"plan {number}: {error}") from None
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
         ranges = input_ranges(model, data if calibration is None else collect(calibration), names) if names else {}
         cells = _cells(model, plans, quantize)

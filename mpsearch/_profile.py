@@ -9,6 +9,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -16,6 +17,7 @@ from mpsearch._layers import layers as find_layers
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
+from mpsearch.experts import filled, report, without_tokens
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
@@ -33,6 +35,7 @@ from mpsearch.resources.columns import (
     table_fields,
 )
 from mpsearch.table import CostTable, Interactions
+from mpsearch.target_mask import only_allowed, refused_by_target
 
 
 @overload
@@ -127,12 +130,15 @@ def profile(
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
         check_layers(model, decisions)
         units = units_of(decisions)
+        refused = refused_by_target(decisions, options)
+        allowed = only_allowed(quantize, decisions, options, refused)
         usage = resource_columns(model, decisions, options, resources, quantize, data[0])
         _probe_determinism(model, data[0])
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])
         chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
+        unseen = without_tokens(model, decisions, data)
         seen = data_fingerprint(data)
         keep: contextlib.AbstractContextManager[Checkpoint | NoCheckpoint] = NoCheckpoint()
         if isinstance(checkpoint, Checkpoint):
@@ -143,7 +149,7 @@ def profile(
             tables: dict[int, CostTable] = {}
             for members in families(estimators):
                 setting = Setting(
-                    model, data, units, options, quantize, ranges, chosen, _Progress(progress), checkpoint=kept
+                    model, data, units, options, allowed, ranges, chosen, _Progress(progress), checkpoint=kept
                 )
                 family = [estimators[place] for place in members]
                 start = time.perf_counter()
@@ -165,7 +171,9 @@ def profile(
                         "data_fingerprint": seen,
                         **estimate.facts,
                     }
-                    tables[place] = _table(estimators[place], estimate, units, decisions, options, usage, origin)
+                    tables[place] = _table(
+                        estimators[place], estimate, units, decisions, options, usage, origin, refused, unseen
+                    )
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
     for name, module in model.named_modules():
@@ -307,6 +315,22 @@ def resource_columns(
     return measure_resources(model, decisions, options, functions, example)
 
 
+def unscored(
+    model: nn.Module,
+    example: Batch,
+    precisions: Sequence[Precision],
+    decisions: Sequence[Layer],
+    resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+) -> CostTable:
+    """What every option costs, before any calibration: a table whose sensitivity is 0 where an option is allowed."""
+    options = checked_precisions(precisions)
+    with preserved(model):
+        check_layers(model, decisions)
+        usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
+    refused = refused_cells(usage) | refused_by_target(decisions, options)
+    return CostTable(tuple(decisions), options, np.where(refused, np.nan, 0.0), unit="nats", **table_fields(usage))
+
+
 def _probe_determinism(model: nn.Module, batch: Batch) -> None:
     """Two passes must agree: catches dropout that evaluation mode does not turn off, and other randomness."""
     with torch.no_grad():
@@ -329,6 +353,8 @@ def _table(
     options: tuple[Precision, ...],
     usage: Mapping[str, Resource],
     origin: Mapping[str, Any],
+    refused: NDArray[np.bool_],
+    idle: set[str],
 ) -> CostTable:
     shape = (len(units), len(options))
     for name, values in (("sensitivity", estimate.sensitivity), ("sensitivity_se", estimate.sensitivity_se)):
@@ -343,12 +369,19 @@ def _table(
     unit_of = {layer.name: u for u, unit in enumerate(units) for layer in unit.layers}
     rows = np.array([unit_of[layer.name] for layer in decisions])
     share = np.array([1.0 / len(units[u].layers) for u in rows])[:, None]  # the sum over a group is its score
-    se = estimate.sensitivity_se
+    scores = estimate.sensitivity[rows] * share
+    se = None if estimate.sensitivity_se is None else estimate.sensitivity_se[rows] * share
+    unseen = np.array([all(layer.name in idle for layer in units[u].layers) for u in rows])
+    if unseen.any():
+        names = [layer.name for layer, alone in zip(decisions, unseen, strict=True) if alone]
+        report(names)
+        scores, origin = filled(scores, decisions, unseen), {**origin, "scored_by_mean_of_experts": names}
+        se = None if se is None else np.where(unseen[:, None], np.nan, se)
     return CostTable(
         tuple(decisions),
         options,
-        np.where(refused_cells(usage), np.nan, estimate.sensitivity[rows] * share),
-        None if se is None else se[rows] * share,
+        np.where(refused_cells(usage) | refused, np.nan, scores),
+        se,
         unit=estimate.unit,
         origin=origin,
         interactions=None if estimate.pairs is None else _interactions(estimate.pairs, units, decisions),

@@ -28,7 +28,7 @@ from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
-from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint
+from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint, targets_of
 from mpsearch.perturb import Quantizer, input_ranges
 from mpsearch.plan_meter import Damage, Metric, Spending
 from mpsearch.precision import Precision
@@ -38,12 +38,13 @@ from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
 from mpsearch.stages import Stages, size
 from mpsearch.table import CostTable
+from mpsearch.target_mask import refused_by_target
 
 Options = NDArray[np.int64]
 Effort = Literal["fast", "default", "thorough"]
 
 #: Shares of the data where it is one set.
-SHARES = {"score": 0.25, "select": 0.55, "report": 0.20}
+SHARES = {"score": 0.35, "select": 0.45, "report": 0.20}
 #: The same where few passes are spent: what counts then is the sweep.
 FEW_SHARES = {"score": 0.55, "select": 0.25, "report": 0.20}
 
@@ -80,7 +81,8 @@ def search(
     as the effort allows, one perturbation at a time. The optima of these tables, uniform precisions and plans of the additive-output
     surrogate are measured on the second part; a Bayesian linear model of the damage learns from each and proposes the next (Thompson
     sampling), and moves around the best plan close the search. Plans are compared on common samples and dropped as soon as
-    they are clearly worse. The best few are measured on the first part too. The third part judges.
+    they are clearly worse; those that are not are measured on the first part too (with few passes, only the best two). The third
+    part judges.
 
     Args:
         model: any module; it comes back bit for bit as it went in, also after an exception.
@@ -119,8 +121,12 @@ def search(
     options = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     damage = Damage(_known_metric(metric), higher_is_better)
+    _check_effort(effort, max_passes)
     few = effort == "fast" if max_passes is None else max_passes < FEW
-    parts = _parts(batches, select, report, FEW_SHARES if few else SHARES, seed)
+    given = {"batches": collect(batches)}
+    given |= {name: collect(part) for name, part in (("select", select), ("report", report)) if part is not None}
+    _check_labels(damage, given)
+    parts = _parts(given, FEW_SHARES if few else SHARES, seed)
     before = state_fingerprint(model)
     start = time.perf_counter()
     with preserved(model):
@@ -131,12 +137,12 @@ def search(
         base = CostTable(
             tuple(decisions),
             options,
-            np.where(np.broadcast_to(refused_cells(usage), (len(decisions), len(options))), np.nan, 0.0),
+            np.where(refused_cells(usage) | refused_by_target(decisions, options), np.nan, 0.0),
             unit="nats",
             **table_fields(usage),
         )
         goal.check(base)
-        everything = [batch for part in parts.values() for batch in part]
+        everything = [batch for part in given.values() for batch in part]
         identity = {
             **run_identity(model, before, data_fingerprint(everything), decisions, options, quantize, "kl"),
             "parts": " ".join(f"{name}: {sum(map(samples, part))}" for name, part in parts.items()) + f", seed {seed}",
@@ -154,11 +160,13 @@ def search(
                 total=round(limit, 1), desc="Search", unit="pass", disable=None if progress else True, leave=False
             )
             with bar:
-                spending = Spending(limit, free=earlier is not None, watch=bar.update)
+                spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
+                looks = 3 if layers is not None else 4  # at a batch: layers, their costs, and twice: is it random?
+                spending.charge(looks * samples(parts["score"][0]) / size(everything))
                 ranges = {}
                 if any(option.quantizes_activation for option in options):
                     ranges = input_ranges(model, parts["score"], [layer.name for layer in decisions])
-                    spending.charge(size(parts["score"]) / size(everything), found=False)
+                    spending.charge(2 * size(parts["score"]) / size(everything))  # again in `profile`
                 setting = Setting(
                     model, parts["score"], units, options, quantize, ranges, "kl", _silent, checkpoint=kept
                 )
@@ -189,22 +197,14 @@ def _silent(iterable: Any, total: int, label: str) -> Any:
     return tqdm(iterable, total=total, desc=label, disable=True)
 
 
-def _parts(
-    batches: Iterable[Batch],
-    select: Iterable[Batch] | None,
-    report: Iterable[Batch] | None,
-    shares: Mapping[str, float],
-    seed: int,
-) -> dict[str, list[Batch]]:
+def _parts(given: Mapping[str, list[Batch]], shares: Mapping[str, float], seed: int) -> dict[str, list[Batch]]:
     """The three parts; those that are not given are split off."""
-    given = {"select": select, "report": report}
-    own = {name: collect(part) for name, part in given.items() if part is not None}
-    left = {name: share for name, share in shares.items() if name not in own}
+    left = {name: share for name, share in shares.items() if name not in given}
     total = sum(left.values())
-    parts = split(collect(batches), {name: share / total for name, share in left.items()}, seed)
-    if own:
-        check_sizes({name: size(part) for name, part in own.items()})
-    return {name: parts[name] if name in parts else own[name] for name in shares}
+    parts = split(given["batches"], {name: share / total for name, share in left.items()}, seed)
+    parts |= {name: part for name, part in given.items() if name in shares}
+    check_sizes({name: size(part) for name, part in parts.items()})
+    return {name: parts[name] for name in shares}
 
 
 def _known_metric(metric: Any) -> Any:
@@ -214,15 +214,30 @@ def _known_metric(metric: Any) -> Any:
     return metric
 
 
-def _limit(effort: str, max_passes: float | None, cells: int) -> float:
+def _check_labels(damage: Damage, given: Mapping[str, list[Batch]]) -> None:
+    if damage.own or damage.metric == "kl":
+        return
+    for name, part in given.items():
+        for number, batch in enumerate(part):
+            if targets_of(batch) is None:
+                raise EstimatorError(
+                    f"the {damage.metric} needs labels, batch {number} of {name} has none; give batches (inputs, targets), "
+                    "or the metric 'kl'"
+                )
+
+
+def _check_effort(effort: str, max_passes: float | None) -> None:
+    known = ("fast", "default", "thorough")
+    if effort not in known:
+        raise EstimatorError(f"unknown effort {effort!r}{nearest(effort, known)}")
+    if max_passes is not None and not (math.isfinite(max_passes) and max_passes > 0):
+        raise EstimatorError(f"max_passes={max_passes}, expected a finite number above 0")
+
+
+def _limit(effort: Effort, max_passes: float | None, cells: int) -> float:
     if max_passes is not None:
-        if not (math.isfinite(max_passes) and max_passes > 0):
-            raise EstimatorError(f"max_passes={max_passes}, expected a finite number above 0")
         return float(max_passes)
-    efforts = {"fast": 8.0, "default": 40.0 + cells, "thorough": 4 * (40.0 + cells)}
-    if effort not in efforts:
-        raise EstimatorError(f"unknown effort {effort!r}{nearest(effort, efforts)}")
-    return efforts[effort]
+    return {"fast": 8.0, "default": 40.0 + cells, "thorough": 4 * (40.0 + cells)}[effort]
 
 
 def _check_identity(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:

@@ -59,11 +59,12 @@ def input_statistics(
         EstimatorError: for unusable data, or an input that is not finite.
     """
     data = collect(batches)
-    found = [name for name, module in model.named_modules() if _has_patches(module)] if names is None else names
-    sums = {name: _Sums(name, model.get_submodule(name)) for name in found}
-    with preserved(model), torch.no_grad(), inputs({model.get_submodule(name): s.add for name, s in sums.items()}):
-        for batch in data:
-            call(model, batch)
+    with preserved(model), torch.no_grad():
+        found = [name for name, module in model.named_modules() if _has_patches(module)] if names is None else names
+        sums = {name: _Sums(name, model.get_submodule(name)) for name in found}
+        with inputs({model.get_submodule(name): s.add for name, s in sums.items()}):
+            for batch in data:
+                call(model, batch)
     return {name: s.means() for name, s in sums.items() if s.patches}
 
 

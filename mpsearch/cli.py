@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import mpsearch as mps
-from mpsearch import export_command, import_command, report
+from mpsearch import export_command, import_command, report, show_command
 from mpsearch.loading import UsageError, call, load, part
 from mpsearch.problem import attainable, uniform
 
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the estimator")
     profile.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
     profile.add_argument("--loss", help="kl (default), cross-entropy, or file.py:function(model, batch)")
-    profile.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    show_command.add_layer_arguments(profile)
     profile.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
     profile.add_argument("--resources", default="memory_bytes,bitops", help="columns (default: %(default)s)")
     profile.add_argument("-o", "--out", required=True, metavar="FILE", help="table, .csv or .npz")
@@ -138,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument("--front", action="store_true", help="measure a whole Pareto curve")
     search.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
     search.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
-    search.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    show_command.add_layer_arguments(search)
     search.add_argument("--resources", default="memory_bytes,bitops", help="to count (default: %(default)s)")
     search.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
     search.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
@@ -212,8 +212,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     import_command.add_arguments(imported)
 
-    show = command("show", _show, "print a plan or a table", "show plan.json")
-    show.add_argument("file", help="plan (.json) or cost table (.csv, .npz)")
+    show = command(
+        "show",
+        _show,
+        "print a plan, a table, or the layers and groups of a model",
+        "show nets.py:resnet --data nets.py:batches",
+    )
+    show.add_argument("file", metavar="FILE|MODEL", help="plan (.json), cost table (.csv, .npz), or file.py:function")
+    show_command.add_arguments(show)
 
     compare = command(
         "compare",
@@ -278,8 +284,9 @@ def _profile(options: argparse.Namespace) -> None:
     loss = options.loss if options.loss in (None, "kl", "cross-entropy") else load(options.loss, "loss")
     model, data = _model(options.model), list(call(options.data, "data"))
     precisions = mps.precisions(options.precisions)
+    layers = show_command.layers(model, data, options)
     if sys.stderr.isatty() and not options.quiet:  # beside the progress bar
-        passes = mps.forecast(model, data, estimator, precisions, exclude=options.exclude)
+        passes = mps.forecast(model, data, estimator, precisions, layers=layers)
         if passes is not None:
             print(
                 f"mpsearch: {estimator!r}: at most {report.passes(passes.forward, passes.backward)} over the data",
@@ -291,7 +298,7 @@ def _profile(options: argparse.Namespace) -> None:
         estimator,
         precisions,
         loss=loss,
-        exclude=options.exclude,
+        layers=layers,
         resources=[name.strip() for name in options.resources.split(",") if name.strip()],
         checkpoint=options.checkpoint,
         progress=not options.quiet,
@@ -337,7 +344,7 @@ def _search(options: argparse.Namespace) -> None:
         tolerance=options.tolerance,
         minimize=options.minimize,
         front=options.front,
-        exclude=options.exclude,
+        layers=show_command.layers(model, data, options),
         resources=[name.strip() for name in options.resources.split(",") if name.strip()],
         checkpoint=options.checkpoint,
         previous=options.previous,
@@ -503,9 +510,15 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
+    if ":" in options.file and not Path(options.file).exists():
+        if options.data is None:
+            raise UsageError("a model is shown by running it: give --data")
+        content, text = show_command.run(_model(options.file), list(call(options.data, "data")), options)
+        _emit(options, content, lambda: text)
+        return
     if options.file.endswith(".json"):
         plan = mps.Plan.load(options.file)
-        content: dict[str, Any] = {
+        content = {
             "layers": {name: str(precision) for name, precision in plan.items()},
             **{key: dict(getattr(plan, key)) for key in ("budget", "predicted", "usage", "origin")},
         }

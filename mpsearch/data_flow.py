@@ -39,7 +39,7 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example: Batch, obs
 
     Args:
         model: comes back as it was.
-        layers: modules by name; what happens inside them is not looked at.
+        layers: modules by name; what they return counts as made by them alone.
         example: one batch.
         observer: called with each call of a layer.
 
@@ -86,7 +86,6 @@ class _Recorder(TorchDispatchMode):
         self.flow = DataFlow()
         self.makers: dict[int, frozenset[str]] = {}
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
-        self.depth = 0
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -96,20 +95,16 @@ class _Recorder(TorchDispatchMode):
         place = _storage(x)
         read = (place, self.writes.get(place, 0), x.storage_offset(), tuple(x.shape), x.stride())
         self.flow.reads.setdefault(name, []).append(read)
-        self.depth += 1
 
     def leave(self, name: str, output: Tensor) -> None:
-        self.depth -= 1
-        if not self.depth:
-            self.makers[_storage(output)] = frozenset([name])
+        self.makers[_storage(output)] = frozenset([name])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(_tensors((args, kwargs)))
         read = {_storage(tensor) for tensor in given}
         makers = frozenset[str]().union(*(self.makers.get(place, frozenset()) for place in read))
-        if not self.depth:
-            self._meet(func.overloadpacket.__name__, given)
+        self._meet(func.overloadpacket.__name__, given)
         for tensor in _tensors(result):
             place = _storage(tensor)
             if place not in read or func._schema.is_mutable:

@@ -112,7 +112,7 @@ class _Case:
     groups: Mapping[str, tuple[str, ...]] | None = None
 
     def layers(self) -> list[Layer]:
-        return find_layers(self.model, self.batches[0], groups=self.groups or "auto")
+        return find_layers(self.model, self.batches[0], groups=self.groups or "auto", cut=["*"])
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ def element_of(name: str) -> str | None:
     return name.removeprefix("bfp") if name.startswith("bfp") else None
 
 
-def fit_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
+def fit_blocks(blocks: Tensor, name: str, largest: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """The stored scales of a block format.
 
     MX (OCP microscaling, 2023, section 6.3) and block floating point: 2^(floor(log2 max|x|) - emax), as E8M0, the exponent
@@ -244,13 +244,14 @@ def fit_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor | None]:
     Args:
         blocks: (S, size), float32 or float64.
         name: the format.
+        largest: max|x| of the tensor, where these are a part of its blocks.
 
     Returns:
         (S, 1) uint8, and the scale of the tensor, (1,) float32, or None.
     """
     top = blocks.abs().amax(1, keepdim=True)
     if name == "nvfp4":
-        whole = (top.max() / (6.0 * 448.0)).float().reshape(1)
+        whole = ((top.max() if largest is None else largest) / (6.0 * 448.0)).float().reshape(1)
         whole = torch.where(whole > 0, whole, torch.ones_like(whole))
         kept = round_minifloat(top / 6.0 / whole.to(top.dtype), "fp8_e4m3")
         kept = torch.where(top > 0, kept.clamp(min=2.0**-9), kept)
@@ -273,7 +274,7 @@ def block_scales(stored: Tensor, whole: Tensor | None, name: str, dtype: torch.d
     return torch.ldexp(torch.ones_like(stored, dtype=dtype), stored.int() - 127 - shift)
 
 
-def quantize_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_blocks(blocks: Tensor, name: str, largest: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Values, stored scales and scale of the tensor of a block format; see `fit_blocks`.
 
     >>> quantize_blocks(torch.tensor([[5.0, 0.3, -1.9]]), "mxfp4")
@@ -281,6 +282,6 @@ def quantize_blocks(blocks: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor |
     """
     element = element_of(name)
     assert element is not None
-    stored, whole = fit_blocks(blocks, name)
+    stored, whole = fit_blocks(blocks, name, largest)
     steps = block_scales(stored, whole, name, blocks.dtype)
     return round_to_grid(blocks, steps, torch.zeros_like(steps), grid_of(element, True)), stored, whole

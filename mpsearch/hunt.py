@@ -37,10 +37,15 @@ class Hunt:
     def __post_init__(self) -> None:
         self.posterior = Posterior(self.prior)
 
-    def open(self, plans: Sequence[Options]) -> None:
-        """Measure the first plans, and set the scale of the prior by them."""
+    @property
+    def least(self) -> float:
+        """Damage of the best plan so far."""
+        return self.record.measured[tuple(self.record.best.tolist())]
+
+    def open(self, plans: Sequence[Options], enough: Callable[[], bool]) -> None:
+        """Measure the first plans, the very first whatever it costs, and set the scale of the prior by them."""
         for options in plans:
-            if self.record.new(options) and self.record.fits(options):
+            if self.record.new(options) and self.record.fits(options) and not (self.record.measured and enough()):
                 self.measure(options)
         self._learn()
 
@@ -71,7 +76,7 @@ class Hunt:
                     continue
                 idle = 0
                 value = self.measure(options)
-                if _near(value, self.record.measured[tuple(self.record.best.tolist())]):
+                if _near(value, self.least):
                     self.posterior.add(options, value)
 
     def measure(self, options: Options) -> float:
@@ -104,7 +109,8 @@ class Hunt:
         rows = np.arange(len(self.prior))
         least = min(self.record.measured.values())
         near = [(np.array(key), value) for key, value in self.record.measured.items() if _near(value, least)]
-        ratios = [value / self.prior[rows, options].sum() for options, value in near if value > 0]
+        expected = [float(self.prior[rows, options].sum()) for options, _ in near]
+        ratios = [value / sum_ for (_, value), sum_ in zip(near, expected, strict=True) if value > 0 and sum_ > 0]
         scale = float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
         self.posterior = Posterior(self.prior * scale)
         for options, value in near:

@@ -20,6 +20,7 @@ class Layer:
         macs: multiply-accumulates for one sample.
         group: layers with the same non-empty group share one precision.
         dtype: type in which the unquantized weight is stored.
+        target: name of the tool that will carry the plan out; what it cannot express is not allowed. Empty: any.
 
     >>> Layer("conv1", "conv2d", (16, 3, 3, 3), macs=442368).numel
     432
@@ -31,6 +32,7 @@ class Layer:
     macs: int = 0
     group: str = ""
     dtype: str = "float32"
+    target: str = ""
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -1,7 +1,7 @@
 """Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,19 +41,24 @@ class Damage:
     higher_is_better: bool = False
 
     @property
+    def own(self) -> bool:
+        """True for a metric of one's own, which runs the model itself."""
+        return callable(self.metric)
+
+    @property
     def unit(self) -> str:
         """`nats`, or `relative` for what is no divergence or loss."""
         return "nats" if self.metric in ("kl", "loss") else "relative"
 
     def of(
-        self, model: nn.Module, batch: Batch, predicted: Predicted, reference: Predicted | None
+        self, model: nn.Module, batch: Batch, predicted: Predicted | None, reference: Predicted | None
     ) -> tuple[Floats, Floats]:
         """What the model, as it stands, does on one batch.
 
         Args:
-            model: the model; run again for a metric of one's own.
+            model: the model; run for a metric of one's own.
             batch: the batch.
-            predicted: logits, labels and samples of its predictions (`model.predictions`).
+            predicted: logits, labels and samples of its predictions (`model.predictions`); None for a metric of one's own.
             reference: those of the unquantized model; None where this is it.
 
         Returns:
@@ -67,6 +72,7 @@ class Damage:
         if callable(self.metric):
             value = float(self.metric(model, batch)) * (-1.0 if self.higher_is_better else 1.0)
             return np.array([value * count]), np.array([float(count)])
+        assert predicted is not None
         logits, labels, index = predicted
         if self.metric == "kl":
             values = kl_divergence(logits if reference is None else reference[0], logits)
@@ -135,13 +141,13 @@ class Spending:
         limit: passes over all parts of the data; a backward pass counts 2.
         used: taken so far; results found in the checkpoint count as if they had been run, so that an interrupted search goes
             on as it would have.
-        free: results found in the checkpoint cost nothing: they are those of an earlier search.
+        free: names of results in the checkpoint that cost nothing: they are those of an earlier search.
         watch: is told of every charge.
     """
 
     limit: float
     used: float = 0.0
-    free: bool = False
+    free: Container[str] = ()
     watch: Callable[[float], object] | None = None
 
     @property
@@ -149,9 +155,9 @@ class Spending:
         """Passes left."""
         return self.limit - self.used
 
-    def charge(self, passes: float, *, found: bool) -> None:
-        """Count passes that were run, or were `found` in the checkpoint."""
-        if not (found and self.free):
+    def charge(self, passes: float, found: str | None = None) -> None:
+        """Count passes that were run, or whose result was `found` in the checkpoint under this name."""
+        if found not in self.free:
             self.used += passes
             if self.watch is not None:
                 self.watch(passes)
@@ -179,15 +185,20 @@ class PlanMeter:
     spending: Spending
     known: dict[tuple[int, ...], Measurement] = field(default_factory=dict)
     _references: dict[int, "_Reference"] = field(default_factory=dict)
-    _paid: set[int] = field(default_factory=set)
-    _run: set[int] = field(default_factory=set)
+    _runs: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # of the model for each batch of a plan
+    _paid: set[int] = field(default_factory=set)  # batches that the unquantized model has been charged for
+    _again: bool = False  # it runs again for each plan
 
     def __post_init__(self) -> None:
         self._sizes = [samples(batch) for batch in self.batches]
-        one = callable(self.damage.metric)
         #: numbers in a measurement once a batch is done
-        self._ends = np.cumsum([1] * len(self._sizes) if one else self._sizes).tolist()
+        self._ends = np.cumsum([1] * len(self._sizes) if self.damage.own else self._sizes).tolist()
         self.share = sum(self._sizes) / self.total
+
+    @property
+    def price(self) -> float:
+        """Passes that a plan takes at most: its own, and those of the unquantized model where these have to be repeated."""
+        return self.share * (2 if self._again else 1)
 
     def measure(self, options: Options, stop: Callable[[Measurement], bool] | None = None) -> Measurement:
         """The damage of a plan on this part.
@@ -201,31 +212,19 @@ class PlanMeter:
         """
         key = tuple(int(p) for p in options)
         seen = self.known.get(key)
-        stored = self._stored(key) if seen is None or len(seen.sums) < self._ends[-1] else seen
+        done = 0 if seen is None else self._ends.index(len(seen.sums)) + 1
+        stored = self._stored(key) if done < len(self._ends) else None
         made: Made | None = None
-        for number, end in enumerate(self._ends):
-            if seen is not None and len(seen.sums) >= end:
-                continue
-            if stored is not None and len(stored.sums) >= end:
-                self._touch(number, found=True)
-                self._spend(number, found=True)
-                seen = stored.first(end)
+        for number in range(done, len(self._ends)):
+            if stored is not None and number < len(stored.runs):
+                seen = self._repeated(key, stored, number)
             else:
-                self._touch(number, found=False)
                 made = self.made(np.array(key)) if made is None else made
                 seen = self._longer(key, seen, made, number)
-                self._store(key, seen)
+            self.known[key] = seen
             if stop is not None and number + 1 < len(self._ends) and stop(seen):
                 break
-        assert seen is not None
-        self.known[key] = seen
-        return seen
-
-    def _touch(self, number: int, *, found: bool) -> None:
-        """The first plan on a batch pays for the unquantized model."""
-        if number not in self._paid:
-            self.spending.charge(self._sizes[number] / self.total, found=found)
-            self._paid.add(number)
+        return self.known[key]
 
     def complete(self, options: Options) -> bool:
         """True where a plan has been measured on the whole part."""
@@ -235,7 +234,7 @@ class PlanMeter:
     def count(self, size: int) -> None:
         """Somebody else has run the model on so many samples."""
         self.setting.passes.add(self.total, forward=size)
-        self.spending.charge(size / self.total, found=False)
+        self.spending.charge(size / self.total)
 
     def made(self, options: Options) -> "Made":
         """What puts a plan (U,) into the model."""
@@ -256,70 +255,106 @@ class PlanMeter:
     def _longer(self, key: tuple[int, ...], seen: Measurement | None, made: "Made", number: int) -> Measurement:
         """A measurement with one more batch."""
         model, batch = self.setting.model, self.batches[number]
-        reference = self._reference(number)
+        reference, runs = self._reference(number)
+        runs += 1
         with torch.no_grad(), weights(made.values), inputs(made.functions):
-            found = predictions(model, call(model, batch), batch)
+            found = self._predicted(batch)
             sums, counts = self.damage.of(model, batch, found, reference.predicted)
-        self._spend(number, found=False)
+        self.setting.passes.add(self.total, forward=self._sizes[number])
+        self.spending.charge(runs * self._sizes[number] / self.total)
         change = sums if self.damage.metric == "kl" else sums - reference.sums
-        if not (np.isfinite(change).all() and torch.isfinite(found[0]).all()):
+        if not (np.isfinite(change).all() and (found is None or torch.isfinite(found[0]).all())):
             raise EstimatorError(
                 f"the damage of a plan is not finite ({self.name} part, batch {number}): "
                 + " ".join(
                     f"{unit.name}={self.setting.precisions[p]}" for unit, p in zip(self.setting.units, key, strict=True)
                 )
             )
-        before = Measurement(np.zeros(0), np.zeros(0)) if seen is None else seen
-        return Measurement(np.append(before.sums, change), np.append(before.counts, counts))
+        sums, counts = (
+            (change, counts) if seen is None else (np.append(seen.sums, change), np.append(seen.counts, counts))
+        )
+        every = self._runs.setdefault(key, [])
+        every.append(runs)
+        self.setting.checkpoint.put(
+            self._name(key),
+            {
+                "sums": torch.from_numpy(sums),
+                "counts": torch.from_numpy(counts),
+                "runs": every,
+                "again": self._again,
+            },
+        )
+        return Measurement(sums, counts)
 
-    def _reference(self, number: int) -> "_Reference":
-        """What the unquantized model does on a batch; kept, up to `REFERENCE_BYTES` of logits."""
+    def _repeated(self, key: tuple[int, ...], stored: "_Stored", number: int) -> Measurement:
+        """A measurement with one more batch, from the checkpoint; it is charged what it took."""
+        name = self._name(key)
+        self.spending.charge(stored.runs[number] * self._sizes[number] / self.total, name)
+        self._runs.setdefault(key, []).append(stored.runs[number])
+        self._again |= stored.again
+        if name not in self.spending.free:
+            self._paid.add(number)
+        return stored.measurement.first(self._ends[number])
+
+    def _predicted(self, batch: Batch) -> Predicted | None:
+        """Predictions of the model as it stands; a metric of one's own runs it by itself."""
+        model = self.setting.model
+        return None if self.damage.own else predictions(model, call(model, batch), batch)
+
+    def _reference(self, number: int) -> tuple["_Reference", int]:
+        """What the unquantized model does on a batch; kept, for the first batches, up to `REFERENCE_BYTES` of logits.
+
+        Which ones are kept, and so what plans cost, does not depend on the order in which batches are run.
+
+        Returns:
+            predictions and sums, and how many runs are to be charged for them.
+        """
         if number in self._references:
-            return self._references[number]
-        model, batch = self.setting.model, self.batches[number]
+            return self._references[number], 0
+        model, batch, size = self.setting.model, self.batches[number], self._sizes[number]
         with torch.no_grad():
-            predicted = predictions(model, call(model, batch), batch)
+            predicted = self._predicted(batch)
             sums, _ = self.damage.of(model, batch, predicted, None)
-        if number in self._run:
-            self._spend(number, found=False)
-        else:  # `_touch` has charged it
-            self.setting.passes.add(self.total, forward=self._sizes[number])
-            self._run.add(number)
         made = _Reference(predicted, sums)
-        held = sum(kept.bytes for kept in self._references.values())
-        if held + made.bytes <= REFERENCE_BYTES:
+        fits = made.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
+        if fits:
             self._references[number] = made
-        return made
-
-    def _spend(self, number: int, *, found: bool) -> None:
-        if not found:
-            self.setting.passes.add(self.total, forward=self._sizes[number])
-        self.spending.charge(self._sizes[number] / self.total, found=found)
+        self._again |= not fits
+        self.setting.passes.add(self.total, forward=size)
+        charged = number not in self._paid or not fits
+        self._paid.add(number)
+        return made, int(charged)
 
     def _name(self, key: tuple[int, ...]) -> str:
         return f"plan | {self.name} | {' '.join(str(self.setting.precisions[p]) for p in key)}"
 
-    def _stored(self, key: tuple[int, ...]) -> Measurement | None:
-        stored = self.setting.checkpoint.get(self._name(key))
-        return None if stored is None else Measurement(stored["sums"].numpy(), stored["counts"].numpy())
+    def _stored(self, key: tuple[int, ...]) -> "_Stored | None":
+        found = self.setting.checkpoint.get(self._name(key))
+        if found is None:
+            return None
+        return _Stored(Measurement(found["sums"].numpy(), found["counts"].numpy()), found["runs"], found["again"])
 
-    def _store(self, key: tuple[int, ...], found: Measurement) -> None:
-        self.setting.checkpoint.put(
-            self._name(key), {"sums": torch.from_numpy(found.sums), "counts": torch.from_numpy(found.counts)}
-        )
+
+@dataclass(frozen=True, eq=False)
+class _Stored:
+    """A measurement as the checkpoint has it."""
+
+    measurement: Measurement
+    runs: list[int]
+    again: bool
 
 
 @dataclass(frozen=True, eq=False)
 class _Reference:
     """Of the unquantized model on one batch."""
 
-    predicted: Predicted
+    predicted: Predicted | None
     sums: Floats
 
     @property
     def bytes(self) -> int:
         """Size of the logits."""
-        return self.predicted[0].numel() * self.predicted[0].element_size()
+        return 0 if self.predicted is None else self.predicted[0].numel() * self.predicted[0].element_size()
 
 
 @dataclass(frozen=True, eq=False)

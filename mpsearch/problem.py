@@ -235,13 +235,17 @@ def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
 
 
 def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
-    """Least and most use of each resource by any plan, fixed part included."""
+    """Least and most use of each resource by any plan, fixed part included; of a peak the least is a lower bound."""
     found = {}
     for name, values in table.usage.items():
         fixed = table.fixed_usage.get(name, 0.0)
         low = np.where(table.allowed, values, np.inf).min(axis=1)
         high = np.where(table.allowed, values, -np.inf).max(axis=1)
         found[name] = (math.fsum(low.tolist()) + fixed, math.fsum(high.tolist()) + fixed)
+    for name, peak in table.peaks.items():
+        low = np.where(table.allowed, peak.usage, np.inf).min(axis=2).sum(axis=1) + peak.fixed
+        high = np.where(table.allowed, peak.usage, -np.inf).max(axis=2).sum(axis=1) + peak.fixed
+        found[name] = (float(low.max()), float(high.max()))
     return found
 
 

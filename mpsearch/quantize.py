@@ -31,6 +31,8 @@ _NEIGHBOURS = (0.5, -0.5, 1.0, -1.0, 1.5, -1.5, 2.0, -2.0)
 #: Elements worked on at once: few enough for the cache of a processor, enough to fill a graphics card.
 _CHUNK = {"cpu": 1 << 17}
 _CHUNK_ELSEWHERE = 1 << 23
+#: Fewer are not worth the calls.
+_LEAST_CHUNK = 1 << 16
 #: Every so many factors the search looks whether smaller ones can still win.
 _CHECK = 5
 #: Elements of a row that a scale must meet exactly before the rest is looked at.
@@ -80,29 +82,64 @@ class RoundToNearest:
         """
         if not precision.quantizes_weight:
             return weight
-        return self.codes(weight, precision).values()
+        return self._codes(weight, precision, weight.dtype).values()
 
     def codes(self, weight: Tensor, precision: Precision) -> "Codes":
         """Codes, scales and zero-points of a weight; see `__call__`."""
-        if not torch.isfinite(weight).all():
-            raise EstimatorError(f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite")
-        name = precision.weight
-        rows = self._rows(weight, precision)
-        if name in CASTS:
-            found = Codes(precision, weight, _cast(rows, name))
-        elif name in ggml.TYPES:
-            blocks = ggml.quantize(rows, name)
-            found = Codes(precision, weight, ggml.dequantize(blocks, name), blocks=blocks)
-        elif (element := element_of(name)) is not None:
-            values, scales, whole = quantize_blocks(rows, name)
-            found = Codes(precision, weight, values, scales, None, grid_of(element, True), whole)
-        else:
-            grid = grid_of(name, self.symmetric)
-            size = _CHUNK.get(rows.device.type, _CHUNK_ELSEWHERE)
-            parts = [self._search(part, grid, weight.dtype) for part in rows.split(max(1, size // rows.shape[1]))]
-            values, scales, zeros = (torch.cat(part) for part in zip(*parts, strict=True))
-            found = Codes(precision, weight, values, scales, zeros if grid.asymmetric else None, grid)
-        if not torch.isfinite(found.rounded.to(weight.dtype)).all():
+        return self._codes(weight, precision, torch.promote_types(weight.dtype, torch.float32))
+
+    def _codes(self, weight: Tensor, precision: Precision, kept: torch.dtype) -> "Codes":
+        """The same with rounded values in the dtype `kept`; a part of the rows at a time, so that little is held beside them."""
+        greatest = _check_finite(weight)
+        name, size = precision.weight, group_of(precision)
+        flat = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
+        scaled = name not in CASTS and name not in ggml.TYPES
+        if size is None and self.granularity == "tensor" and scaled:
+            flat = flat.reshape(1, -1)
+        groups = 1 if size is None else -(-flat.shape[1] // size)
+        rounded = flat.new_empty((len(flat) * groups, size or flat.shape[1]), dtype=kept)
+        element = element_of(name)
+        grid = grid_of(element or name, self.symmetric or element is not None) if scaled else None
+        scales: list[Tensor] = []
+        zeros: list[Tensor] = []
+        blocks: Tensor | None = None
+        if name in ggml.TYPES:
+            kind = ggml.TYPES[name]
+            blocks = flat.new_empty((len(flat), flat.shape[1] // kind.size * kind.nbytes), dtype=torch.uint8)
+        whole: Tensor | None = None
+        at, step = 0, _chunk(weight) // (1 if blocks is None else 2)  # GGUF types take more beside them
+        for part in flat.split(max(1, step // max(1, flat.shape[1]))) if weight.numel() else ():
+            rows = part if size is None else _blocks(_wide(part), size)
+            out = rounded[at : at + len(rows)]
+            at += len(rows)
+            if name in CASTS:
+                out.copy_(_cast(_wide(rows), name))
+            elif blocks is not None:
+                made = ggml.quantize(_wide(rows), name)
+                blocks[at - len(rows) : at] = made
+                out.copy_(ggml.dequantize(made, name))
+            elif element is not None:
+                values, stored, whole = quantize_blocks(rows, name, greatest)
+                out.copy_(values)
+                scales.append(stored)
+            else:
+                assert grid is not None
+                scale, zero = self._search(rows, grid, weight.dtype)
+                for columns, target in zip(_pieces(rows), _pieces(out), strict=True):
+                    target.copy_(round_to_grid(_wide(columns), scale, zero, grid))
+                scales.append(scale)
+                zeros.append(zero)
+        found = Codes(
+            precision,
+            weight,
+            rounded,
+            torch.cat(scales) if scales else None,
+            torch.cat(zeros) if grid is not None and grid.asymmetric and zeros else None,
+            grid,
+            whole,
+            blocks,
+        )
+        if weight.numel() and not torch.isfinite(torch.stack(rounded.aminmax()).to(weight.dtype)).all():
             raise EstimatorError(
                 f"weights from {float(weight.min()):.3g} to {float(weight.max()):.3g} overflow: the scale or a rounded "
                 f"weight is beyond the greatest number of {str(weight.dtype).removeprefix('torch.')}, "
@@ -165,22 +202,13 @@ class RoundToNearest:
         if element_of(name) is not None:
             values = quantize_blocks(blocks, name)[0]
         else:
-            values, _, _ = self._search(blocks, grid_of(name, True), rows.dtype)
+            grid = grid_of(name, True)
+            values = round_to_grid(blocks, *self._search(blocks, grid, rows.dtype), grid)
         return values.reshape(len(rows), -1)[:, : rows.shape[1]]
 
-    def _rows(self, weight: Tensor, precision: Precision) -> Tensor:
-        """(S, n) one row a scale, float32 or wider; short last groups are padded with zeros."""
-        flat = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
-        flat = flat.float() if weight.dtype in (torch.float16, torch.bfloat16) else flat
-        size = group_of(precision)
-        if size is not None:
-            return _blocks(flat, size)
-        whole = self.granularity == "tensor" and precision.weight not in ggml.TYPES
-        return flat.reshape(1, -1) if whole else flat
-
-    def _search(self, rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Values, scales as they are stored, and zero-points."""
-        low, high = rows.aminmax(dim=1, keepdim=True)
+    def _search(self, rows: Tensor, grid: Grid, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Scales as they are stored, and zero-points."""
+        low, high = (_wide(extreme) for extreme in rows.aminmax(dim=1, keepdim=True))
         full, _ = grid.fit(low, high)
         scales, zeros = _stored(full, low, grid, dtype)
         best = _error(rows, scales, zeros, grid, dtype)
@@ -203,7 +231,7 @@ class RoundToNearest:
             exact = (_error(rows, s, z, grid, dtype) == 0) & (best > 0)
             best = torch.where(exact, torch.zeros_like(best), best)
             scales, zeros = torch.where(exact, s, scales), torch.where(exact, z, zeros)
-        return round_to_grid(rows, scales, zeros, grid), scales, zeros
+        return scales, zeros
 
 
 def group_of(precision: Precision) -> int | None:
@@ -224,9 +252,41 @@ def group_of(precision: Precision) -> int | None:
     return size
 
 
+def _check_finite(weight: Tensor) -> Tensor:
+    """The greatest magnitude of a weight, float32 or wider.
+
+    Raises:
+        EstimatorError: where a weight is not finite.
+    """
+    if not weight.numel():
+        return weight.new_zeros((), dtype=torch.float32)
+    greatest = torch.stack(weight.aminmax()).abs().max()  # no copy of a large layer
+    if not torch.isfinite(greatest):
+        raise EstimatorError(f"{int((~torch.isfinite(weight)).sum())} of {weight.numel()} weights are not finite")
+    return _wide(greatest)
+
+
+def _chunk(weight: Tensor) -> int:
+    """Elements worked on at once: what is held beside them stays small against the weight."""
+    most = _CHUNK.get(weight.device.type, _CHUNK_ELSEWHERE)
+    return max(_LEAST_CHUNK, min(most, weight.numel() * weight.element_size() // 32))
+
+
+def _pieces(rows: Tensor) -> tuple[Tensor, ...]:
+    """(S, n) cut along long rows."""
+    pieces: tuple[Tensor, ...] = rows.split(_CHUNK.get(rows.device.type, _CHUNK_ELSEWHERE), dim=1)
+    return pieces
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32, or wider where it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _blocks(flat: Tensor, size: int) -> Tensor:
     """(N, K) cut into rows of `size`, the last ones filled up with zeros."""
-    return torch.nn.functional.pad(flat, (0, -flat.shape[1] % size)).reshape(-1, size)
+    short = -flat.shape[1] % size
+    return (torch.nn.functional.pad(flat, (0, short)) if short else flat).reshape(-1, size)
 
 
 def _cast(x: Tensor, name: str) -> Tensor:
@@ -248,8 +308,11 @@ def _stored(scale: Tensor, low: Tensor, grid: Grid, dtype: torch.dtype) -> tuple
 
 def _error(rows: Tensor, scale: Tensor, zero: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
     """(S, 1) squared error of the values as they are stored."""
-    gap = round_to_grid(rows, scale, zero, grid).to(dtype) - rows
-    return gap.double().square_().sum(1, keepdim=True)
+    total = torch.zeros_like(scale, dtype=torch.float64)
+    for piece in map(_wide, _pieces(rows)):
+        gap = round_to_grid(piece, scale, zero, grid).to(dtype) - piece
+        total += gap.double().square_().sum(1, keepdim=True)
+    return total
 
 
 def _clipping(rows: Tensor, low: Tensor, high: Tensor, scale: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
@@ -262,7 +325,10 @@ def _clipping(rows: Tensor, low: Tensor, high: Tensor, scale: Tensor, grid: Grid
     else:
         high = scale * grid.high * (1 + 2 * info.eps)
         low = -high
-    return (rows - rows.clamp(low, high)).double().square_().sum(1, keepdim=True)
+    total = torch.zeros_like(scale, dtype=torch.float64)
+    for piece in map(_wide, _pieces(rows)):
+        total += (piece - piece.clamp(low, high)).double().square_().sum(1, keepdim=True)
+    return total
 
 
 def _neighbours(full: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -35,6 +35,8 @@ def amount(resource: str, value: float) -> str:
         return _scaled(value, [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")])
     if resource.endswith("_s"):
         return _scaled(value, [(1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")])
+    if resource.endswith("_j"):
+        return _scaled(value, [(1, "J"), (1e-3, "mJ"), (1e-6, "uJ"), (1e-9, "nJ")])
     if resource.endswith("_bits"):
         return f"{value:.2f}"
     return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")])

@@ -1,7 +1,7 @@
 """Plans measured on data that the search never saw."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from mpsearch.evaluation import Evaluation
 from mpsearch.model import Batch, call, predictions, samples
 from mpsearch.perturb import inputs, weights
 from mpsearch.plan_meter import Damage, Measurement, PlanMeter
+
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,29 +45,59 @@ def report_on(
     Returns:
         name -> what was found.
     """
-    metric = damage.metric if callable(damage.metric) else None
     made = {name: meter.made(options) for name, options in plans.items()}
-    plain, tallies = Tally(metric, None), {name: Tally(metric, None) for name in plans}
-    found: dict[str, list[tuple[NDArray[np.float64], NDArray[np.float64]]]] = {name: [] for name in plans}
+    plain, tallies = Tally(None, None), {name: Tally(None, None) for name in plans}
+    reference, scores = _Scores(), {name: _Scores() for name in plans}
+    runs = 2 if damage.own else 1  # a metric of one's own runs the model itself
     model = setting.model
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            reference = predictions(model, call(model, batch), batch)
-            plain.add(model, batch, reference, None, number)
-            before, counts = damage.of(model, batch, reference, None)
-            meter.count(samples(batch))
+            before = predictions(model, call(model, batch), batch)
+            plain.add(model, batch, before, None, number)
+            reference.add(*damage.of(model, batch, before, None))
+            meter.count(runs * samples(batch))
             for name in plans:
                 with weights(made[name].values), inputs(made[name].functions):
-                    predicted = predictions(model, call(model, batch), batch)
-                    tallies[name].add(model, batch, predicted, reference[0], number)
-                    after, _ = damage.of(model, batch, predicted, reference)
-                meter.count(samples(batch))
-                found[name].append((after if damage.metric == "kl" else after - before, counts))
-    unquantized = plain.result(None)
+                    after = predictions(model, call(model, batch), batch)
+                    tallies[name].add(model, batch, after, before[0], number)
+                    scores[name].add(*damage.of(model, batch, after, before))
+                meter.count(runs * samples(batch))
+    unquantized = _evaluation(plain.result(None), reference.measurement, damage)
     return {
         name: Reported(
-            tallies[name].result(unquantized),
-            Measurement(np.concatenate([s for s, _ in parts]), np.concatenate([c for _, c in parts])),
+            _evaluation(tallies[name].result(unquantized), found.measurement, damage), found.over(reference, damage)
         )
-        for name, parts in found.items()
+        for name, found in scores.items()
     }
+
+
+@dataclass(eq=False)
+class _Scores:
+    """What is searched for, batch by batch."""
+
+    sums: list[Floats] = field(default_factory=list)
+    counts: list[Floats] = field(default_factory=list)
+
+    def add(self, sums: Floats, counts: Floats) -> None:
+        """Of one batch."""
+        self.sums.append(sums)
+        self.counts.append(counts)
+
+    @property
+    def measurement(self) -> Measurement:
+        """Of all batches."""
+        return Measurement(np.concatenate(self.sums), np.concatenate(self.counts))
+
+    def over(self, reference: "_Scores", damage: Damage) -> Measurement:
+        """The rise over the unquantized model."""
+        found = self.measurement
+        if damage.metric == "kl":
+            return found
+        return Measurement(found.sums - reference.measurement.sums, found.counts)
+
+
+def _evaluation(found: Evaluation, score: Measurement, damage: Damage) -> Evaluation:
+    """With the mean of a metric of one's own."""
+    if not damage.own:
+        return found
+    return replace(found, metric=-score.value if damage.higher_is_better else score.value, metric_se=score.se)

@@ -53,7 +53,7 @@ def _gradients(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         return torch.einsum("nti,nto->noi", x.flatten(1, -2), g.flatten(1, -2))
     if type(module).__name__ == "Conv1D":
         return torch.einsum("nti,nto->nio", x.flatten(1, -2), g.flatten(1, -2))
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:  # some scale or shift
         return _embedding(module, x, g)
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
         return _convolution(module, x, g)

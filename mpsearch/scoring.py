@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from mpsearch.estimator import Estimator, Setting
 from mpsearch.identity import described, digest
 from mpsearch.logit_shift import LogitShift, Surrogate, surrogate
 from mpsearch.plan_meter import Spending
+from mpsearch.prefix import record
 from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputGradient
 from mpsearch.table import Array, CostTable
 
@@ -51,8 +53,8 @@ def scores(
     rows: np.ndarray[tuple[int], np.dtype[np.int64]],
     share: float,
     spending: Spending,
-    estimators: Sequence[Estimator] | None,
-    seed: int,
+    chosen: Mapping[str, Estimator],
+    members: Sequence[Estimator],
 ) -> Scores:
     """Fill the tables that the passes allow: one sweep of gradients, and one perturbation at a time.
 
@@ -62,16 +64,12 @@ def scores(
         rows: (L,) unit of each layer.
         share: of all samples that the score part has.
         spending: is charged.
-        estimators: instead of the default ones.
-        seed: of the default ones.
+        chosen: name of a table -> its estimator (`starting`).
+        members: these, and what runs along with them.
 
     Raises:
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
-    chosen = _chosen(setting, share, spending.limit, estimators, seed)
-    members = list(chosen.values())
-    if estimators is None and "kl-divergence" in chosen:
-        members.append(LogitShift())
     assert isinstance(setting.checkpoint, Checkpoint)
     made = profile(
         setting.model,
@@ -86,15 +84,19 @@ def scores(
     )
     key = f"search | tables | {digest(*map(described, members))}"
     spent = setting.checkpoint.get(key)
-    stored = spent is not None
     if spent is None:
-        passes = [made[family[0]].origin["passes"] for family in families(members)]
-        spent = share * sum(found["forward"] + 2 * found["backward"] for found in passes)
+        spent = share * sum(
+            _taken(setting, [members[place] for place in family], made[family[0]].origin["passes"])
+            for family in families(members)
+        )
         setting.checkpoint.put(key, spent)
-    spending.charge(spent, found=stored)
+        spending.charge(spent)
+    else:
+        spending.charge(spent, key)
     tables = {
         name: replace(
             table,
+            sensitivity=np.where(base.allowed, table.sensitivity, np.nan),
             usage=base.usage,
             fixed_usage=base.fixed_usage,
             reference_usage=base.reference_usage,
@@ -108,12 +110,20 @@ def scores(
     return Scores(tables, costs, geometric_mean(leading or list(costs.values())), surrogate(setting))
 
 
-def _chosen(
+def starting(
     setting: Setting, share: float, limit: float, estimators: Sequence[Estimator] | None, seed: int
-) -> dict[str, Estimator]:
-    """Estimators by the name of their table."""
+) -> tuple[dict[str, Estimator], list[Estimator]]:
+    """Estimators by the name of their table; and these with what runs along with them.
+
+    Args:
+        setting: score part, units, precisions.
+        share: of all samples that the score part has.
+        limit: passes of the whole search.
+        estimators: instead of the default ones.
+        seed: of the default ones.
+    """
     if estimators is not None:
-        return {_label(one, estimators): one for one in estimators}
+        return {_label(one, estimators): one for one in estimators}, list(estimators)
     draws = 2 if limit < FEW else 8
     chosen: dict[str, Estimator] = {
         "fisher-projection": FisherProjection(draws, seed=seed),
@@ -123,7 +133,37 @@ def _chosen(
     cost = measured.cost(len(setting.batches), len(setting.units), len(setting.precisions))
     if share * cost.forward < _MOST * limit:
         chosen["kl-divergence"] = measured
-    return chosen
+        return chosen, [*chosen.values(), LogitShift()]
+    return chosen, list(chosen.values())
+
+
+def forecast(setting: Setting, members: Sequence[Estimator]) -> float:
+    """Passes over the score part that estimators take at most, as far as they tell."""
+    return sum(_told(setting, [members[place] for place in family]) for family in families(members))
+
+
+def _told(setting: Setting, family: Sequence[Any]) -> float:
+    costs = [
+        one.cost(len(setting.batches), len(setting.units), len(setting.precisions))
+        for one in family
+        if hasattr(one, "cost")
+    ]
+    return max((c.forward for c in costs), default=0.0) + 2 * max((c.backward for c in costs), default=0.0)
+
+
+def _taken(setting: Setting, family: Sequence[Estimator], measured: Mapping[str, float]) -> float:
+    """Passes that a family took, the same number where it was interrupted and went on: then `measured` counts the last run alone."""
+    planned = _told(setting, family)
+    if all(type(one) in (KLDivergence, LogitShift) for one in family):  # re-runs skip what a perturbation cannot change
+        trace, _ = record(setting.model, setting.batches[0])
+        changing = sum(option.quantizes_weight or option.quantizes_activation for option in setting.precisions)
+        entries = [
+            trace.entry([setting.module(layer) for layer in unit.layers], list(setting.parameters(unit)))
+            for unit in setting.units
+        ]
+        planned = 2 + 2 / len(setting.batches) + changing * sum(map(trace.share, entries))
+    found = measured["forward"] + 2 * measured["backward"]
+    return planned if found <= planned * (1 + 1e-6) else found
 
 
 def _unit_costs(name: str, table: CostTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Array:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import errno
 import io
 import json
 import math
@@ -208,21 +209,27 @@ class SearchResult:
 
         path = Path(folder)
         content = _read(path / "summary.json")
+        if not (path / "passes.db").is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path / "passes.db"))
         tables = {name: CostTable.load(path / "tables" / f"{name}.csv") for name in content["tables"]}
         plans = MeasuredPlans.load(path / "plans.csv")
         posterior = tables["posterior"]
         plans = dataclasses.replace(plans, plans=tuple(with_usage(plan, posterior) for plan in plans.plans))
-        comparison = [_compared(one) for one in content["comparison"]]
         name = content["uniform"]
-        evaluations = {one.role: one.evaluation for one in comparison}
+        try:
+            comparison = [_compared(one) for one in content["comparison"]]
+            evaluations = {one.role: one.evaluation for one in comparison}
+            measured, uniform = evaluations["plan"], None if name is None else (name, evaluations["uniform"])
+        except (AttributeError, KeyError, TypeError) as error:
+            raise PlanError(f"{path / 'summary.json'}: the comparison is damaged ({error!r})") from None
         with Checkpoint(path / "passes.db", content["identity"]) as kept:
             finished = kept.rows()
         return cls(
             Plan.load(path / "plan.json"),
             content["verdict"],
             content["wins"],
-            evaluations["plan"],
-            None if name is None else (name, evaluations["uniform"]),
+            measured,
+            uniform,
             comparison,
             measured_front(plans, content["over"]),
             tables,

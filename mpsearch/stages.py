@@ -23,7 +23,7 @@ from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
 from mpsearch.problem import Problem, named
 from mpsearch.proposers import AdditiveOutput, Moves, Record, Thompson
 from mpsearch.report_part import Reported, report_on
-from mpsearch.scoring import FEW, scores
+from mpsearch.scoring import FEW, forecast, scores, starting
 from mpsearch.search_result import Compared, SearchResult, measured_front, with_usage
 from mpsearch.solution import Choice, Status
 from mpsearch.table import CostTable
@@ -34,6 +34,8 @@ Effort = Literal["fast", "default", "thorough"]
 
 #: The select part is measured in at least so many batches, so that a poor plan is dropped after a quarter.
 _PIECES = 4
+#: Plans that are measured on the score part too, where few passes are spent.
+_FINALISTS = 2
 #: Limits of a whole curve.
 _LEVELS = 10
 #: Steps of the bisection on the use of a resource.
@@ -70,23 +72,41 @@ class Stages:
         self.total = sum(size(part) for part in self.parts.values())
         self.share = {name: size(part) / self.total for name, part in self.parts.items()}
         self.generator = np.random.default_rng(self.seed)
+        few = self.spending.limit < FEW
+        batches = {
+            "select": cut(self.parts["select"], _PIECES),
+            "score": self.parts["score"],
+            "report": self.parts["report"],
+        }
+        if not few:  # every plan is measured on both, the select part first
+            batches["select"] = [*batches["select"], *batches["score"]]
         self.select, self.score, self.report = (
-            PlanMeter(name, self.setting, cut(self.parts[name], pieces), self.damage, self.total, self.spending)
-            for name, pieces in (("select", _PIECES), ("score", 1), ("report", 1))
+            PlanMeter(name, self.setting, part, self.damage, self.total, self.spending)
+            for name, part in batches.items()
         )
         self.rows = _unit_of_layers(self.base, self.setting)
-        #: plans that the report part will be run for, and the unquantized model
-        self.reported = 5
-        self.finalists = min(8, max(2, int(self.spending.limit / 10)))
-        self.reserve = self.share["report"] * self.reported + self.share["score"] * (1 + self.finalists)
+        #: plans that are measured on the score part once the others are out
+        self.finalists = _FINALISTS if few else 0
+
+    @property
+    def reserve(self) -> float:
+        """Passes that the finalists and the report, for four plans and the unquantized model, will take."""
+        again = self.select.price / self.select.share
+        finalists = self.share["score"] * (1 + again * self.finalists) if self.finalists else 0.0
+        return 5 * self.share["report"] * (2 if self.damage.own else 1) + finalists
+
+    def _spent(self) -> bool:
+        """True where no further plan can be measured."""
+        return self.spending.left < self.reserve + self.select.price
 
     def result(self) -> SearchResult:
         """All stages."""
-        self._check_passes()
+        share = self.share["score"]
+        named_estimators, members = starting(self.setting, share, self.spending.limit, self.estimators, self.seed)
+        self._check_passes(share * forecast(self.setting, members))
         with self._stage("tables"):
-            self.scores = scores(
-                self.setting, self.base, self.rows, self.share["score"], self.spending, self.estimators, self.seed
-            )
+            self.scores = scores(self.setting, self.base, self.rows, share, self.spending, named_estimators, members)
+        self._check_passes(0.0)  # estimators that do not tell what they take
         if self.goal.tolerance is not None:
             with self._stage("plans"):
                 hunt, chosen = self._least(self.goal.tolerance)
@@ -96,7 +116,7 @@ class Stages:
         else:
             with self._stage("plans"):
                 hunt = self._hunt(self.goal.budget or Budget())
-                self._fill(hunt, self.reserve)
+                self._fill(hunt)
             with self._stage("finalists"):
                 chosen = self._final(hunt)
         with self._stage("report"):
@@ -108,11 +128,12 @@ class Stages:
         yield
         self.taken[name] = round(self.spending.used - before, 3)
 
-    def _check_passes(self) -> None:
-        least = self.reserve + 3 * self.share["score"] + 3 * self.share["select"]
+    def _check_passes(self, tables: float) -> None:
+        plans = 2 if self.goal.tolerance is None and not self.goal.front else 2 + len(self.setting.precisions)
+        least = self.spending.used + tables + (1 + plans) * self.select.share + self.reserve
         if self.spending.limit < least:
             raise EstimatorError(
-                f"{self.spending.limit:.3g} passes are too few: a sweep, three plans and the report take {least:.3g}; "
+                f"{self.spending.limit:.4g} passes are too few: tables, {plans} plans and the report take {least:.4g}; "
                 "raise max_passes"
             )
 
@@ -129,34 +150,41 @@ class Stages:
         if uniforms:
             fitting = [options for options in self._uniform() if record.fits(options)]
             opening += fitting[-1:] if self.spending.limit < FEW else fitting[-2:]
-        hunt.open(opening)
+        hunt.open(opening, self._spent)
         return hunt
 
     def _uniform(self) -> list[Options]:
-        """Uniform plans, where they are allowed, by increasing expected damage reversed: the least damaging last."""
+        """Uniform plans that are allowed, the least damaging last by what is expected."""
+        allowed = ~np.isnan(Problem.of(self.base, Budget()).objective)
         units = len(self.setting.units)
-        plans = [np.full(units, p) for p in range(len(self.setting.precisions))]
+        plans = [np.full(units, p) for p in np.flatnonzero(allowed.all(0))]
         rows = np.arange(units)
         return sorted(plans, key=lambda options: -float(self.scores.prior[rows, options].sum()))
 
-    def _fill(self, hunt: Hunt, reserve: float) -> None:
+    def _measure_uniform(self) -> None:
+        """All of them, those that are expected to be best first, as far as the passes go."""
+        for options in reversed(self._uniform()):
+            if not self._spent():
+                self.select.measure(options)
+
+    def _fill(self, hunt: Hunt) -> None:
         """Propose and measure until only the reserve is left; the last third goes to moves around the best plan too."""
-        spending = self.spending
-        begin = spending.left
-        goal = reserve + self.share["select"]
+        third = (self.spending.left - self.reserve) / 3
         if self.scores.surrogate is not None:
-            hunt.go([AdditiveOutput(self.scores.surrogate)], lambda: spending.left < goal, most=3)
-        hunt.go([Thompson()], lambda: spending.left < goal + (begin - goal) / 3)
-        hunt.go([Thompson(), Moves()], lambda: spending.left < goal)
+            hunt.go([AdditiveOutput(self.scores.surrogate)], self._spent, most=3)
+        hunt.go([Thompson()], lambda: self._spent() or self.spending.left < self.reserve + third)
+        hunt.go([Thompson(), Moves()], self._spent)
 
     def _final(self, hunt: Hunt) -> Options:
-        """The best plan on select and score parts together, among the best on the select part alone."""
+        """The best plan; of few passes the best few on select and score parts together."""
         record = hunt.record
         fitting = [key for key in record.measured if record.fits(np.array(key))]
         ranked = sorted(
             (key for key in fitting if self.select.complete(np.array(key))), key=record.measured.__getitem__
         )
-        top = [np.array(key) for key in ranked[: self.finalists]]
+        top = [np.array(key) for key in ranked[: max(self.finalists, 1)]]
+        if len(top) == 1:
+            return top[0]
         together = [_joined(self.select.measure(options), self.score.measure(options)).value for options in top]
         return top[int(np.argmin(together))]
 
@@ -164,37 +192,37 @@ class Stages:
         """The least use of a resource within a tolerated damage: bisection on the limit, with a short hunt at each."""
         over = self.goal.minimize
         low, high = self._range(over)
+        self._measure_uniform()
         each = (self.spending.left - self.reserve) / (_STEPS + 1)
-        best: tuple[Hunt, Options] | None = None
+        last: Hunt | None = None
         least = math.inf
         for step in range(_STEPS + 1):
             limit = high if step == 0 else math.sqrt(low * high) if low > 0 else (low + high) / 2
-            hunt = self._within(over, limit, adopt=True)
+            hunt = self._within(over, limit)
             stop = self.spending.left - each
-            value = hunt.record.measured[tuple(hunt.record.best.tolist())]
 
             def enough(hunt: Hunt = hunt, stop: float = stop) -> bool:
-                best_now = hunt.record.measured[tuple(hunt.record.best.tolist())]
-                return best_now <= tolerance or self.spending.left < max(stop, self.reserve + self.share["select"])
+                return hunt.least <= tolerance or self._spent() or self.spending.left < stop
 
             hunt.go([Thompson(), Moves()], enough)
-            options = hunt.record.best
-            value = hunt.record.measured[tuple(options.tolist())]
-            least = min(least, value)
-            if value <= tolerance:
-                best = (hunt, options)
-                high = self._use(over, options)
+            least = min(least, hunt.least)
+            if hunt.least <= tolerance:
+                last, high = hunt, min(self._use(over, options) for options in self._within_tolerance(tolerance))
             else:
                 low = limit
-            if step == 0 and best is None:
+            if last is None or high - low <= 1e-3 * high or self._spent():
                 break
-            if high - low <= 1e-3 * high or self.spending.left < self.reserve + self.share["select"]:
-                break
-        if best is None:
+        if last is None:
             raise InfeasibleError(
                 f"no measured plan stays within the tolerance of {tolerance:.6g}: the least damage measured is {least:.6g}"
             )
-        return best
+        return last, min(self._within_tolerance(tolerance), key=lambda options: self._use(over, options))
+
+    def _within_tolerance(self, tolerance: float) -> list[Options]:
+        """Plans within the rest of the budget that are known to do no more damage than is tolerated, on the whole select part."""
+        problem = Problem.of(self.base, self.goal.budget or Budget())
+        known = [(np.array(key), found) for key, found in self.select.known.items() if found.value <= tolerance]
+        return [options for options, _ in known if self.select.complete(options) and problem.feasible(options)]
 
     def _curve(self) -> tuple[Hunt, Options]:
         """Hunts at limits spread over the attainable range; the chosen plan is that within the budget, or at the middle."""
@@ -203,40 +231,33 @@ class Stages:
         levels = list(
             np.geomspace(low, high, _LEVELS + 2)[1:-1] if low > 0 else np.linspace(low, high, _LEVELS + 2)[1:-1]
         )
-        for options in self._uniform():
-            if Record(Problem.of(self.base, Budget()), self.scores.costs, self.generator).fits(options):
-                self.select.measure(options)
-        hunts = []
+        self._measure_uniform()
+        budget = self.goal.budget
+        hunt = self._within(over, float(levels[len(levels) // 2])) if budget is None else self._hunt(budget)
         for number, limit in enumerate(levels):
-            hunt = self._within(over, float(limit), adopt=True)
+            if self._spent():
+                break
             stop = self.spending.left - (self.spending.left - self.reserve) / (len(levels) + 1 - number)
-            hunt.go([Thompson(), Moves()], lambda stop=stop: self.spending.left < max(stop, self.reserve))  # type: ignore[misc]
-            hunts.append(hunt)
-        if self.goal.budget is None:
-            hunt = hunts[len(hunts) // 2]
-        else:
-            hunt = self._hunt(self.goal.budget)
-            hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
-            self._fill(hunt, self.reserve)
+            level = self._within(over, float(limit))
+            level.go([Thompson(), Moves()], lambda stop=stop: self._spent() or self.spending.left < stop)  # type: ignore[misc]
+        hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
+        if budget is not None:
+            self._fill(hunt)
         return hunt, self._final(hunt)
 
-    def _within(self, over: str, limit: float, *, adopt: bool) -> Hunt:
-        """A hunt within a limit on one resource and the rest of the budget."""
+    def _within(self, over: str, limit: float) -> Hunt:
+        """A hunt within a limit on one resource and the rest of the budget, that knows what was measured before."""
         limits = {} if self.goal.budget is None else {n: v for n, v in self.goal.budget.items() if n != over}
         hunt = self._hunt(Budget(**limits, **{over: limit}), uniforms=False)
-        if adopt:
-            hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
+        hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
         return hunt
 
     def _range(self, over: str) -> tuple[float, float]:
         """Least and most use of a resource within the rest of the budget."""
         limits = {} if self.goal.budget is None else {n: v for n, v in self.goal.budget.items() if n != over}
         least = solve(self.base, Budget(**limits), minimize=over)
-        rows = np.arange(len(self.base.layers))
-        most = max(
-            self._use(over, np.full(len(self.setting.units), p)) for p in range(len(self.setting.precisions))
-        ) if rows.size else 0.0  # fmt: skip
-        return least.usage[over], most
+        most = np.nanargmax(Problem.of(self.base, Budget(), over).objective, axis=1)
+        return least.usage[over], self._use(over, most)
 
     def _use(self, over: str, options: Options) -> float:
         return self._usage(options)[over]
@@ -299,16 +320,15 @@ class Stages:
     def _best_uniform(self, record: Record) -> Options | None:
         """The uniform precision that does the least damage of those that fit; with a tolerance the cheapest within it."""
         if self.goal.tolerance is not None:
-            every = [o for o in self._uniform() if record.allowed[np.arange(len(o)), o].all()]
-            free = Record(Problem.of(self.base, self.goal.budget or Budget()), self.scores.costs, self.generator)
-            fitting = [o for o in every if free.fits(o) and self.select.measure(o).value <= self.goal.tolerance]
+            within = {tuple(options.tolist()) for options in self._within_tolerance(self.goal.tolerance)}
+            fitting = [options for options in self._uniform() if tuple(options.tolist()) in within]
             return min(fitting, key=lambda o: self._use(self.goal.over, o), default=None)
         fitting = [options for options in self._uniform() if record.fits(options) and not record.new(options)]
         return min(fitting, key=lambda o: record.measured[tuple(o.tolist())], default=None)
 
     def _next_uniform(self, record: Record) -> Options | None:
         """The cheapest uniform precision that does not fit."""
-        beyond = [o for o in self._uniform() if not record.fits(o) and record.allowed[np.arange(len(o)), o].all()]
+        beyond = [options for options in self._uniform() if not record.fits(options)]
         return min(beyond, key=lambda o: self._use(self.goal.over, o), default=None)
 
     def _best_of_tables(self, record: Record) -> tuple[str, Options] | None:
@@ -379,7 +399,7 @@ class Stages:
             np.array([found.value for _, found in known]),
             np.array([found.se for _, found in known]),
             self.damage.unit,
-            {"part": "select", "samples": size(self.parts["select"])},
+            {"samples": sum(map(samples, self.select.batches))},
         )
 
 

@@ -58,6 +58,8 @@ def unfused(model: nn.Module) -> Iterator[None]:
 
 def _replacement(module: nn.Module) -> nn.Module | None:
     """The module that stands in for another; None where that can stay."""
+    if isinstance(module, _StandIn):
+        return None
     if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
         return _Attention(module)
     if _holds_experts(module):
@@ -72,7 +74,12 @@ class _StandIn(nn.Module):
         super().__init__()
         self.__dict__["original"] = original  # no child: the weights would occur twice
         self.train(original.training)
-        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs"):
+        for hooks in (
+            "_forward_hooks",
+            "_forward_pre_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks_with_kwargs",
+        ):
             self.__dict__[hooks] = original.__dict__[hooks]
 
     def __getattr__(self, name: str) -> Any:
@@ -132,7 +139,8 @@ class _Attention(_StandIn):
     def _heads(self, x: Tensor) -> Tensor:
         """(N, heads, L, head_dim)."""
         x = x if self.batch_first else x.transpose(0, 1)
-        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        heads: Tensor = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return heads.transpose(1, 2)
 
     def _mask(self, mask: Tensor | None, q: Tensor) -> Tensor | None:
         """A mask of (L, S), or of (N heads, L, S), to go with (N, heads, L, S)."""

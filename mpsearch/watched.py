@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
+from mpsearch.experts import place_of
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.model import Batch, first_tensor, inputs_of, samples
@@ -119,6 +120,8 @@ class Watched:
         size, x, tokens = self.samples, made.x, isinstance(made.module, nn.Embedding)
         if size == 1:
             return ("first",)
+        if made.layer is not None and place_of(made.layer.name):  # an expert is given the tokens that chose it
+            return ()
         found: list[Layout] = []
         if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self._flat):
             found += ["first"] if len(x) == size else ["first", "last"]

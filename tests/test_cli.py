@@ -247,6 +247,109 @@ def test_a_users_mistake_is_one_line_and_the_right_status(here, capsys, argument
     assert out == ""
 
 
+SEARCH = (
+    "search", "wide.py:net", "--data", "wide.py:data", "--precisions", "w2 w3 w4", "-o", "out", "--max-passes", "14",
+)  # fmt: skip
+WIDE = (
+    NETS.replace("range(2)", "range(4)")
+    + """
+def other():
+    return data()[:2]
+
+def score(model, batch):
+    return float((model(batch[0]).argmax(1) == batch[1]).float().mean())
+
+def badness(model, batch):
+    return -score(model, batch)
+"""
+)
+
+
+@pytest.fixture
+def wide(here):
+    (here / "wide.py").write_text(WIDE)
+    return here
+
+
+def test_search_prints_and_writes(wide, capsys):
+    status, out, err = run(capsys, *SEARCH, "--budget", "average_bits=3")
+    assert status == 0, err
+    assert "wrote out" in err
+    assert "forward-pass equivalents" in out
+    assert "unquantized" in out
+    assert max(map(len, out.splitlines())) <= 100
+    found = SearchResult.load("out")
+    assert found.verdict in out
+    assert dict(Plan.load("out/plan.json")) == dict(found.plan)
+    assert (wide / "out" / "front.png").read_bytes().startswith(b"\x89PNG")
+    assert (wide / "out" / "front.png").stat().st_size > 10_000
+    status, out, err = run(
+        capsys,
+        *SEARCH[:-2],
+        "--budget",
+        "average_bits=2.5",
+        "--max-passes",
+        "14",
+        "--previous",
+        "out",
+        "--json",
+        "--quiet",
+    )
+    assert (status, err) == (0, "")
+    content = json.loads(out)
+    assert sorted(content) == [
+        "comparison", "identity", "layers", "mpsearch_search", "over", "passes", "seconds", "settings", "tables",
+        "uniform", "verdict", "wins",
+    ]  # fmt: skip
+    assert content["settings"]["stages"]["tables"] == 0
+    assert content["layers"] == {name: str(precision) for name, precision in Plan.load("out/plan.json").items()}
+
+
+def test_every_option_of_search(wide, capsys):
+    status, out, err = run(
+        capsys, *SEARCH[:-2], "--effort", "thorough", "--tolerance", "0.3", "--minimize", "bitops", "--metric", "wide.py:score",
+        "--higher-is-better", "--select", "wide.py:other", "--report", "wide.py:data", "--exclude", "0", "--seed", "3",
+        "--resources", "memory_bytes,bitops", "--checkpoint", "run.db", "--json", "--quiet",
+    )  # fmt: skip
+    assert (status, err) == (0, "")
+    content = json.loads(out)
+    assert list(content["layers"]) == ["3"]
+    settings = content["settings"]
+    assert settings["samples"] == {"score": 64, "select": 32, "report": 64}
+    assert (settings["effort"], settings["tolerance"], settings["minimize"]) == ("thorough", 0.3, "bitops")
+    assert (settings["metric"], settings["seed"]) == ("own", 3)
+    assert (wide / "run.db").stat().st_size > 1000
+    status, out, _ = run(capsys, *SEARCH, "--front", "--quiet", "--json")
+    assert status == 0
+    rows = (wide / "out" / "front.csv").read_text().splitlines()
+    assert {row.split(",")[-1] for row in rows[1:]} == {"", "w2", "w3", "w4"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        ("--budget average_bits=1", 3, "the least any plan uses is 2"),
+        ("--tolerance 1e-12", 3, "no measured plan stays within the tolerance"),
+        ("", 2, "nothing is asked for"),
+        ("--budget memory_bytes=50% --tolerance 1", 2, "both minimized and limited"),
+        ("--budget average_bits=3 --effort fast", 2, "--effort and --max-passes at once"),
+        ("--budget average_bits=3 --max-passes 2", 2, "passes are too few"),
+        ("--budget average_bits=3 --metric wide.py:skore", 2, "did you mean 'score'"),
+        ("--budget average_bits=3 --report wide.py:unlabelled --metric loss", 2, "the loss needs labels"),
+        ("--budget average_bits=3 --previous nowhere", 2, "No such file"),
+        ("--tolerance much", 2, "invalid float value"),
+    ],
+)
+def test_mistakes_in_a_search(wide, capsys, arguments, status, words):
+    import shlex
+
+    found, out, err = run(capsys, *SEARCH, *shlex.split(arguments))
+    assert found == status, err
+    assert words in err
+    assert err.count("\n") == 1
+    assert out == ""
+
+
 def test_an_interrupt_is_one_line(here, capsys, monkeypatch):
     import mpsearch as mps
 

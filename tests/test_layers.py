@@ -7,6 +7,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.modules import canonical, restore
 from mpsearch.resources import MemoryBytes
+from mpsearch.sensitivity import FisherProjection
 
 
 @pytest.mark.parametrize(
@@ -140,3 +141,57 @@ def test_half_of_a_shared_weight_cannot_be_excluded():
     model[1].weight = model[0].weight
     with pytest.raises(mps.TableError, match="'1' is excluded but shares its weight with '0'"):
         mps.layers(model, torch.tensor([[1, 2]]), exclude=["1"])
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's."""
+
+    def forward(self, ids):
+        return 3 * super().forward(ids)
+
+
+class Positions(nn.Embedding):
+    """As Whisper's: a part of the table, whatever the numbers are."""
+
+    def forward(self, ids):
+        return self.weight[: ids.shape[1]]
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.positions, self.head = Scaled(7, 4), Positions(5, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.head(self.embed(ids) + self.positions(ids)).mean(1)
+
+
+def test_embeddings_with_a_forward_of_their_own():
+    """One that scales is a decision, and its gradient has the scale; one that reads no numbers is left alone."""
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    model, plain = Tokens(), Tokens()
+    plain.embed = nn.Embedding(7, 4)
+    with torch.no_grad():
+        plain.embed.weight.copy_(3 * model.embed.weight)
+    found = [
+        mps.profile(net, [ids], FisherProjection(draws=4), mps.precisions("w2 w4"), progress=False)
+        for net in (model, plain)
+    ]
+    assert [layer.name for layer in found[0].layers] == ["embed", "head"]
+    torch.testing.assert_close(*(torch.from_numpy(table.sensitivity.copy()) for table in found), rtol=1e-4, atol=0)
+
+
+class Alias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.shared, self.embed = nn.Embedding(7, 4), nn.Embedding(7, 4)
+        self.embed.weight = self.shared.weight
+
+    def forward(self, ids):
+        return self.embed(ids)
+
+
+def test_another_name_of_a_decided_weight_is_no_warning(recwarn):
+    assert [layer.name for layer in mps.layers(Alias(), torch.tensor([[1]]))] == ["embed"]
+    assert not recwarn.list

@@ -269,7 +269,7 @@ def test_passes_are_those_that_were_made(monkeypatch):
         mps.layers(model, batches[0])
         door = spent + one  # finding the layers; two passes over the first batch
     spent = 0
-    table = mps.profile(model, batches, KLDivergence(), mps.precisions("w2 w3 w16"))
+    table = mps.profile(model, batches, KLDivergence(), mps.precisions("w2 w3 w16"), resources=())
     assert table.origin["passes"]["forward"] == pytest.approx((spent - door) / one, rel=1e-9)
 
 

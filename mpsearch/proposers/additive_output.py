@@ -13,7 +13,7 @@ _MOST = 256  # neighbours looked at in one step
 
 @dataclass(frozen=True, eq=False)
 class AdditiveOutput:
-    """Descends on the additive-output surrogate, from the best plan so far or a random neighbour of it.
+    """Descends on the additive-output surrogate, from the best plan so far.
 
     Attributes:
         surrogate: damage from the summed shifts of the logits.

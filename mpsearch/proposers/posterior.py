@@ -45,8 +45,10 @@ class Posterior:
         self._gram = np.zeros((0, 0))
 
     def add(self, options: Options, damage: float) -> None:
-        """A plan (U,) was measured."""
+        """A plan (U,) was measured; one that does no damage, as was known, teaches nothing."""
         noise = self.misfit * max(damage, self.predict(options))
+        if noise == 0:
+            return
         column = self._overlap(options)
         size = len(self.plans)
         grown = np.empty((size + 1, size + 1))

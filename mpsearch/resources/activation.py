@@ -1,5 +1,6 @@
 """Memory of activations."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -40,16 +41,17 @@ class ActivationBytes:
         self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch
     ) -> Resource:
         """Count; see `Resource`, with (T, L, P) usage."""
+        one_sample = _one_sample(example)
         with preserved(model), torch.no_grad(), _watching(model, [layer.name for layer in layers]) as watch:
-            call(model, _one_sample(example))
+            call(model, one_sample)
         row_of = {layer.name: row for row, layer in enumerate(layers)}
-        unit_of = {layer.name: layer.group or layer.name for layer in layers}
+        unit_of = {layer.name: (bool(layer.group), layer.group or layer.name) for layer in layers}
         formats = [precision.activation for precision in precisions]
         shape = (len(watch.full_steps), len(layers), len(precisions) + 1)
         usage = np.zeros(shape)  # the last column: unquantized
         fixed = np.zeros(shape[0])
         steps = np.array(watch.full_steps)
-        for one in watch.storages.values():
+        for one in watch.every:
             alive = (steps >= one.born) & (steps < one.died)
             names = sorted(one.readers, key=lambda name: row_of.get(name, -1))
             decided = bool(names) and one.dtype.is_floating_point and "" not in one.readers
@@ -66,9 +68,9 @@ class ActivationBytes:
 
 
 def _one_sample(example: Batch) -> Batch:
-    """The example cut to its first sample."""
+    """The example cut to its first sample, in memory of its own."""
     count = samples(example)
-    return tree_map(lambda x: x[:1] if isinstance(x, Tensor) and x.ndim and len(x) == count else x, example)
+    return tree_map(lambda x: x[:1].clone() if isinstance(x, Tensor) and x.ndim and len(x) == count else x, example)
 
 
 def _uncovered(steps: Array) -> list[int]:
@@ -85,11 +87,10 @@ def _uncovered(steps: Array) -> list[int]:
 class _Storage:
     """A piece of memory that activations lie in."""
 
-    alive: StorageWeakRef | None  # None: held from outside
     nbytes: int
     dtype: torch.dtype
     born: int
-    died: float = float("inf")
+    died: float = math.inf
     readers: set[str] = field(default_factory=set)
 
 
@@ -97,9 +98,11 @@ class _Watch(TorchDispatchMode):
     """Notes when each storage is made, by which layer it is read, and when it is gone."""
 
     def __init__(self, weights: set[int]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.weights = weights
-        self.storages: dict[int, _Storage] = {}
+        self.every: list[_Storage] = []
+        self.storages: dict[int, _Storage] = {}  # by address, which is used again
+        self.living: list[tuple[StorageWeakRef, _Storage]] = []
         self.inside: list[str] = [""]
         self.step = 0
         self.full_steps: list[int] = []  # those after which something is freed, and the last
@@ -109,24 +112,29 @@ class _Watch(TorchDispatchMode):
         given = {_key(x): x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
         for key, x in given.items():
             if key not in self.storages and key not in self.weights:
-                self.storages[key] = _Storage(None, x.untyped_storage().nbytes(), x.dtype, 0)
+                self._note(key, x, 0)  # held from outside
         result = func(*args, **(kwargs or {}))
         made = {_key(x): x for x in tree_iter(result) if isinstance(x, Tensor)}
         for key, x in made.items():
             if key not in given:
-                storage = x.untyped_storage()
-                self.storages[key] = _Storage(StorageWeakRef(storage), storage.nbytes(), x.dtype, self.step)
+                self._note(key, x, self.step)
+                self.living.append((StorageWeakRef(x.untyped_storage()), self.storages[key]))
         for key in given.keys() - made.keys() - self.weights:  # what shares memory with the result is only seen anew
             self.storages[key].readers.add(self.inside[-1])
         self.step += 1
         return result
 
+    def _note(self, key: int, x: Tensor, step: int) -> None:
+        self.storages[key] = _Storage(x.untyped_storage().nbytes(), x.dtype, step)
+        self.every.append(self.storages[key])
+
     def _bury(self) -> None:
-        gone = [one for one in self.storages.values() if one.died == float("inf") and one.alive and one.alive.expired()]
+        gone = [one for held, one in self.living if held.expired()]
         for one in gone:
             one.died = self.step
-        if gone and self.step:
+        if gone:
             self.full_steps.append(self.step - 1)
+            self.living = [(held, one) for held, one in self.living if one.died == math.inf]
 
     def finish(self) -> None:
         """Close the last step."""

@@ -60,15 +60,15 @@ def count_macs(model: nn.Module, example: Batch) -> int:
             call(model, example)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return products.macs
+    return int(products.macs)
 
 
 class _Products(TorchDispatchMode):
     """Adds up the products of the operations that run inside."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.macs = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.macs: int = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))

@@ -1,5 +1,6 @@
 """What really goes through each layer: the calls of one run."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -7,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import TableError
+from mpsearch.errors import EstimatorError, TableError
+from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, first_tensor, preserved
+from mpsearch.precision import Precision
+from mpsearch.quantize import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -60,3 +64,21 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
         for handle in handles:
             handle.remove()
     return found
+
+
+def weight_bytes_read(layer: Layer, one: Call, precision: Precision, quantizer: object) -> float:
+    """Bytes of the packed weight that a call reads: all of it, of an embedding the rows that are looked up.
+
+    nan where the format cannot hold rows of this length: not allowed.
+
+    >>> one = Call((2,), torch.int64, 2 * 4)
+    >>> weight_bytes_read(Layer("e", "embedding", (100, 4)), one, Precision("16"), None)   # 2 rows of 4 x 4 bytes
+    32.0
+    """
+    if not layer.numel:
+        return 0.0
+    try:
+        whole = packed_bytes(layer.numel, layer.weight_shape[0], layer.dtype_bytes, precision, quantizer)
+    except EstimatorError:
+        return math.nan
+    return whole * min(1.0, one.outputs / layer.numel) if layer.kind == "embedding" else float(whole)

@@ -133,7 +133,7 @@ DEVICES: dict[str, Device] = {
         2039e9,
         5e-6,
         "NVIDIA A100 80 GB SXM data sheet (2021): 19.5 / 312 / 312 / 624 T dense, 2039 GB/s; int4 1248 T from the A100 "
-        f"architecture whitepaper (2020), table 1; {_LAUNCH}",
+        f"architecture whitepaper (2020); {_LAUNCH}",
     ),
     "h100": Processor(
         {
@@ -159,7 +159,7 @@ DEVICES: dict[str, Device] = {
         {"fp32": 168e6, "15": 672e6},  # "16" would be: left alone
         672e6,
         5e-6,
-        "Arm Cortex-M4 technical reference manual r0p1, section 3.3.1 and 7.2.3: SMLAD two 16-bit MACs a cycle (int8 is widened to "
+        "Arm Cortex-M4 technical reference manual r0p1: SMLAD two 16-bit MACs a cycle (int8 is widened to "
         "16 bits), VMUL and VADD one cycle each; STM32F407 at 168 MHz, 32 bits a cycle from memory; overhead 840 cycles: assumed",
     ),
     "zcu102": Fpga(

@@ -10,9 +10,9 @@ from torch import nn
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, samples
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.quantize import RoundToNearest
 from mpsearch.resources.arithmetic import Number, number, stored_bits
-from mpsearch.resources.calls import calls_of
+from mpsearch.resources.calls import calls_of, weight_bytes_read
 from mpsearch.resources.resource import Resource
 
 
@@ -95,11 +95,10 @@ class Energy:
         for row, layer in enumerate(layers):
             inputs = sum(one.inputs for one in calls[layer.name]) / count
             outputs = sum(one.outputs for one in calls[layer.name]) / count
-            reads = len(calls[layer.name]) / count
             for column, precision in enumerate(columns):
-                weight = packed_bytes(layer.numel, layer.weight_shape[0], layer.dtype_bytes, precision, self.quantizer)
+                weight = sum(weight_bytes_read(layer, one, precision, self.quantizer) for one in calls[layer.name])
                 moved = (
-                    reads * weight
+                    weight / count
                     + inputs * stored_bits(precision.activation, layer.dtype) / 8
                     + outputs * layer.dtype_bytes
                 )

@@ -100,7 +100,7 @@ class LatencyTable:
                 f"{self.path}: layer {layer.name!r} at {precision} needs a {layer.kind} of {layer.macs} MACs; those of the "
                 f"file: {span}"
             )
-        return float(np.interp(layer.macs, *zip(*points, strict=True)))
+        return float(np.interp(layer.macs, [macs for macs, _ in points], [seconds for _, seconds in points]))
 
     def _read(self) -> tuple[bool, dict[tuple[str, str], float]]:
         """True for a file by layer; (key, precision) -> seconds."""

@@ -1,6 +1,7 @@
 """Latency measured on this machine with real kernels."""
 
 import contextlib
+import functools
 import json
 import math
 import os
@@ -9,6 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,10 +25,14 @@ from mpsearch.model import Batch, call, device_of, preserved, samples
 from mpsearch.modules import canonical, kind_of
 from mpsearch.precision import Precision
 from mpsearch.resources.calls import Call, calls_of
-from mpsearch.resources.kernels import Kernel, NoKernel, onnxruntime_kernel, torch_kernel
+from mpsearch.resources.kernels import Kernel, NoKernel
+from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
 from mpsearch.resources.resource import Resource
+from mpsearch.resources.torch_kernels import torch_kernel
+from mpsearch.resources.torchao_kernels import torchao_kernel
 
-_ENGINES = {"torch": torch_kernel, "onnxruntime": onnxruntime_kernel}
+#: Engine -> `kernel(module, input, precision)`.
+_ENGINES = {"torch": torch_kernel, "torchao": torchao_kernel, "onnxruntime": onnxruntime_kernel}
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class MeasuredLatency:
     Timings are kept in a file by device, versions, threads, engine, layer shape and precision, and are not taken again.
 
     Attributes:
-        engine: `torch` or `onnxruntime`; see `mpsearch.resources.kernels` for what each runs.
+        engine: `torch`, `torchao` or `onnxruntime`; `mpsearch.resources.<engine>_kernels` tells what each runs.
         threads: that the kernels may use.
         rounds: of timing, after one to warm up.
         cache: the file; None keeps nothing.
@@ -66,7 +72,7 @@ class MeasuredLatency:
     (True, True)
     """
 
-    engine: Literal["torch", "onnxruntime"] = "torch"
+    engine: Literal["torch", "torchao", "onnxruntime"] = "torch"
     threads: int = 1
     rounds: int = 30
     cache: str | Path | None = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "mpsearch" / "latency.json"
@@ -117,7 +123,7 @@ class MeasuredLatency:
                     said = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
                     raise TableError(f"latency_s of layer {layer.name!r}: no kernel runs it: {'; '.join(said)}")
             plain = float(seconds[:, columns.index(Precision("16"))].sum())
-            rest = max(self._whole(model, example, known, found) - plain, 0.0) if self.engine == "torch" else 0.0
+            rest = max(self._whole(model, example) - plain, 0.0) if self.engine != "onnxruntime" else 0.0
         if self.cache is not None and found.keys() - known.keys():
             _write(self.cache, found)
         return Resource(asked / count, rest / count, (plain + rest) / count)
@@ -155,7 +161,7 @@ class MeasuredLatency:
             f"{bias} {' '.join(settings)} | {'x'.join(map(str, one.shape))} {one.dtype} | {precision}"
         )
 
-    def _whole(self, model: nn.Module, example: Batch, known: dict[str, Timing], found: dict[str, Timing]) -> float:
+    def _whole(self, model: nn.Module, example: Batch) -> float:
         """Seconds of one run of the unquantized model; not kept, since a model has no name."""
         return _time({"": lambda: call(model, example)}, max(self.rounds // 3, 1), device_of(model))[""].least_s
 
@@ -199,6 +205,11 @@ def _machine(module: nn.Module) -> str:
     device = next(module.parameters()).device
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
+    return _processor()
+
+
+@functools.cache
+def _processor() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -206,14 +217,11 @@ def _machine(module: nn.Module) -> str:
         return platform.processor() or platform.machine()
 
 
+@functools.cache
 def _version(engine: str) -> str:
-    if engine == "torch":
-        return str(torch.__version__)
-    from importlib.metadata import PackageNotFoundError, version
-
     try:
-        return version(engine)
-    except PackageNotFoundError:
+        return metadata.version(engine) + ("" if engine == "torch" else f", torch {torch.__version__}")
+    except metadata.PackageNotFoundError:
         return "missing"
 
 

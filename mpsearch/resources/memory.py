@@ -60,6 +60,9 @@ class MemoryBytes:
                         weight.numel(), outputs, weight.element_size(), precision, self.quantizer
                     )
                 except EstimatorError as error:
+                    if layer.target:  # whose rules say so
+                        usage[row, column] = np.nan
+                        continue
                     raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
         everything = {
             storage_of(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.numel()

@@ -7,6 +7,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.problem import usage_of
 from mpsearch.resources import BitOps
+from mpsearch.resources.bitops import count_macs
 from mpsearch.sensitivity import KLDivergence
 
 OPTIONS = mps.precisions("w2 w4a8 w8a4 wfp6_e2m3amxfp4 w16")
@@ -45,7 +46,7 @@ def multiplications(module, shape):
 )
 def test_one_layer_by_hand_and_by_its_multiplications(module, shape, macs):
     layers, found = count(nn.Sequential(module), torch.randn(shape))
-    assert multiplications(module, shape) == macs == layers[0].macs
+    assert multiplications(module, shape) == macs == layers[0].macs == count_macs(module, torch.randn(shape))
     assert found.usage.tolist() == [[macs * product for product in PRODUCTS]]
     assert (found.fixed, found.reference) == (0.0, macs * 256.0)
 
@@ -80,3 +81,61 @@ def test_a_plan_adds_up():
     table = mps.profile(model, [x], KLDivergence(), OPTIONS, resources=["bitops"])
     assert usage_of(table, torch.tensor([1, 3]).numpy())["bitops"] == 2 * 4 * 9 * 32 + 24 * 24
     assert table.reference_usage["bitops"] == (72 + 24) * 256
+
+
+class Attention(nn.Module):
+    """Two heads by hand, and a layer that is not decided on."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x):
+        q, k, v = (part.reshape(*x.shape[:2], 2, 4).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        if self.fused:
+            y = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            y = torch.einsum("bhqk,bhkd->bhqd", torch.einsum("bhqd,bhkd->bhqk", q, k).softmax(-1), v)
+        return self.out(y.transpose(1, 2).reshape(x.shape))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_products_of_activations_and_layers_left_alone_are_fixed_at_16_bits(fused):
+    model, x = Attention(fused).eval(), torch.randn(3, 5, 8)
+    layers = mps.layers(model, x, exclude=["out"])
+    found = BitOps()(model, layers, OPTIONS, example=x)
+    attention = 2 * (2 * 5 * 5 * 4)  # q k and p v: heads x queries x keys x head size
+    assert found.usage.tolist() == [[5 * 8 * 24 * product for product in PRODUCTS]]
+    assert found.fixed == (attention + 5 * 8 * 8) * 256
+    assert found.reference == (attention + 5 * 8 * 8 + 5 * 8 * 24) * 256
+
+
+def test_torch_attention_is_seen_inside():
+    model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
+    before = torch.backends.mha.get_fastpath_enabled()
+    macs = count_macs(model, x) // 2
+    assert macs == 5 * (8 * 24 + 8 * 8 + 8 * 16 + 16 * 8) + 2 * (2 * 5 * 5 * 4)
+    assert torch.backends.mha.get_fastpath_enabled() == before
+
+
+def test_a_product_of_two_activations_that_is_decided_counts_the_bits_of_both():
+    layer = mps.Layer("scores", "matmul", macs=100)
+    assert BitOps()(nn.Identity(), [layer], OPTIONS).usage.tolist() == [[100 * product for product in PRODUCTS]]
+
+
+@pytest.mark.parametrize(
+    ("function", "macs"),
+    [
+        (lambda x: torch.mv(x[0], torch.ones(3)), 12),
+        (lambda x: torch.dot(x[0, 0], x[0, 1]), 3),
+        (lambda x: torch.addmm(torch.zeros(4, 4), x[0], x[0].T), 4 * 3 * 4),
+        (lambda x: torch.baddbmm(torch.zeros(2, 4, 4), x, x.mT), 2 * 4 * 3 * 4),
+    ],
+)
+def test_other_products(function, macs):
+    class Own(nn.Module):
+        def forward(self, x):
+            return function(x)[None]
+
+    assert count_macs(Own(), torch.ones(2, 4, 3)) == macs

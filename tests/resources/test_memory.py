@@ -93,3 +93,52 @@ def test_a_format_that_cannot_hold_a_layer_is_refused_by_name():
         mps.EstimatorError, match=r"layer '1' at wq4_k: q4_k packs rows of a multiple of 256 weights, got 4"
     ):
         MemoryBytes()(model, layers, mps.precisions("wq4_k"))
+
+
+FORMATS = (
+    " ".join(f"w{bits}" for bits in range(1, 16))
+    + " w4g16 w3g7 wnf4g32 wnf4 wfp3_e1m1 wfp3_e2m0 wfp5_e2m2 wfp7_e3m3 wfp8_e4m3 wfp8_e5m2 wfp8_e3m4g16 wbf16 wfp16 wfp32"
+    + " wmxfp4 wmxfp6_e2m3 wmxfp6_e3m2 wmxfp8 wmxfp8_e5m2 wmxint8 wnvfp4 wbfp3 wbfp8g32"
+    + " wq4_0 wq4_1 wq5_0 wq5_1 wq8_0 wq2_k wq3_k wq4_k wq5_k wq6_k wiq4_nl wiq4_xs wtq1_0 wtq2_0"
+)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_every_format_to_the_byte(dtype):
+    model = nn.Sequential(nn.Linear(512, 3, bias=False), nn.Linear(3, 2)).to(dtype)
+    options = mps.precisions(FORMATS)
+    quantizer = RoundToNearest(scale="max")
+    found = MemoryBytes(quantizer)(model, [mps.Layer("0", "linear", (3, 512))], options)
+    weight = model[0].weight.detach()
+    assert found.usage[0].tolist() == [quantizer.codes(weight, option).pack().nbytes for option in options]
+
+
+def test_llama_3_1_8b_at_q4_k_m_has_the_bits_that_llama_cpp_publishes():
+    """From the types that llama-quantize gives its tensors: 4.8944 bits a weight."""
+
+    def matrix(outputs, inputs):  # of the right shape, without the memory
+        made = nn.Linear(1, 1, bias=False)
+        made.weight = nn.Parameter(torch.empty(1, dtype=torch.bfloat16).expand(outputs, inputs), requires_grad=False)
+        return made
+
+    def more_bits(block):  # llama.cpp: the first and last eighth, and every third between
+        return block < 4 or block >= 28 or (block - 4) % 3 == 2
+
+    model, types = nn.Module(), {}
+    shapes = {"q": (4096, 4096), "k": (1024, 4096), "v": (1024, 4096), "o": (4096, 4096)}
+    shapes |= {"gate": (14336, 4096), "up": (14336, 4096), "down": (4096, 14336)}
+    tensors = [
+        (f"{name}{block}", shape, name in ("v", "down") and more_bits(block))
+        for block in range(32)
+        for name, shape in shapes.items()
+    ]
+    for name, shape, more in [*tensors, ("tokens", (128256, 4096), False), ("output", (128256, 4096), True)]:
+        model.add_module(name, matrix(*shape))
+        types[name] = more
+    for number in range(65):
+        model.register_buffer(f"norm{number}", torch.empty(1).expand(4096))  # float32 in the file
+    layers = [mps.Layer(name, "linear", tuple(model.get_submodule(name).weight.shape)) for name in types]
+    found = MemoryBytes()(model, layers, mps.precisions("wq4_k wq6_k"))
+    total = sum(row[int(types[layer.name])] for row, layer in zip(found.usage, layers, strict=True)) + found.fixed
+    weights = sum(layer.numel for layer in layers) + 65 * 4096
+    assert round(8 * total / weights, 4) == 4.8944

@@ -1,0 +1,309 @@
+"""Plans measured batch by batch, against `evaluate`, loops over samples and counted calls of the model."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpsearch as mps
+from mpsearch import plan_meter
+from mpsearch._profile import units_of
+from mpsearch.checkpoint import Checkpoint
+from mpsearch.estimator import Setting
+from mpsearch.model import samples, state_fingerprint
+from mpsearch.perturb import input_ranges
+from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
+from mpsearch.quantize import RoundToNearest
+
+SIZES = (7, 4, 9, 1)
+
+
+def net():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    with torch.no_grad():
+        for layer in model[::2]:
+            layer.weight *= 4
+    return model
+
+
+def batches(sizes=SIZES):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 5, generator=generator), torch.randint(0, 3, (n,), generator=generator)) for n in sizes]
+
+
+def right(model, batch):
+    return float((model(batch[0]).argmax(1) == batch[1]).double().mean())
+
+
+def wrong(model, batch):
+    return 1 - right(model, batch)
+
+
+def meter_of(
+    model=None,
+    data=None,
+    precisions="w2 w3 w4",
+    damage=None,
+    *,
+    layers=None,
+    spending=None,
+    total=None,
+    checkpoint=None,
+):
+    model = net() if model is None else model
+    data = batches() if data is None else data
+    options = mps.precisions(precisions)
+    found = mps.layers(model, data[0]) if layers is None else layers
+    ranges = input_ranges(model, data, [layer.name for layer in found])
+    kept = Checkpoint(":memory:", {}) if checkpoint is None else checkpoint
+    setting = Setting(model, data, units_of(found), options, RoundToNearest(), ranges, "kl", None, checkpoint=kept)
+    every = sum(map(samples, data)) if total is None else total
+    return PlanMeter("select", setting, data, damage or Damage(), every, spending or Spending(100.0))
+
+
+def plan_of(meter, options):
+    return mps.Plan(
+        {
+            layer.name: meter.setting.precisions[p]
+            for unit, p in zip(meter.setting.units, options, strict=True)
+            for layer in unit.layers
+        }
+    )
+
+
+class Runs:
+    """Samples that a model is run on."""
+
+    def __init__(self, model):
+        self.count = 0
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, module, args):
+        self.count += len(args[0])
+
+
+@pytest.mark.parametrize("precisions", ["w2 w3 w4", "w2a8 w3a4 w4a8"])
+@pytest.mark.parametrize(
+    "damage",
+    [Damage(), Damage("loss"), Damage("accuracy"), Damage(right, higher_is_better=True), Damage(wrong)],
+    ids=["kl", "loss", "accuracy", "own up", "own down"],
+)
+def test_the_mean_is_that_of_evaluate(damage, precisions):
+    meter = meter_of(precisions=precisions, damage=damage)
+    metric = damage.metric if damage.own else None
+    rises = []
+    for options in ([0, 0, 0], [0, 2, 1], [0, 0, 1], [1, 0, 0]):
+        found = meter.measure(np.array(options))
+        expected = mps.evaluate(meter.setting.model, batches(), plan_of(meter, options), metric=metric)
+        before = expected.reference
+        rise = {
+            "kl": lambda new=expected: new.kl,
+            "loss": lambda new=expected, old=before: new.loss - old.loss,
+            "accuracy": lambda new=expected, old=before: old.accuracy - new.accuracy,
+            right: lambda new=expected, old=before: old.metric - new.metric,
+            wrong: lambda new=expected, old=before: new.metric - old.metric,
+        }[damage.metric]()
+        assert found.value == pytest.approx(rise, abs=1e-12)
+        if damage.metric == "kl":
+            assert found.se == pytest.approx(expected.kl_se, abs=1e-12)
+        rises.append(abs(rise))
+    assert max(rises) > 0.01
+
+
+@pytest.mark.parametrize("metric", ["kl", "loss", "accuracy"])
+def test_the_standard_error_by_a_loop_over_samples(metric):
+    meter = meter_of(damage=Damage(metric))
+    found = [meter.measure(np.array(options)) for options in ([0, 0, 1], [2, 0, 0])]
+    ones = [(x[None], y[None]) for batch in batches() for x, y in zip(*batch, strict=True)]
+    each = []
+    for options in ([0, 0, 1], [2, 0, 0]):
+        every = [mps.evaluate(meter.setting.model, [one], plan_of(meter, options)) for one in ones]
+        if metric == "kl":
+            each.append([one.kl for one in every])
+        else:
+            sign = 1 if metric == "loss" else -1
+            each.append([sign * (getattr(one, metric) - getattr(one.reference, metric)) for one in every])
+    for one, values in zip(found, each, strict=True):
+        assert one.se == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)), rel=1e-5)
+    difference = np.subtract(*each)
+    value, se = found[0].over(found[1])
+    assert value == pytest.approx(difference.mean(), rel=1e-5)
+    assert se == pytest.approx(difference.std(ddof=1) / math.sqrt(len(difference)), rel=1e-5)
+
+
+def test_plans_are_compared_on_the_samples_that_both_have_seen():
+    long = Measurement(np.array([1.0, 2.0, 9.0]), np.array([1.0, 1.0, 2.0]))
+    short = Measurement(np.array([0.0, 4.0]), np.array([1.0, 1.0]))
+    assert long.over(short) == (-0.5, 1.5)
+    assert short.over(long) == (0.5, 1.5)
+    assert math.isnan(long.first(1).se)
+
+
+def test_predictions_of_one_sample_are_one_draw():
+    """Tokens: the standard error of a ratio, by hand (Cochran 1977, section 6.3)."""
+    found = Measurement(np.array([4.0, 1.0, 0.0]), np.array([2.0, 1.0, 0.0]))  # the last has nothing to predict
+    mean = 5 / 3
+    residual = np.array([4 - 2 * mean, 1 - mean])
+    assert found.value == pytest.approx(mean)
+    assert found.se == pytest.approx(math.sqrt(2 * (residual**2).sum()) / 3)
+
+
+def test_a_plan_that_is_dropped_keeps_its_first_batches_and_goes_on_from_there():
+    meter, whole = meter_of(), meter_of()
+    seen = []
+    options = np.array([0, 1, 2])
+    found = meter.measure(options, lambda one: seen.append(len(one.sums)) or len(one.sums) > 7)
+    assert seen == [7, 11]
+    assert not meter.complete(options)
+    runs = Runs(meter.setting.model)
+    assert meter.measure(options, lambda _: False).value == whole.measure(options).value
+    assert meter.complete(options)
+    assert runs.count == 2 * (9 + 1)
+    assert np.array_equal(found.sums, meter.known[0, 1, 2].sums[:11])
+    runs.count = 0
+    meter.measure(options, lambda _: pytest.fail("it is known"))
+    assert runs.count == 0
+
+
+@pytest.mark.parametrize("damage", [Damage(), Damage("loss"), Damage(right)], ids=["kl", "loss", "own"])
+@pytest.mark.parametrize("room", [2**30, 10 * 3 * 4], ids=["kept", "not kept"])
+def test_passes_are_calls_of_the_model(monkeypatch, damage, room):
+    """Of the logits of 21 samples only those of the first batch have room in the second case."""
+    monkeypatch.setattr(plan_meter, "REFERENCE_BYTES", room)
+    spending = Spending(100.0)
+    meter = meter_of(damage=damage, spending=spending, total=50)
+    runs = Runs(meter.setting.model)
+    price = 0.0
+    for options in ([0, 1, 2], [0, 0, 0], [1, 1, 1]):
+        before = spending.used
+        meter.measure(np.array(options), lambda one: len(one.sums) > 10)
+        assert spending.used - before <= meter.share + meter.price + 1e-12
+        price = spending.used - before
+        assert spending.used == pytest.approx(runs.count / 50)
+    assert price <= meter.price + 1e-12
+    assert meter.setting.passes.forward * 50 == pytest.approx(runs.count)
+    assert meter.share == 21 / 50
+    again = room < 2**30 and not damage.own
+    assert meter.price == meter.share * (2 if again else 1)
+
+
+@pytest.mark.parametrize("room", [2**30, 10 * 3 * 4], ids=["kept", "not kept"])
+def test_what_is_in_the_checkpoint_is_charged_what_it_took(monkeypatch, room):
+    """An interrupted run goes on with the same numbers, to the last bit, after any number of batches."""
+    monkeypatch.setattr(plan_meter, "REFERENCE_BYTES", room)
+    plans = [np.array(options) for options in ([0, 1, 2], [0, 0, 0], [0, 1, 2], [1, 1, 1])]
+
+    def trail(meter, stop=None):
+        found = []
+        for options in plans:
+            one = meter.measure(options, None if len(found) % 2 else lambda one: len(one.sums) > 7)
+            found.append((one.value, one.se, meter.spending.used, meter.price))
+            if stop is not None and len(found) == stop:
+                break
+        return found
+
+    expected = trail(meter_of())
+    for stop in (1, 2, 3, 4):
+        kept = Checkpoint(":memory:", {})
+        trail(meter_of(checkpoint=kept), stop)
+        rows = kept.rows()
+        resumed = meter_of(checkpoint=kept)
+        runs = Runs(resumed.setting.model)
+        assert trail(resumed) == expected
+        if stop == 4:
+            assert runs.count == 0
+        spending = Spending(100.0, free=rows)
+        other = Checkpoint(":memory:", {})
+        other.fill(rows)
+        later = meter_of(checkpoint=other, spending=spending)
+        runs = Runs(later.setting.model)
+        assert [one[:2] for one in trail(later)] == [one[:2] for one in expected]
+        assert spending.used == pytest.approx(runs.count / 21)
+
+
+def test_layers_of_a_group_and_tied_weights_are_one_decision():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed, self.q, self.k = nn.Embedding(9, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+            self.head = nn.Linear(6, 9, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, tokens):
+            x = self.embed(tokens)
+            return self.head(torch.softmax(self.q(x) @ self.k(x).mT, -1) @ x)
+
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randint(0, 9, (4, 5), generator=generator) for _ in range(2)]
+    model = Tied().eval()
+    layers = mps.layers(model, tokens[0], groups={"scores": ["q", "k"]})
+    meter = meter_of(model, tokens, "w2a8 w4a8", layers=layers)
+    assert sorted(len(unit.layers) for unit in meter.setting.units) == [2, 2]
+    for options in ([0, 1], [1, 0]):
+        found = meter.measure(np.array(options))
+        plan = plan_of(meter, options)
+        assert plan["q"] == plan["k"]
+        assert plan["embed"] == plan["head"]
+        expected = mps.evaluate(model, tokens, plan)
+        assert found.value == pytest.approx(expected.kl, abs=1e-12)
+        assert found.se == pytest.approx(expected.kl_se, abs=1e-12)
+
+
+def test_a_model_in_bfloat16():
+    model = net().bfloat16()
+    data = [(x.bfloat16(), y) for x, y in batches()]
+    meter = meter_of(model, data)
+    found = meter.measure(np.array([0, 1, 2]))
+    expected = mps.evaluate(model, data, plan_of(meter, [0, 1, 2]))
+    assert (found.value, found.se) == pytest.approx((expected.kl, expected.kl_se), abs=1e-12)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_the_model_is_whole_after_an_interruption(error):
+    model = net()
+    fails = []
+
+    def interrupts(_module, _args):
+        if fails:
+            raise error
+
+    meter = meter_of(model, precisions="w2a8 w4a8")
+    model[4].register_forward_pre_hook(interrupts)
+    before, hooks = state_fingerprint(model), [len(m._forward_pre_hooks) for m in model.modules()]
+    fails.append(True)
+    with pytest.raises((mps.EstimatorError, KeyboardInterrupt)):
+        meter.measure(np.array([0, 0, 0]))
+    assert state_fingerprint(model) == before
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    fails.clear()
+    assert (
+        meter.measure(np.array([0, 0, 0])).value == meter_of(precisions="w2a8 w4a8").measure(np.array([0, 0, 0])).value
+    )
+
+
+def test_damage_that_is_not_finite_is_refused_with_the_plan():
+    model = net()
+    meter = meter_of(model)
+
+    def overflows(module, _args, output):
+        return output if torch.equal(module.weight, weight) else output * math.inf
+
+    weight = model[0].weight.detach().clone()
+    model[0].register_forward_hook(overflows)
+    with pytest.raises(mps.EstimatorError, match=r"not finite \(select part, batch 0\): 0=w2 2=w4 4=w4"):
+        meter.measure(np.array([0, 2, 2]))
+
+
+def test_a_metric_that_is_not_finite_is_refused():
+    with pytest.raises(mps.EstimatorError, match="not finite"):
+        meter_of(damage=Damage(lambda model, batch: math.nan)).measure(np.array([0, 2, 2]))
+
+
+def test_missing_labels_are_refused():
+    meter = meter_of(data=[x for x, _ in batches()], damage=Damage("loss"))
+    with pytest.raises(mps.EstimatorError, match="the loss needs labels"):
+        meter.measure(np.array([0, 0, 0]))

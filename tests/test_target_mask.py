@@ -1,0 +1,126 @@
+"""`layers(target=...)`: cells that a target refuses are not in the table."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpsearch as mps
+from mpsearch.export.targets import TARGETS
+from mpsearch.layer import Layer
+from mpsearch.sensitivity import FisherProjection, KLDivergence
+from mpsearch.target_mask import refused_by_target
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 3)).eval()
+
+
+X = torch.randn(4, 1, 6, 6)
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+def test_the_table_holds_what_the_rules_allow(target):
+    options = mps.precisions("w3 w4 w4g32 w8 w8a8 wq8_0 wnf4g64 w16")
+    layers = mps.layers(model(), X, target=target)
+    table = mps.profile(model(), [X], KLDivergence(), options, layers=layers, progress=False)
+    for row, layer in enumerate(layers):
+        for column, option in enumerate(options):
+            assert table.allowed[row, column] == (TARGETS[target].refusal(layer, option) is None), (layer.name, option)
+    assert table.allowed[:, -1].all()
+
+
+def test_without_a_target_nothing_is_refused():
+    assert not refused_by_target(mps.layers(model(), X), mps.precisions("w2 w4g7")).any()
+
+
+def test_a_group_is_refused_together():
+    layers = [
+        Layer("a", "linear", (8, 64), group="g", target="onnxruntime"),
+        Layer("b", "linear", (8, 48), group="g", target="onnxruntime"),
+        Layer("c", "linear", (8, 64), target="onnxruntime"),
+    ]
+    found = refused_by_target(layers, mps.precisions("w4g32 w4g16 w16"))
+    assert found.tolist() == [[True, False, False], [True, False, False], [False, False, False]]
+
+
+def test_nothing_left_is_told_with_the_reason():
+    layers = mps.layers(model(), X, target="onnxruntime")
+    with pytest.raises(
+        mps.TableError, match="onnxruntime cannot express w4g32 for '0': it quantizes linear, not conv2d"
+    ):
+        mps.profile(model(), [X], KLDivergence(), mps.precisions("w4g32"), layers=layers, progress=False)
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(mps.TableError, match=r"unknown target 'vlm'.*vllm"):
+        mps.layers(model(), X, target="vlm")
+
+
+def test_the_allowed_cells_are_those_of_a_table_without_a_target(tmp_path):
+    options = mps.precisions("w4 w4g32 w16")
+    estimators = [KLDivergence(), FisherProjection()]
+    masked = mps.profile(
+        model(), [X], estimators, options, layers=mps.layers(model(), X, target="onnxruntime"), progress=False
+    )
+    layers = mps.layers(model(), X)
+    for table, estimator in zip(masked, estimators, strict=True):
+        free = mps.profile(model(), [X], estimator, mps.precisions("w4 w16"), layers=layers, progress=False)
+        np.testing.assert_allclose(table.sensitivity[:, 2], free.sensitivity[:, 1])
+        table.save(tmp_path / "table.csv")
+        loaded = mps.CostTable.load(tmp_path / "table.csv")
+        assert loaded == table
+        np.testing.assert_array_equal(loaded.allowed, table.allowed)
+
+
+class Qkv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        return self.q_proj(x) * self.k_proj(x + 1) * self.v_proj(x + 2)
+
+
+def test_what_a_target_joins_is_grouped_by_its_names():
+    x = torch.randn(2, 4)
+    assert {layer.group for layer in mps.layers(Qkv(), x)} == {""}
+    assert {layer.group for layer in mps.layers(Qkv(), x, target="vllm")} == {"q_proj (one matrix in vllm)"}
+    assert {layer.group for layer in mps.layers(Qkv(), x, target="vllm", cut=["*"])} == {"q_proj (one matrix in vllm)"}
+    assert {layer.group for layer in mps.layers(Qkv(), x, target="torchao")} == {""}
+
+
+def test_what_lies_inside_a_module_that_the_target_sees_as_one_is_left_alone():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention, self.head = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(self.attention(x, x, x)[0])
+
+    with pytest.warns(
+        UserWarning, match=r"torchao has no name for attention.k_proj, attention.q_proj, attention.v_proj"
+    ):
+        found = mps.layers(Net(), torch.randn(2, 3, 4), target="torchao")
+    assert [layer.name for layer in found] == ["attention.out_proj", "head"]
+
+
+def test_a_search_stays_with_what_the_target_has():
+    torch.manual_seed(0)
+    net = model()
+    batches = [torch.randn(16, 1, 6, 6) for _ in range(4)]
+    found = mps.search(
+        net,
+        batches,
+        mps.Budget(memory_bytes="60%"),
+        mps.precisions("w3g32 w4g32 w8g32 w16"),
+        layers=mps.layers(net, X, target="onnxruntime"),
+        effort="fast",
+        progress=False,
+    )
+    layers = {layer.name: layer for layer in mps.layers(net, X)}
+    assert all(
+        TARGETS["onnxruntime"].refusal(layers[name], precision) is None for name, precision in found.plan.items()
+    )
