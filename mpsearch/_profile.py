@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.data_split import few
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.experts import filled, report, without_tokens
@@ -36,6 +37,9 @@ from mpsearch.resources.columns import (
 )
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import only_allowed, refused_by_target
+
+#: Samples that are run twice, to see whether the model is random.
+PROBED = 8
 
 
 @overload
@@ -133,7 +137,7 @@ def profile(
         refused = refused_by_target(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
         usage = resource_columns(model, decisions, options, resources, quantize, data[0])
-        _probe_determinism(model, data[0])
+        _probe_determinism(model, few(data[0], PROBED))
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])

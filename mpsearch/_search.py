@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
 from mpsearch._profile import (
+    PROBED,
     check_layers,
     checked_precisions,
     resource_columns,
@@ -161,8 +162,9 @@ def search(
             )
             with bar:
                 spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
-                looks = 3 if layers is not None else 4  # at a batch: layers, their costs, and twice: is it random?
-                spending.charge(looks * samples(parts["score"][0]) / size(everything))
+                first = samples(parts["score"][0])
+                looks = 1 if layers is not None else 2  # layers and their costs; and twice at a few: is it random?
+                spending.charge((looks * first + 2 * min(PROBED, first)) / size(everything))
                 ranges = {}
                 if any(option.quantizes_activation for option in options):
                     ranges = input_ranges(model, parts["score"], [layer.name for layer in decisions])

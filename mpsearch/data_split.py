@@ -84,6 +84,15 @@ def cut(batches: Sequence[Batch], pieces: int) -> list[Batch]:
     return found
 
 
+def few(batch: Batch, count: int) -> Batch:
+    """The first samples of a batch.
+
+    >>> few((torch.arange(10), torch.arange(10)), 2)
+    (tensor([0, 1]), tensor([0, 1]))
+    """
+    return _taken(batch, torch.arange(min(count, samples(batch))), samples(batch))
+
+
 def _taken(value: Any, chosen: Tensor, count: int) -> Any:
     if isinstance(value, Tensor):
         return value[chosen.to(value.device)] if value.ndim and len(value) == count else value
