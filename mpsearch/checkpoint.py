@@ -12,7 +12,7 @@ import torch
 
 from mpsearch.errors import EstimatorError
 
-_VERSION = "1"
+_VERSION = "2"
 
 
 class Checkpoint:

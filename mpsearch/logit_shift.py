@@ -1,6 +1,7 @@
 """The additive-output surrogate: shifts of the logits of single perturbations, added up."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,10 +9,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpsearch.checkpoint import Checkpoint, NoCheckpoint
 from mpsearch.estimator import Setting
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import fingerprint
 from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.precision import Precision
 
 _INDEX = "logit shift | index"
 
@@ -105,27 +108,27 @@ class Surrogate:
         return found
 
 
-def surrogate(setting: Setting) -> Surrogate | None:
-    """The surrogate from what `LogitShift` has written to the checkpoint; None where that is nothing.
+def surrogate(checkpoint: Checkpoint | NoCheckpoint, units: int, precisions: Sequence[Precision]) -> Surrogate | None:
+    """The surrogate from what `LogitShift` has written to a checkpoint; None where that is nothing.
 
     A cell that changes nothing has no shift.
     """
-    index: list[str] = setting.checkpoint.get(_INDEX) or []
+    index: list[str] = checkpoint.get(_INDEX) or []
     if not index:
         return None
-    log_p = [setting.checkpoint.get(f"logit shift | {key}").numpy() for key in index]
-    names = [str(precision) for precision in setting.precisions]
+    log_p = [checkpoint.get(f"logit shift | {key}").numpy() for key in index]
+    names = [str(precision) for precision in precisions]
     shifts = [
         [
             np.concatenate(
                 [
                     np.zeros_like(reference) if found is None else found.numpy()
                     for key, reference in zip(index, log_p, strict=True)
-                    for found in [setting.checkpoint.get(f"logit shift | {key} | {unit} {name}")]
+                    for found in [checkpoint.get(f"logit shift | {key} | {unit} {name}")]
                 ]
             )
             for name in names
         ]
-        for unit in range(len(setting.units))
+        for unit in range(units)
     ]
     return Surrogate(np.concatenate(log_p), np.array(shifts))

@@ -107,7 +107,12 @@ def scores(
     }
     costs = {name: _unit_costs(name, table, rows) for name, table in tables.items()}
     leading = [costs[name] for name in _LEADING if name in costs]
-    return Scores(tables, costs, geometric_mean(leading or list(costs.values())), surrogate(setting))
+    return Scores(
+        tables,
+        costs,
+        geometric_mean(leading or list(costs.values())),
+        surrogate(setting.checkpoint, len(setting.units), setting.precisions),
+    )
 
 
 def starting(

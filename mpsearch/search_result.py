@@ -206,6 +206,7 @@ class SearchResult:
             OSError: where a file is missing.
         """
         from mpsearch.checkpoint import Checkpoint
+        from mpsearch.logit_shift import surrogate
 
         path = Path(folder)
         content = _read(path / "summary.json")
@@ -224,6 +225,8 @@ class SearchResult:
             raise PlanError(f"{path / 'summary.json'}: the comparison is damaged ({error!r})") from None
         with Checkpoint(path / "passes.db", content["identity"]) as kept:
             finished = kept.rows()
+            units = len({(bool(layer.group), layer.group or layer.name) for layer in posterior.layers})
+            shifts = surrogate(kept, units, posterior.precisions)
         return cls(
             Plan.load(path / "plan.json"),
             content["verdict"],
@@ -239,6 +242,7 @@ class SearchResult:
             content["seconds"],
             content["identity"],
             finished,
+            shifts,
         )
 
     def __str__(self) -> str:

@@ -48,7 +48,7 @@ def verdict(unit: str, uniform: str | None, difference: float, se: float, *, cho
         return Verdict(False, f"uniform is better: {uniform} by {amount}; it is returned")
     return Verdict(
         None,
-        f"no measurable difference from uniform {uniform}: {report.damage(difference, se)} {unit} in its disfavour",
+        f"no measurable difference from uniform {uniform}: {report.damage(difference, se)} {unit}",
     )
 
 

@@ -43,7 +43,7 @@ def made(model, batches, precisions="w2 w3 w16", **options):
     setting = Setting(
         model, batches, units_of(layers), mps.precisions(precisions), RoundToNearest(), {}, "kl", None, checkpoint=kept
     )
-    return surrogate(setting), table
+    return surrogate(setting.checkpoint, len(setting.units), setting.precisions), table
 
 
 def test_it_is_the_model_where_outputs_are_additive():
@@ -113,4 +113,4 @@ def test_nothing_without_one_at_a_time_runs():
     setting = Setting(
         model, batches, units_of(layers), mps.precisions("w2"), RoundToNearest(), {}, "kl", None, checkpoint=kept
     )
-    assert surrogate(setting) is None
+    assert surrogate(setting.checkpoint, len(setting.units), setting.precisions) is None

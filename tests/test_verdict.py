@@ -12,7 +12,7 @@ from mpsearch.verdict import CLEAR, tolerance_verdict, verdict
     [
         (0.21, 0.1, True, "mixed precision wins by 0.21 ± 0.1 nats over uniform w3"),
         (0.2, 0.1, None, "no measurable difference from uniform w3"),
-        (-0.2, 0.1, None, "-0.2 ± 0.1 nats in its disfavour"),
+        (-0.2, 0.1, None, "-0.2 ± 0.1 nats"),
         (-0.21, 0.1, False, "uniform is better: w3 by 0.21 ± 0.1 nats; it is returned"),
         (0.0, 0.0, None, "no measurable difference"),
         (1e-9, 0.0, True, "mixed precision wins"),
