@@ -23,7 +23,7 @@ from mpsearch._profile import (
 )
 from mpsearch.budget import Budget
 from mpsearch.checkpoint import Checkpoint
-from mpsearch.data_split import check_sizes, split
+from mpsearch.data_split import check_sizes, few, split
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
@@ -123,18 +123,19 @@ def search(
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     damage = Damage(_known_metric(metric), higher_is_better)
     _check_effort(effort, max_passes)
-    few = effort == "fast" if max_passes is None else max_passes < FEW
+    sparing = effort == "fast" if max_passes is None else max_passes < FEW
     given = {"batches": collect(batches)}
     given |= {name: collect(part) for name, part in (("select", select), ("report", report)) if part is not None}
     _check_labels(damage, given)
-    parts = _parts(given, FEW_SHARES if few else SHARES, seed)
+    parts = _parts(given, FEW_SHARES if sparing else SHARES, seed)
     before = state_fingerprint(model)
     start = time.perf_counter()
     with preserved(model):
         found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
         decisions = list(found)
         check_layers(model, decisions)
-        usage = resource_columns(model, decisions, options, resources, quantize, parts["score"][0])
+        example = few(parts["score"][0], PROBED)
+        usage = resource_columns(model, decisions, options, resources, quantize, example)
         base = CostTable(
             tuple(decisions),
             options,
@@ -163,8 +164,8 @@ def search(
             with bar:
                 spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
                 first = samples(parts["score"][0])
-                looks = 1 if layers is not None else 2  # layers and their costs; and twice at a few: is it random?
-                spending.charge((looks * first + 2 * min(PROBED, first)) / size(everything))
+                looks = 0 if layers is not None else first  # at a few: their costs, and twice: is it random?
+                spending.charge((looks + 3 * samples(example)) / size(everything))
                 ranges = {}
                 if any(option.quantizes_activation for option in options):
                     ranges = input_ranges(model, parts["score"], [layer.name for layer in decisions])
