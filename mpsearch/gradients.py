@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
-from mpsearch.measure import log_softmax
+from mpsearch.measure import log_softmax, wide
 from mpsearch.model import Batch, call, inputs_of, predictions, samples
 
 
@@ -62,6 +62,30 @@ def gradient(loss: Tensor, points: Sequence[Tensor], *, create_graph: bool = Fal
     except RuntimeError as error:
         raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
     return [torch.zeros_like(x) if g is None else g for x, g in zip(points, found, strict=True)]
+
+
+def rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Random signs of a tensor's shape, in the widest float of its device."""
+    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
+    return wide(2 * signs.to(like.device) - 1)
+
+
+def hessian_products(
+    slopes: Sequence[Tensor], weights: Sequence[nn.Parameter], vectors: Sequence[Tensor]
+) -> list[Tensor]:
+    """Hessian-vector products in the widest float, from gradients with their graph; the graph is kept.
+
+    Raises:
+        EstimatorError: where the model cannot be differentiated twice.
+    """
+    parts = [(wide(g) * v).sum().cpu() for g, v in zip(slopes, vectors, strict=True) if g.requires_grad]
+    if not parts:
+        return [torch.zeros_like(v) for v in vectors]
+    try:
+        found = torch.autograd.grad(torch.stack(parts).sum(), weights, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
+    return [torch.zeros_like(v) if h is None else wide(h) for v, h in zip(vectors, found, strict=True)]
 
 
 def mean_gradient(setting: Setting, weights: Sequence[nn.Parameter], seed: int) -> list[Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
@@ -76,9 +77,7 @@ def front(
     Raises:
         MpsearchError: for another kind of file.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _empty()
     over, unit = drawn.over, drawn.table.unit
     axes.plot(
         drawn.usage,
@@ -128,16 +127,8 @@ def front(
         )
     if (drawn.sensitivity > 0).any():
         axes.set_yscale("log")
-    axes.set_xlabel(_LABELS.get(over, over))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.amount(over, value) if value >= 0 else ""))
     axes.set_ylabel("damage, KL to the unquantized model [nats]" if unit == "nats" else "damage [relative]")
-    axes.grid(True, which="major", alpha=0.25)
-    axes.margins(x=0.07)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    if title:
-        axes.set_title(title, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=9, loc="best")
+    _frame(axes, over, title)
     save(figure, path)
 
 
@@ -153,9 +144,7 @@ def measured_front(path: Path, drawn: "MeasuredFront", *, mark: Plan | None = No
     Raises:
         MpsearchError: for another kind of file.
     """
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, axes = _empty()
     over, best = drawn.over, drawn.plans
     use = drawn.usage
     axes.errorbar(
@@ -180,10 +169,22 @@ def measured_front(path: Path, drawn: "MeasuredFront", *, mark: Plan | None = No
         )
     if (best.damage > 0).any():
         axes.set_yscale("log")
-    axes.set_xlabel(_LABELS.get(over, over))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.amount(over, value) if value >= 0 else ""))
     unit = "KL to the unquantized model [nats]" if best.unit == "nats" else "[relative]"
     axes.set_ylabel(f"measured damage, {unit}")
+    _frame(axes, over, title)
+    save(figure, path)
+
+
+def _empty() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _frame(axes: Axes, over: str, title: str) -> None:
+    """The axis of the resource, grid, title and legend."""
+    axes.set_xlabel(_LABELS.get(over, over))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: report.amount(over, value) if value >= 0 else ""))
     axes.grid(True, which="major", alpha=0.25)
     axes.margins(x=0.07)
     for side in ("top", "right"):
@@ -191,7 +192,6 @@ def measured_front(path: Path, drawn: "MeasuredFront", *, mark: Plan | None = No
     if title:
         axes.set_title(title, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    save(figure, path)
 
 
 def save(figure: Figure, path: Path) -> None:

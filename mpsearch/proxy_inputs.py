@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Passes, Setting
 from mpsearch.features import Observer, observed
-from mpsearch.gradients import differentiated, gradient, mean_gradient, ones_like_sample
+from mpsearch.gradients import differentiated, gradient, hessian_products, mean_gradient, ones_like_sample, rademacher
 from mpsearch.measure import wide
 from mpsearch.model import call, samples
 from mpsearch.modules import channel_axis, weight_of
@@ -109,25 +109,8 @@ def _hessian_diagonals(setting: Setting, weights: Sequence[nn.Parameter], num_sa
         with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             slopes = gradient(setting.mean_loss(batch), weights, create_graph=True)
         for _ in range(num_samples):
-            signs = [_rademacher(w, generator) for w in weights]
-            for whole, z, product in zip(found, signs, _products(slopes, weights, signs), strict=True):
+            signs = [rademacher(w, generator) for w in weights]
+            for whole, z, product in zip(found, signs, hessian_products(slopes, weights, signs), strict=True):
                 whole.add_(z * product, alpha=samples(batch) / total / num_samples)
         setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * num_samples)
     return found
-
-
-def _products(slopes: Sequence[Tensor], weights: Sequence[nn.Parameter], vectors: Sequence[Tensor]) -> list[Tensor]:
-    """Hessian-vector products; the graph is kept."""
-    parts = [(wide(g) * v).sum().cpu() for g, v in zip(slopes, vectors, strict=True) if g.requires_grad]
-    if not parts:
-        return [torch.zeros_like(v) for v in vectors]
-    try:
-        found = torch.autograd.grad(torch.stack(parts).sum(), weights, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
-    return [torch.zeros_like(v) if h is None else wide(h) for v, h in zip(vectors, found, strict=True)]
-
-
-def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
-    return wide(2 * signs.to(like.device) - 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, gradient
+from mpsearch.gradients import differentiated, gradient, hessian_products, rademacher
 from mpsearch.measure import wide
 from mpsearch.model import Batch, samples
 from mpsearch.relative import cells_from_scores
@@ -90,7 +90,7 @@ class HAWQProxy:
         size, value = _norm(directions), 0.0
         for _ in range(self.num_iterations):
             directions = [v / size for v in directions]
-            products = _product(gradients, block, directions)
+            products = hessian_products(gradients, block, directions)
             value = sum(float((v * product).sum()) for v, product in zip(directions, products, strict=True))
             size = _norm(products)
             if size:
@@ -155,8 +155,8 @@ class HAWQV2Proxy:
             gradients = list(_gradients(setting, batch, weights).values())
             draws = np.zeros((self.num_samples, len(weights)))
             for draw in draws:
-                signs = [_rademacher(w, generator) for w in weights]
-                products = _product(gradients, weights, signs)
+                signs = [rademacher(w, generator) for w in weights]
+                products = hessian_products(gradients, weights, signs)
                 draw[:] = [float((z * product).sum()) for z, product in zip(signs, products, strict=True)]
             if not np.isfinite(draws).all():
                 raise EstimatorError(f"a Hessian trace is not finite in batch {number}")
@@ -176,24 +176,5 @@ def _gradients(setting: Setting, batch: Batch, weights: Sequence[nn.Parameter]) 
         return dict(zip(weights, gradient(setting.mean_loss(batch), weights, create_graph=True), strict=True))
 
 
-def _product(
-    gradients: Sequence[Tensor], weights: Sequence[nn.Parameter], directions: Sequence[Tensor]
-) -> list[Tensor]:
-    """Hessian-vector product in the widest float; the graph is kept."""
-    parts = [(wide(g) * v).sum().cpu() for g, v in zip(gradients, directions, strict=True) if g.requires_grad]
-    if not parts:
-        return [torch.zeros_like(v) for v in directions]
-    try:
-        found = torch.autograd.grad(torch.stack(parts).sum(), weights, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
-    return [torch.zeros_like(v) if h is None else wide(h) for v, h in zip(directions, found, strict=True)]
-
-
 def _norm(tensors: Sequence[Tensor]) -> float:
     return math.sqrt(sum(float(x.square().sum()) for x in tensors))
-
-
-def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
-    return wide(2 * signs.to(like.device) - 1)

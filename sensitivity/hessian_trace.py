@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
+from mpsearch.gradients import rademacher
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
@@ -140,7 +141,7 @@ class HessianTrace:
         draws = np.zeros((self.num_samples, len(blocks)))
         block_of = {id(point): b for b, block in enumerate(blocks) for point in block}
         for probe in range(self.num_samples if curved else 0):
-            signs = [_rademacher(point, generator) for point, _ in curved]
+            signs = [rademacher(point, generator) for point, _ in curved]
             products = _products(curved, signs)
             setting.passes.add(len(setting.batches), backward=2)
             for (point, _), z, product in zip(curved, signs, products, strict=True):
@@ -172,7 +173,7 @@ class HessianTrace:
             return torch.stack(found, 1)
 
         def signs() -> Tensor:
-            return torch.stack([_rademacher(weight, generator).flatten() for _ in range(third)], 1)
+            return torch.stack([rademacher(weight, generator).flatten() for _ in range(third)], 1)
 
         basis, _ = torch.linalg.qr(product(signs()))
         exact = float((basis * product(basis)).sum())
@@ -214,11 +215,6 @@ def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tens
     except RuntimeError as error:
         raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
     return found
-
-
-def _rademacher(like: Tensor, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, like.shape, generator=generator, dtype=torch.int8)  # on the CPU: same on every device
-    return wide(2 * signs.to(like.device) - 1)
 
 
 def _recorder(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
