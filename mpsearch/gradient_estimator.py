@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import wide
 from mpsearch.source import Source, TokenWeights
@@ -29,6 +30,10 @@ class GradientEstimator:
 
     needs: ClassVar[frozenset[Quantity]]
     unit: ClassVar[str] = "nats"
+
+    def __post_init__(self) -> None:
+        if getattr(self, "draws", 1) < 1:
+            raise EstimatorError(f"draws={self.draws}: expected 1 or more")  # type: ignore[attr-defined]
 
     @staticmethod
     def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:

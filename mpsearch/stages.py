@@ -4,7 +4,6 @@ import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,7 +29,6 @@ from mpsearch.table import CostTable
 from mpsearch.verdict import Verdict, tolerance_verdict, verdict
 
 Options = NDArray[np.int64]
-Effort = Literal["fast", "default", "thorough"]
 
 #: The select part is measured in at least so many batches, so that a poor plan is dropped after a quarter.
 _PIECES = 4

@@ -50,10 +50,6 @@ class Fisher(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
-
     def source(self, setting: Setting) -> Source:
         """Labels drawn from the model, whatever the loss."""
         if callable(setting.loss):

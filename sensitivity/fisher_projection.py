@@ -6,7 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.source import TokenWeights
@@ -50,10 +49,6 @@ class FisherProjection(GradientEstimator):
     draws: int = 2
     seed: int = 0
     token_weights: TokenWeights | None = None
-
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
 
     def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""

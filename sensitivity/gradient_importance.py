@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.relative import cells_from_scores
@@ -49,10 +48,6 @@ class GradientImportance(GradientEstimator):
     draws: int = 1
     seed: int = 0
     token_weights: TokenWeights | None = None
-
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
 
     def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
         """(N, U)."""

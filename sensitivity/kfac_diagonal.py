@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.gradient_estimator import GradientEstimator
 from mpsearch.layer import Layer
@@ -57,10 +56,6 @@ class KFACDiagonal(GradientEstimator):
     draws: int = 1
     seed: int = 0
     token_weights: TokenWeights | None = None
-
-    def __post_init__(self) -> None:
-        if self.draws < 1:
-            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
 
     def accumulator(self, setting: Setting) -> Accumulator:
         """Sums of second moments."""

@@ -1,18 +1,16 @@
 """Brevitas: layers replaced by its quantized ones, each with its bits."""
 
 import copy
-import io
 import os
 from typing import Any
 
-import torch
 from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.state_file import write_state
 from mpsearch.export.verification import Stored
-from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -48,9 +46,7 @@ def brevitas(
     plan = fitted(plan, model, "brevitas", snap=snap)
     copied = _quantized(plan, copy.deepcopy(model))
     if path is not None:
-        content = io.BytesIO()
-        torch.save(copied.state_dict(), content)
-        write_atomically(path, content.getvalue())
+        write_state(path, copied)
     return copied
 
 

@@ -1,7 +1,6 @@
 """HQQ: linear layers replaced by its own, each with its bits and group size."""
 
 import copy
-import io
 import os
 from typing import Any
 
@@ -11,8 +10,8 @@ from torch import Tensor, nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.state_file import write_state
 from mpsearch.export.verification import Stored
-from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -48,9 +47,7 @@ def hqq(
     copied = copy.deepcopy(model)
     _replace(plan, copied)
     if path is not None:
-        content = io.BytesIO()
-        torch.save(copied.state_dict(), content)
-        write_atomically(path, content.getvalue())
+        write_state(path, copied)
     return copied
 
 
