@@ -20,13 +20,14 @@ from mpsearch.model import Batch, samples
 from mpsearch.plan import Plan
 from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
 from mpsearch.problem import Problem, named
-from mpsearch.proposers import AdditiveOutput, Moves, Record, Thompson
+from mpsearch.proposers import AdditiveOutput, Crossing, Moves, Record, Thompson
 from mpsearch.report_part import Reported, report_on
 from mpsearch.scoring import FEW, forecast, scores, starting
 from mpsearch.search_result import Compared, SearchResult, measured_front, with_usage
 from mpsearch.solution import Choice, Status
 from mpsearch.table import CostTable
 from mpsearch.verdict import Verdict, tolerance_verdict, verdict
+from mpsearch.vicinal import mixed
 
 Options = NDArray[np.int64]
 
@@ -34,6 +35,8 @@ Options = NDArray[np.int64]
 _PIECES = 4
 #: Plans that are measured on the score part too, where few passes are spent.
 _FINALISTS = 2
+#: Draws of vicinal samples, and the share of the passes that the best plans are measured there with, where more are spent.
+_VICINAL, _LAST = 3, 0.12
 #: Limits of a whole curve.
 _LEVELS = 10
 #: Steps of the bisection on the use of a resource.
@@ -73,24 +76,29 @@ class Stages:
         few = self.spending.limit < FEW
         batches = {
             "select": cut(self.parts["select"], _PIECES),
-            "score": self.parts["score"],
             "report": self.parts["report"],
         }
         if not few:  # every plan is measured on both, the select part first
-            batches["select"] = [*batches["select"], *batches["score"]]
-        self.select, self.score, self.report = (
-            PlanMeter(name, self.setting, part, self.damage, self.total, self.spending)
+            batches["select"] += self.parts["score"]
+        between = mixed(batches["select"], self.seed, _VICINAL) if self.damage.metric == "kl" and not few else []
+        batches |= {"score": self.parts["score"]} if few else {"vicinal": between} if between else {}
+        meters = {
+            name: PlanMeter(name, self.setting, part, self.damage, self.total, self.spending)
             for name, part in batches.items()
-        )
+        }
+        self.select, self.report = meters["select"], meters["report"]
+        #: where the best plans are measured too, once the others are out, and how many
+        self.final = meters.get("score", meters.get("vicinal"))
+        self.finalists = _FINALISTS if few else int(_LAST * self.spending.limit / self.final.share) if self.final else 0
+        if self.finalists < 2:
+            self.final = None
         self.rows = _unit_of_layers(self.base, self.setting)
-        #: plans that are measured on the score part once the others are out
-        self.finalists = _FINALISTS if few else 0
 
     @property
     def reserve(self) -> float:
         """Passes that the finalists and the report, for four plans and the unquantized model, will take."""
         again = self.select.price / self.select.share
-        finalists = self.share["score"] * (1 + again * self.finalists) if self.finalists else 0.0
+        finalists = self.final.share * (1 + again * self.finalists) if self.final is not None else 0.0
         return 5 * self.share["report"] * (2 if self.damage.own else 1) + finalists
 
     def _spent(self) -> bool:
@@ -171,19 +179,29 @@ class Stages:
         if self.scores.surrogate is not None:
             hunt.go([AdditiveOutput(self.scores.surrogate)], self._spent, most=3)
         hunt.go([Thompson()], lambda: self._spent() or self.spending.left < self.reserve + third)
-        hunt.go([Thompson(), Moves()], self._spent)
+        hunt.go([Thompson(), Moves(), Crossing()], self._spent)
 
     def _final(self, hunt: Hunt) -> Options:
-        """The best plan; of few passes the best few on select and score parts together."""
+        """The best plan on the select part; among the best few the one that is best there and on the final samples together.
+
+        Samples of the score part count as those of the select part do; the mean over vicinal samples counts as much as that over
+        the data, however many were drawn.
+        """
         record = hunt.record
         fitting = [key for key in record.measured if record.fits(np.array(key))]
         ranked = sorted(
             (key for key in fitting if self.select.complete(np.array(key))), key=record.measured.__getitem__
         )
-        top = [np.array(key) for key in ranked[: max(self.finalists, 1)]]
-        if len(top) == 1:
+        uniform = self._best_uniform(record)
+        most = math.inf if uniform is None else record.measured[tuple(uniform.tolist())]
+        top = [np.array(key) for key in ranked[: max(self.finalists, 1)] if record.measured[key] <= most]
+        if self.final is None or len(top) == 1:
             return top[0]
-        together = [_joined(self.select.measure(options), self.score.measure(options)).value for options in top]
+        pairs = [(self.select.measure(options), self.final.measure(options)) for options in top]
+        if self.final.name == "score":
+            together = [_joined(here, there).value for here, there in pairs]
+        else:
+            together = [here.value + there.value for here, there in pairs]
         return top[int(np.argmin(together))]
 
     def _least(self, tolerance: float) -> tuple[Hunt, Options]:

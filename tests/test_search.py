@@ -22,6 +22,7 @@ from mpsearch.data_split import split
 from mpsearch.estimator import Estimate
 from mpsearch.model import state_fingerprint
 from mpsearch.quantize import RoundToNearest
+from mpsearch.vicinal import mixed
 
 PRECISIONS = "w2 w3 w4"
 BUDGET = mps.Budget(average_bits=3)
@@ -694,3 +695,46 @@ def test_killed_and_run_again_it_ends_with_the_same_result(tmp_path):
 @pytest.mark.slow
 def test_killed_many_times(tmp_path):
     killed_and_resumed(tmp_path, [1, 2, 7, 13, 20, 20, 30, 11, 9, 5])
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The stages of every search."""
+    found = []
+    result = stages.Stages.result
+
+    def kept(self):
+        found.append(self)
+        return result(self)
+
+    monkeypatch.setattr(stages.Stages, "result", kept)
+    return found
+
+
+def test_the_best_plans_are_measured_between_the_samples_too(runs):
+    result = find(max_passes=60.0)
+    (run,) = runs
+    parts = split(data(), SHARES, 0)
+    between = mixed([*run.select.batches], 0, 3)
+    assert sum(len(inputs) for inputs, _ in between) == 3 * sum(
+        len(x) for name in ("select", "score") for x, _ in parts[name]
+    )
+    uniform = min(damage for bits, damage in uniforms(result).values() if bits <= 3)
+    ranked = sorted(
+        (damage, tuple(map(str, plan.values())))
+        for plan, damage in zip(result.plans.plans, result.plans.damage.tolist(), strict=True)
+        if plan.usage["average_bits"] <= 3 and damage <= uniform
+    )
+    finalists = ranked[:3]  # 0.12 of 60 passes, 3 draws of 0.8 of the data each
+    measured = {}
+    for damage, precisions in finalists:
+        plan = mps.Plan(dict(zip(result.plan, map(mps.Precision.parse, precisions), strict=True)))
+        measured[precisions] = damage + mps.evaluate(net(), between, plan, progress=False).kl
+    assert len(run.final.known) == len(finalists)
+    assert tuple(map(str, result.plan.values())) == min(measured, key=measured.__getitem__)
+
+
+@pytest.mark.parametrize("options", [{"max_passes": 14.0}, {"metric": "loss"}, {"max_passes": 24.0}])
+def test_no_samples_in_between_where_passes_are_few_or_labels_are_needed(runs, options):
+    find(**{"max_passes": 60.0, **options})
+    assert runs[0].final is None or runs[0].final.name == "score"

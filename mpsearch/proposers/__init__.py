@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from mpsearch.proposers.additive_output import AdditiveOutput as AdditiveOutput
+from mpsearch.proposers.crossing import Crossing as Crossing
 from mpsearch.proposers.moves import Moves as Moves
 from mpsearch.proposers.posterior import Posterior as Posterior
 from mpsearch.proposers.record import Options as Options

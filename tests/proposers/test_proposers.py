@@ -8,7 +8,7 @@ import pytest
 import mpsearch as mps
 from mpsearch.logit_shift import Surrogate
 from mpsearch.problem import Problem
-from mpsearch.proposers import AdditiveOutput, Moves, Posterior, Record, Thompson
+from mpsearch.proposers import AdditiveOutput, Crossing, Moves, Posterior, Record, Thompson
 from mpsearch.proposers.record import changed
 
 U, P = 5, 3
@@ -96,10 +96,10 @@ def proposers(record):
     shifts = generator.normal(size=(U, P, 6, 4)) * np.array([4, 2, 1])[:, None, None]
     logits = generator.normal(size=(6, 4))
     surrogate = Surrogate(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), shifts)
-    return {"thompson": Thompson(), "moves": Moves(), "additive": AdditiveOutput(surrogate)}
+    return {"thompson": Thompson(), "moves": Moves(), "crossing": Crossing(mutation=U), "additive": AdditiveOutput(surrogate)}
 
 
-@pytest.mark.parametrize("name", ["thompson", "moves", "additive"])
+@pytest.mark.parametrize("name", ["thompson", "moves", "crossing", "additive"])
 @pytest.mark.parametrize("seed", range(3))
 def test_what_is_proposed_fits_is_allowed_and_is_new(name, seed):
     """Until there is nothing left to propose: no plan twice."""
@@ -110,6 +110,9 @@ def test_what_is_proposed_fits_is_allowed_and_is_new(name, seed):
     start = record.exact(np.nan_to_num(table.sensitivity))
     damage = np.random.default_rng(seed + 10).random
     record.measured[tuple(start.tolist())] = 1.0
+    if name == "crossing":  # it takes two
+        record.measured[max(good - set(record.measured))] = 2.0
+    first = len(record.measured)
     for _ in range(len(good)):
         found = proposer.propose(record, posterior)
         if found is None:
@@ -121,7 +124,7 @@ def test_what_is_proposed_fits_is_allowed_and_is_new(name, seed):
         posterior.add(found, record.measured[key])
     else:
         assert set(record.measured) == good
-    assert len(record.measured) > 1 or name == "additive"
+    assert len(record.measured) > first or name == "additive"
 
 
 def test_moves_takes_the_neighbour_that_is_expected_to_be_best():
@@ -154,3 +157,25 @@ def test_thompson_gives_the_optimum_of_the_mean_every_few_turns():
     posterior = Posterior(np.nan_to_num(table.sensitivity))
     record.measured = {tuple([-1 - i] * U): 9.0 for i in range(4)}  # the turn is told by their number
     assert np.array_equal(Thompson(every=4).propose(record, posterior), record.exact(posterior.expected()))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_child_without_mutations_is_the_best_of_all_that_its_parents_columns_make(seed):
+    record, table = record_of(seed)
+    good = sorted(every_plan(table, record))
+    parents = [good[0], good[-1]]
+    record.measured = dict(zip(parents, (1.0, 2.0), strict=True))
+    posterior = Posterior(np.nan_to_num(table.sensitivity), row=0.0, cell=0.0)  # its draws are its mean
+    child = Crossing(mutation=0.0).propose(record, posterior)
+    born = [plan for plan in good if all(p in both for p, *both in zip(plan, *parents, strict=True))]
+    best = min(born, key=lambda plan: table.sensitivity[np.arange(U), plan].sum())
+    if best in record.measured:
+        assert child is None
+    else:
+        assert tuple(child.tolist()) == best
+
+
+def test_crossing_needs_two_parents():
+    record, table = record_of(0)
+    record.measured = {next(every_plan(table, record)): 1.0}
+    assert Crossing().propose(record, Posterior(np.nan_to_num(table.sensitivity))) is None
