@@ -5,7 +5,7 @@ WHEEL := $(or $(TMPDIR),/var/tmp)/mpsearch-wheel
 export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS = 2
 
-.PHONY: demo test test-slow test-wheel lint clean
+.PHONY: demo test test-slow test-wheel test-export-peers notebooks lint docs clean
 
 demo: .venv/ready
 	$(BIN)/mpsearch demo
@@ -16,11 +16,22 @@ test: .venv/ready
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
+notebooks: .venv/ready
+	$(BIN)/python -m pytest tests/test_notebooks.py
+
+# the exporters of tools that stay out of .venv, each in an environment of its own; the first time takes half an hour
+test-export-peers:
+	PYTHON=$(PYTHON) benchmarks/peers/test_exports.sh
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# the reference, as pages in site/
+docs: .venv/ready
+	$(BIN)/python docs/reference.py site
 
 # torch first and pinned, so that no other package pulls a GPU build
 .venv/ready: pyproject.toml requirements.txt
@@ -31,7 +42,7 @@ lint: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info
 
 # the tests against the built wheel, in an empty environment and another folder
 test-wheel: .venv/ready

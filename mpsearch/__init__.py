@@ -40,8 +40,50 @@ if TYPE_CHECKING:
     from mpsearch._search import search as search
     from mpsearch.distill import distill_data as distill_data
     from mpsearch.evaluation import Evaluation as Evaluation
+    from mpsearch.kv_cache import KVCache as KVCache
     from mpsearch.proxy_evolution import ProxyEvolution as ProxyEvolution
     from mpsearch.search_result import SearchResult as SearchResult
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "Choice",
+    "CostTable",
+    "EstimatorError",
+    "Evaluation",
+    "ExportError",
+    "Front",
+    "InfeasibleError",
+    "Interactions",
+    "KVCache",
+    "Layer",
+    "MissingPackage",
+    "MpsearchError",
+    "Peak",
+    "Plan",
+    "PlanError",
+    "Precision",
+    "ProxyEvolution",
+    "ProxyTruth",
+    "SearchResult",
+    "Solution",
+    "Solver",
+    "SolverError",
+    "Status",
+    "TableError",
+    "calibrate",
+    "distill_data",
+    "evaluate",
+    "evolve_proxy",
+    "forecast",
+    "layers",
+    "measure_plans",
+    "pareto",
+    "precisions",
+    "profile",
+    "search",
+    "solve",
+]
 
 __version__ = "0.1.0"
 
@@ -51,6 +93,7 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "evaluate": "mpsearch._evaluate",
     "Evaluation": "mpsearch.evaluation",
     "evolve_proxy": "mpsearch._evolve_proxy",
+    "KVCache": "mpsearch.kv_cache",
     "ProxyEvolution": "mpsearch.proxy_evolution",
     "ProxyTruth": "mpsearch._evolve_proxy",
     "layers": "mpsearch._layers",

@@ -29,6 +29,7 @@ def layers(
     experts: Literal["each", "block"] = "each",
     decide_routers: bool = False,
     tie_residuals: bool = False,
+    kv_cache: bool = False,
 ) -> list[Layer]:
     """Find the quantizable layers of a model, in the order of `named_modules`.
 
@@ -52,10 +53,13 @@ def layers(
         experts: decide on `each` expert, or on a whole `block` of them at once; expert groups are `groups` by pattern.
         decide_routers: routers of experts are decisions too, instead of being left alone.
         tie_residuals: layers whose outputs are added share a precision.
+        kv_cache: keys and values of each attention layer are decisions too, of kind `kv_cache`: those that attention of transformers
+            puts into its cache (`...self_attn.k_cache`, `...self_attn.v_cache`), and modules `mpsearch.KVCache` of the model's own. Their
+            MACs are those of the products that read them.
 
     Raises:
-        TableError: for a model without quantizable layers, a name or pattern that matches nothing, or half of a group
-            excluded.
+        TableError: for a model without quantizable layers, a name or pattern that matches nothing, half of a group
+            excluded, or `kv_cache` of a model that fills none.
 
     >>> import torch
     >>> [(layer.name, layer.kind, layer.macs) for layer in layers(nn.Sequential(nn.Linear(3, 2)), torch.ones(5, 3))]
@@ -65,26 +69,35 @@ def layers(
         raise TableError(f"unknown target {target!r}{nearest(target, TARGETS)}")
     if experts not in ("each", "block"):
         raise TableError(f"experts={experts!r}, expected 'each' or 'block'")
-    own = {name for name, _ in model.named_modules()}
+    # attention reads the weight of its out_proj itself: a module that takes its place is never called
+    own = {n for n, m in model.named_modules() if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
     with preserved(model):
-        found = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+        every = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+        found = {name: module for name, module in every.items() if kind_of(module) != "kv_cache"}
+        caches = {name: module for name, module in every.items() if name not in found} if kv_cache else {}
         if not found:
             raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
-        excluded = {name for pattern in exclude for name in fusion.matching(pattern, found, "exclude")}
+        excluded = {name for pattern in exclude for name in fusion.matching(pattern, [*found, *caches], "exclude")}
         if not decide_routers:
             excluded.update(routers(model, found))
         if target is not None:
-            hidden = sorted(set(found) - own - excluded)
+            hidden = sorted(set(found) - own - excluded)  # caches are refused by the options of the target
             excluded.update(hidden)
             if hidden:
                 warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", stacklevel=2)
-        if excluded == set(found):
+        if excluded >= set(found):
             raise TableError(f"exclude={list(exclude)} leaves no layer")
         tied = fusion.shared_weights(found)
         _refuse_partial(tied, excluded)
-        macs, flow, tables = _run(model, found, example)
+        macs, flow, tables, filled = _run(model, found, example, caches)
+        if kv_cache and not filled:
+            raise TableError(
+                f"kv_cache=True, but the example fills no cache: {type(model).__name__} has neither attention of transformers that "
+                "keeps keys and values, nor modules mpsearch.KVCache that they go through"
+            )
         excluded |= tables
         called = _called(found, excluded, macs, tied)
+        kept_caches = {name: dtype for name, dtype in filled.items() if name not in excluded}
         if groups == "none":
             for group in tied:
                 if len(_of(group, called)) > 1:
@@ -103,22 +116,17 @@ def layers(
             joined = fusion.without(joined, cut, found)
             _refuse_partial(joined, excluded)
         kept = [fusion.Group(names, g.reason, g.binding) for g in joined if len(names := _of(g, called)) > 1]
-        titles = fusion.named(kept, groups if isinstance(groups, Mapping) else {}, list(called))
+        decided = [name for name in every if name in called or name in kept_caches]
+        titles = fusion.named(kept, groups if isinstance(groups, Mapping) else {}, decided)
         made = []
-        for name, module in called.items():
-            weight = canonical(module)
+        for name in decided:
+            module = every[name]
             kind = kind_of(module)
             assert kind is not None
+            shape = () if name in kept_caches else tuple(canonical(module).shape)
+            dtype = kept_caches[name] if name in kept_caches else canonical(module).dtype
             made.append(
-                Layer(
-                    name,
-                    kind,
-                    tuple(weight.shape),
-                    macs[name],
-                    titles[name],
-                    str(weight.dtype).removeprefix("torch."),
-                    target or "",
-                )
+                Layer(name, kind, shape, macs[name], titles[name], str(dtype).removeprefix("torch."), target or "")
             )
     return made
 
@@ -166,21 +174,28 @@ def _called(
     return called
 
 
-def _run(model: nn.Module, found: Mapping[str, nn.Module], example: Batch) -> tuple[Counter[str], DataFlow, set[str]]:
-    """MACs of one sample of each layer that the example calls, 0 for others; the flow of data; embeddings of something else."""
+def _run(
+    model: nn.Module, found: Mapping[str, nn.Module], example: Batch, caches: Mapping[str, nn.Module]
+) -> tuple[Counter[str], DataFlow, set[str], dict[str, torch.dtype]]:
+    """MACs of one sample of each layer that the example calls, 0 for others; the flow; embeddings of something else; dtypes of caches."""
     totals: Counter[str] = Counter()
     tables: set[str] = set()
+    filled: dict[str, torch.dtype] = {}
 
     def see(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+        if name in caches:
+            filled[name] = given.dtype
+            return
         totals[name] += _macs(module, given, output)
         if isinstance(module, nn.Embedding) and (
             output.shape[: given.ndim] != given.shape or not torch.equal(module.forward(given), output)
         ):
             tables.add(name)
 
-    flow = trace(model, found, example, see)
+    flow = trace(model, found, example, see, caches)
     count = samples(example)
-    return Counter({name: round(total / count) for name, total in totals.items()}), flow, tables
+    totals.update(flow.cached_macs)
+    return Counter({name: round(total / count) for name, total in totals.items()}), flow, tables, filled
 
 
 def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:

@@ -13,7 +13,7 @@ from mpsearch.errors import EstimatorError, PlanError
 from mpsearch.measure import Mean, kl_divergence
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.model import Batch, call, collect, data_fingerprint, predictions, preserved, samples, state_fingerprint
-from mpsearch.modules import weight_of
+from mpsearch.modules import holds_weight, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -102,7 +102,7 @@ def _cells(
     for plan in plans:
         for name, precision in plan.items():
             key = weight_of(model.get_submodule(name)), replace(precision, activation="16")
-            if precision.quantizes_weight and key not in found:
+            if _changes_weight(model, name, precision) and key not in found:
                 found[key] = quantized_weights(model, {name: precision}, quantize)[key[0]]
     return found
 
@@ -113,6 +113,10 @@ def _chosen(
     keys = [
         (weight_of(model.get_submodule(name)), replace(precision, activation="16"))
         for name, precision in plan.items()
-        if precision.quantizes_weight
+        if _changes_weight(model, name, precision)
     ]
     return {key[0]: cells[key] for key in keys}
+
+
+def _changes_weight(model: nn.Module, name: str, precision: Precision) -> bool:
+    return precision.quantizes_weight and holds_weight(model.get_submodule(name))

@@ -22,7 +22,6 @@ from mpsearch.experts import filled, report, without_tokens
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
-from mpsearch.modules import weight_of
 from mpsearch.peak_memory import peak_memory
 from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
@@ -133,6 +132,7 @@ def profile(
     with preserved(model):
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
         check_layers(model, decisions)
+        check_caches(estimators, decisions)
         units = units_of(decisions)
         refused = refused_by_target(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
@@ -206,8 +206,9 @@ def run_identity(
     loss: Any,
 ) -> dict[str, str]:
     """What a score depends on. The quantizer is known by its settings and by what it does to the smallest layer."""
-    smallest = min(decisions, key=lambda layer: weight_of(model.get_submodule(layer.name)).numel())
-    module = model.get_submodule(smallest.name)
+    quantizer = only_allowed(quantize, decisions, options, refused_by_target(decisions, options))
+    sizes = {layer.name: layer.numel for layer in decisions if not layer.is_cache}
+    smallest = [(model.get_submodule(name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
         "weights": weights,
         "data": data,
@@ -215,7 +216,7 @@ def run_identity(
         "precisions": " ".join(map(str, options)),
         "quantizer": digest(
             described(quantize),
-            fingerprint(quantized_weight(module, smallest.name, option, quantize) for option in options),
+            fingerprint(quantized_weight(*one, option, quantizer) for one in smallest for option in options),
         ),
         "loss": loss if isinstance(loss, str) else f"{_name(loss)} {digest(described(loss))}",
     }
@@ -298,6 +299,17 @@ def check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
         seen.add(layer.name)
     if not decisions:
         raise TableError("no layers to decide on")
+
+
+def check_caches(estimators: Sequence[Estimator], decisions: Sequence[Layer]) -> None:
+    """Refuse estimators that would find nothing in a cache, and call it free."""
+    names = [layer.name for layer in decisions if layer.is_cache]
+    for one in estimators:
+        if names and not getattr(one, "scores_caches", False):
+            raise EstimatorError(
+                f"{type(one).__name__} looks at weights, and the cache {names[0]!r} has none; take an estimator that perturbs what goes "
+                "into it, such as KLDivergence or FisherProjection, or leave out kv_cache=True"
+            )
 
 
 def units_of(decisions: Sequence[Layer]) -> list[Unit]:

@@ -24,6 +24,7 @@ from mpsearch._profile import (
 from mpsearch.budget import Budget
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.data_split import check_sizes, few, split
+from mpsearch.environment import environment
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
@@ -82,7 +83,8 @@ def search(
     as the effort allows, one perturbation at a time. The optima of these tables, uniform precisions and plans of the additive-output
     surrogate are measured on the second part; a Bayesian linear model of the damage learns from each and proposes the next (Thompson
     sampling), and moves around the best plan close the search. Plans are compared on common samples and dropped as soon as
-    they are clearly worse; those that are not are measured on the first part too (with few passes, only the best two). The third
+    they are clearly worse; those that are not are measured on the first part too (with few passes, only the best two). Where the
+    metric is the KL and the inputs are numbers, the best of them are measured between the samples too (`vicinal.mixed`). The third
     part judges.
 
     Args:
@@ -191,6 +193,7 @@ def search(
         "samples": {name: size(part) for name, part in parts.items()},
         "model_fingerprint": before,
         "stages": run.taken,
+        "environment": environment(),
     }
     return replace(result, settings=settings, seconds=time.perf_counter() - start, identity=identity, finished=finished)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.formats import Grid, round_to_grid
 from mpsearch.model import Batch, call, collect, preserved
-from mpsearch.modules import canonical, channel_axis, kind_of, weight_of
+from mpsearch.modules import canonical, channel_axis, holds_weight, kind_of, weight_of
 from mpsearch.perturb import Quantizer, inputs
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
@@ -44,28 +44,31 @@ class InputStatistics:
 
 def input_statistics(
     model: nn.Module, batches: Iterable[Batch], names: Sequence[str] | None = None
-) -> dict[str, InputStatistics]:
-    """Statistics of the inputs of linear layers and convolutions, from one forward pass.
+) -> dict[str, InputStatistics | None]:
+    """Statistics of the inputs of linear layers and convolutions, from one forward pass, for the quantizers of this module.
 
     Args:
         model: any module; it comes back as it was.
         batches: calibration data.
-        names: the layers; by default every linear layer and (not transposed) convolution.
+        names: the layers; by default all quantizable ones.
 
     Returns:
-        Layer name -> statistics, of the layers that the batches reached.
+        Layer name -> statistics; None for layers without patches (embeddings, transposed convolutions) and those that no batch reached
+        (experts without tokens): the quantizers round these to the nearest.
 
     Raises:
         EstimatorError: for unusable data, or an input that is not finite.
     """
     data = collect(batches)
     with preserved(model), torch.no_grad():
-        found = [name for name, module in model.named_modules() if _has_patches(module)] if names is None else names
-        sums = {name: _Sums(name, model.get_submodule(name)) for name in found}
+        modules = {name: module for name, module in model.named_modules() if kind_of(module) and holds_weight(module)}
+        found = list(modules) if names is None else names
+        patched = [name for name in found if names is not None or _has_patches(modules[name])]
+        sums = {name: _Sums(name, model.get_submodule(name)) for name in patched}
         with inputs({model.get_submodule(name): s.add for name, s in sums.items()}):
             for batch in data:
                 call(model, batch)
-    return {name: s.means() for name, s in sums.items() if s.patches}
+    return {name: sums[name].means() if name in sums and sums[name].patches else None for name in found}
 
 
 def _has_patches(module: nn.Module) -> bool:
@@ -121,14 +124,26 @@ def _patches(module: nn.Module, x: Tensor) -> Tensor:
     return picked.reshape(len(picked), module.groups, size, -1).permute(1, 0, 3, 2).reshape(module.groups, -1, size)
 
 
-def _statistics_of(statistics: Mapping[str, InputStatistics], name: str) -> InputStatistics:
-    if name not in statistics:
-        raise EstimatorError(f"no input statistics of layer {name!r}{nearest(name, statistics)}")
-    return statistics[name]
-
-
 class _OfLayers:
     """A quantizer that is another one in every layer."""
+
+    statistics: Mapping[str, InputStatistics | None]
+    quantizer: RoundToNearest
+
+    def _with(self, found: InputStatistics) -> Quantizer:
+        """The quantizer of a layer with such inputs."""
+        raise NotImplementedError
+
+    def of_layer(self, name: str) -> Quantizer:
+        """The quantizer of one layer; `quantizer` where its statistics are None.
+
+        Raises:
+            EstimatorError: for a layer that `input_statistics` did not meet.
+        """
+        if name not in self.statistics:
+            raise EstimatorError(f"no input statistics of layer {name!r}{nearest(name, self.statistics)}")
+        found = self.statistics[name]
+        return self.quantizer if found is None else self._with(found)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """Refused: the inputs of the layer are needed.
@@ -158,7 +173,7 @@ class SmoothQuant(_OfLayers):
     tensor([[1.0667, 0.8000]])
     """
 
-    statistics: Mapping[str, InputStatistics] = field(repr=False)
+    statistics: Mapping[str, InputStatistics | None] = field(repr=False)
     alpha: float = 0.5
     quantizer: RoundToNearest = field(default=RoundToNearest())
 
@@ -166,13 +181,7 @@ class SmoothQuant(_OfLayers):
         if not 0 <= self.alpha <= 1:
             raise EstimatorError(f"alpha={self.alpha}: expected a number from 0 to 1")
 
-    def of_layer(self, name: str) -> Quantizer:
-        """The quantizer of one layer.
-
-        Raises:
-            EstimatorError: where no statistics of it were taken.
-        """
-        found = _statistics_of(self.statistics, name)
+    def _with(self, found: InputStatistics) -> Quantizer:
         inputs_size = torch.maximum(-found.low, found.high)
         scale = inputs_size**self.alpha / found.weight_size ** (1 - self.alpha)
         usable = (inputs_size > 0) & (found.weight_size > 0)
@@ -229,7 +238,7 @@ class ActivationAware(_OfLayers):
         quantizer: rounds the scaled weight.
     """
 
-    statistics: Mapping[str, InputStatistics] = field(repr=False)
+    statistics: Mapping[str, InputStatistics | None] = field(repr=False)
     steps: int = 20
     quantizer: RoundToNearest = field(default=RoundToNearest())
 
@@ -237,13 +246,7 @@ class ActivationAware(_OfLayers):
         if self.steps < 1:
             raise EstimatorError(f"steps={self.steps}: expected 1 or more")
 
-    def of_layer(self, name: str) -> Quantizer:
-        """The quantizer of one layer.
-
-        Raises:
-            EstimatorError: where no statistics of it were taken.
-        """
-        found = _statistics_of(self.statistics, name)
+    def _with(self, found: InputStatistics) -> Quantizer:
         sizes = found.mean_size.clamp(min=1e-4)
 
         def quantize(weight: Tensor, precision: Precision) -> Tensor:
@@ -277,7 +280,7 @@ class GPTQ(_OfLayers):
         quantizer: gives the scales.
     """
 
-    statistics: Mapping[str, InputStatistics] = field(repr=False)
+    statistics: Mapping[str, InputStatistics | None] = field(repr=False)
     damping: float = 0.01
     activation_order: bool = True
     quantizer: RoundToNearest = field(default=RoundToNearest())
@@ -286,13 +289,8 @@ class GPTQ(_OfLayers):
         if not self.damping > 0:
             raise EstimatorError(f"damping={self.damping}: expected a number above 0")
 
-    def of_layer(self, name: str) -> Quantizer:
-        """The quantizer of one layer.
-
-        Raises:
-            EstimatorError: where no statistics of it were taken.
-        """
-        order, upper = _factor(_statistics_of(self.statistics, name), self.damping, self.activation_order)
+    def _with(self, found: InputStatistics) -> Quantizer:
+        order, upper = _factor(found, self.damping, self.activation_order)
 
         def quantize(weight: Tensor, precision: Precision) -> Tensor:
             if not precision.quantizes_weight:

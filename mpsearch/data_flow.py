@@ -1,8 +1,10 @@
 """Which layers read the same tensor, and where their outputs meet: seen while one example runs."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -27,21 +29,30 @@ class DataFlow:
         reads: layer -> what identifies the tensor that each of its calls read; layers that are not called are missing.
         multiplied: pairs of layers whose outputs meet in a product: queries and keys, a gate and what it gates.
         added: pairs of layers whose outputs meet in a sum of tensors of one shape: operands of a residual connection.
+        cached_macs: cache -> multiply-accumulates of the products that read what goes into it.
     """
 
     reads: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     multiplied: set[frozenset[str]] = field(default_factory=set)
     added: set[frozenset[str]] = field(default_factory=set)
+    cached_macs: Counter[str] = field(default_factory=Counter)
 
 
-def trace(model: nn.Module, layers: Mapping[str, nn.Module], example: Batch, observer: Observer) -> DataFlow:
+def trace(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    example: Batch,
+    observer: Observer,
+    caches: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> DataFlow:
     """Run the example once and follow the outputs of layers.
 
     Args:
         model: comes back as it was.
         layers: modules by name; what they return counts as made by them alone.
         example: one batch.
-        observer: called with each call of a layer.
+        observer: called with each call of a layer or cache.
+        caches: modules that keys and values go through.
 
     >>> class Gated(nn.Module):
     ...     def __init__(self):
@@ -58,9 +69,9 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example: Batch, obs
     def enter(name: str) -> Callable[..., None]:
         return lambda _module, args, keywords: recorder.enter(name, first_tensor((*args, *keywords.values())))
 
-    def leave(name: str) -> Callable[..., None]:
+    def leave(name: str, left: Callable[[str, Tensor], None] = recorder.leave) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, keywords: Any, output: Tensor) -> None:
-            recorder.leave(name, output)
+            left(name, output)
             observer(name, module, first_tensor((*args, *keywords.values())), output)
 
         return see
@@ -70,6 +81,8 @@ def trace(model: nn.Module, layers: Mapping[str, nn.Module], example: Batch, obs
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
+        for name, module in caches.items():
+            handles.append(module.register_forward_hook(leave(name, recorder.cached), with_kwargs=True))
         with preserved(model), torch.no_grad(), recorder:
             call(model, example)
     finally:
@@ -86,6 +99,9 @@ class _Recorder(TorchDispatchMode):
         self.flow = DataFlow()
         self.makers: dict[int, frozenset[str]] = {}
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
+        self.waiting: dict[
+            tuple[int, int, int], str
+        ] = {}  # what went into a cache and was in no product yet -> the cache
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -99,18 +115,43 @@ class _Recorder(TorchDispatchMode):
     def leave(self, name: str, output: Tensor) -> None:
         self.makers[_storage(output)] = frozenset([name])
 
+    def cached(self, name: str, output: Tensor) -> None:
+        self.waiting[self._part(output)] = name
+
+    def _part(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Keys and values may lie in one storage."""
+        return _storage(tensor), self.writes.get(_storage(tensor), 0), int(tensor.storage_offset())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         given = list(_tensors((args, kwargs)))
         read = {_storage(tensor) for tensor in given}
         makers = frozenset[str]().union(*(self.makers.get(place, frozenset()) for place in read))
-        self._meet(func.overloadpacket.__name__, given)
+        name = func.overloadpacket.__name__
+        self._meet(name, given)
+        waiting = self._product(name, given, [self.waiting.get(self._part(tensor), "") for tensor in given])
         for tensor in _tensors(result):
             place = _storage(tensor)
             if place not in read or func._schema.is_mutable:
                 self.writes[place] = self.writes.get(place, 0) + 1
                 self.makers[place] = makers
+                self.waiting[self._part(tensor)] = waiting
         return result
+
+    def _product(self, name: str, given: list[Tensor], caches: list[str]) -> str:
+        """Count a product of what goes into caches; the cache whose contents go on from here, if any."""
+        if "attention" in name:
+            queries, keys, values = given[:3]  # (batch, heads, tokens, size)
+            sizes = [0, keys.shape[-1], values.shape[-1]]
+            macs = [queries.shape[:-1].numel() * keys.shape[-2] * size for size in sizes]
+        elif name in ("mm", "bmm", "baddbmm"):
+            macs = [given[-2].numel() * given[-1].shape[-1]] * len(given)
+        else:
+            return next(filter(None, caches), "")
+        for cache, count in zip(caches, macs, strict=False):
+            if cache:
+                self.flow.cached_macs[cache] += count
+        return ""
 
     def _meet(self, name: str, given: list[Tensor]) -> None:
         """Note the layers whose outputs an operation brings together."""

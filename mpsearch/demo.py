@@ -1,15 +1,14 @@
 """`mpsearch demo`: the whole way from a trained network to measured plans, on scikit-learn's digits."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import mpsearch as mps
-from mpsearch import report
 from mpsearch.errors import MissingPackage
 
 PRECISIONS = "w2 w3 w4 w6 w8"
@@ -19,10 +18,20 @@ MIDDLE = 3.0  # the one whose result is kept, with its curve
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found: `content` for machines, `text` for a person."""
+    """What the demo found.
 
-    content: dict[str, Any]
-    text: str
+    Attributes:
+        parameters: of the network.
+        found: average weight bits -> what the search found within them.
+    """
+
+    parameters: int
+    found: Mapping[float, mps.SearchResult]
+
+    @property
+    def middle(self) -> mps.SearchResult:
+        """The result that is kept, with its whole measured curve."""
+        return self.found[MIDDLE]
 
 
 class DigitsNet(nn.Sequential):
@@ -107,31 +116,8 @@ def run(out: Path, *, seed: int = 0, epochs: int = 25, width: int = 24) -> Resul
             previous=found.get(MIDDLE),
             seed=seed,
         )
-    middle = found[MIDDLE]
-    middle.save(out)
-    middle.front.plot(out / "front.png", mark=middle.plan, title="Digits network: measured damage")
-    content = {
-        "verdicts": {str(limit): found[limit].verdict for limit in BUDGETS},
-        "passes": {str(limit): found[limit].passes for limit in BUDGETS},
-        "comparison": middle.summary()["comparison"],
-        "layers": {name: str(precision) for name, precision in middle.plan.items()},
-        "folder": str(out),
-    }
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    reference = middle.measured.reference
-    assert reference is not None
-    rows = [[f"{limit:g} bits", found[limit].verdict, f"{found[limit].passes:.0f}"] for limit in BUDGETS]
-    lines = [
-        f"A network of {weights} parameters on handwritten digits, {report.percent(reference.accuracy)} right on "
-        f"{reference.num_samples} held-out images.",
-        "Damage is the KL divergence from the unquantized network in nats; ± is one standard error.",
-        "",
-        *(f"at {limit}: {text} ({passes} passes)" for limit, text, passes in rows),
-        "",
-        f"At {MIDDLE:g} bits, measured on images that the search never saw:",
-        "",
-        str(middle).split("\n", 2)[2],
-        "",
-        f"{out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db",
-    ]
-    return Result(content, "\n".join(lines))
+    found[MIDDLE].save(out)
+    found[MIDDLE].front.plot(out / "front.png", mark=found[MIDDLE].plan, title="Digits network: measured damage")
+    return Result(
+        sum(parameter.numel() for parameter in model.parameters()), {limit: found[limit] for limit in BUDGETS}
+    )

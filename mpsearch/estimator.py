@@ -14,7 +14,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import Batch, call, predictions, targets_of
-from mpsearch.modules import channel_axis, weight_of
+from mpsearch.modules import weight_of
 from mpsearch.perturb import Quantizer, Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.precision import Precision
 
@@ -86,11 +86,22 @@ class Setting:
         return self.model.get_submodule(layer.name)
 
     def parameters(self, unit: Unit) -> dict[nn.Parameter, Layer]:
-        """The distinct weights of a unit (tied ones once), each with a layer that holds it."""
+        """The distinct weights of a unit (tied ones once), each with a layer that holds it; none of a cache."""
         found: dict[nn.Parameter, Layer] = {}
         for layer in unit.layers:
-            found.setdefault(weight_of(self.module(layer)), layer)
+            if not layer.is_cache:
+                found.setdefault(weight_of(self.module(layer)), layer)
         return found
+
+    def quantizes_input(self, layer: Layer, precision: Precision) -> bool:
+        """True where a precision changes what a layer is given: of a cache the weight format does."""
+        return precision.quantizes_weight if layer.is_cache else precision.quantizes_activation
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """True where any precision changes what any layer is given."""
+        layers = [layer for unit in self.units for layer in unit.layers]
+        return any(self.quantizes_input(layer, precision) for precision in self.precisions for layer in layers)
 
     def quantized(self, layer: Layer, precision: Precision) -> Tensor:
         """Q(W) of a layer, laid out as the weight.
@@ -117,10 +128,11 @@ class Setting:
     ) -> Tensor:
         """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
         module = self.module(layer)
-        function = input_quantizer(layer.name, precision, self.quantizer, self.ranges, channel_axis(module))
+        function = input_quantizer(module, layer.name, precision, self.quantizer, self.ranges)
         if function is not None:
             args, keywords = with_input(module, args, keywords, function)
-        replaced = {weight_of(module): self.quantized(layer, precision)} if precision.quantizes_weight else {}
+        changed = precision.quantizes_weight and not layer.is_cache
+        replaced = {weight_of(module): self.quantized(layer, precision)} if changed else {}
         with torch.no_grad(), weights(replaced):
             output: Tensor = module.forward(*args, **keywords)
         return output
@@ -183,7 +195,10 @@ class Estimate:
 
 
 class Estimator(Protocol):
-    """Scores every precision of every unit. Frozen settings; all work happens in `estimate`."""
+    """Scores every precision of every unit. Frozen settings; all work happens in `estimate`.
+
+    One that perturbs what layers are given says `scores_caches = True`: it is handed caches of keys and values too.
+    """
 
     def estimate(self, setting: Setting) -> Estimate:
         """Score every cell.

@@ -30,3 +30,8 @@ class Evaluation:
     metric: float | None = None
     metric_se: float | None = None
     reference: "Evaluation | None" = None
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.evaluation(self)

@@ -1,8 +1,12 @@
-"""Writing files so that a killed run leaves either the old file or the new one."""
+"""Writing files so that a killed run leaves either the old file or the new one, and JSON that every reader takes."""
 
+import json
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
@@ -30,3 +34,24 @@ def _umask() -> int:
     mask = os.umask(0)  # the only way to read it
     os.umask(mask)
     return mask
+
+
+def json_text(content: Any) -> str:
+    """JSON, where a number that is not finite is null: JSON itself has neither nan nor infinity.
+
+    >>> print(json_text({"gap": float("nan")}))
+    {
+     "gap": null
+    }
+    """
+    return json.dumps(_finite(content), indent=1, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return value

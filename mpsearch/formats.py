@@ -102,14 +102,26 @@ class Grid:
         return torch.where(codes < half, magnitude, -magnitude)
 
 
+def is_integer(name: str) -> bool:
+    """True for a format of plain integers.
+
+    >>> is_integer("4"), is_integer("int16"), is_integer("mxint8")
+    (True, True, False)
+    """
+    return name.isdecimal() or name == "int16"
+
+
 @functools.cache
 def grid_of(name: str, symmetric: bool) -> Grid:
     """The grid of an integer format, a minifloat or NF4; the last two are symmetric always.
 
+    `int16` is the integer of 16 bits, since `16` means left alone.
+
     >>> grid_of("4", True).high, grid_of("4", False).high, grid_of("fp8_e4m3", True).high, grid_of("fp4_e2m1", True).high
     (7, 15, 448.0, 6.0)
     """
-    if name.isdecimal():
+    if is_integer(name):
+        name = name.removeprefix("int")
         bits = int(name)
         if not symmetric:
             return Grid(name, 0, 2**bits - 1, True)
@@ -260,7 +272,8 @@ def fit_blocks(blocks: Tensor, name: str, largest: Tensor | None = None) -> tupl
     assert element is not None
     greatest = 0 if element.isdecimal() else math.frexp(minifloat_max(element))[1] - 1
     _, power = torch.frexp(top)
-    return ((power - 1 - greatest).clamp(-127, 127) + 127).to(torch.uint8), None
+    exponent = torch.where(top > 0, power - 1 - greatest, -127)
+    return (exponent.clamp(-127, 127) + 127).to(torch.uint8), None
 
 
 def block_scales(stored: Tensor, whole: Tensor | None, name: str, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,12 +14,16 @@ from numpy.typing import NDArray
 from mpsearch.budget import Budget, amount, reference
 from mpsearch.errors import BudgetError, InfeasibleError, nearest
 from mpsearch.files import write_atomically
+from mpsearch.plan import Plan
 from mpsearch.problem import Problem
 from mpsearch.solution import Choice, Solution, Status
 from mpsearch.table import Array, CostTable
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
+
+    from mpsearch.plot import Measured
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,11 +112,30 @@ class Front(Sequence[Solution]):
         csv.writer(text, lineterminator="\n").writerows(self._rows())
         write_atomically(path, text.getvalue())
 
-    def plot(self, path: str | os.PathLike[str], *, mark: Solution | None = None, **options: Any) -> None:
-        """Draw the front with the uniform precisions beside it; PNG, SVG or PDF by the ending of `path`."""
-        from mpsearch.plot import front
+    def plot(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        mark: Solution | Plan | None = None,
+        measured: "Sequence[Measured]" = (),
+        title: str = "",
+    ) -> "Figure":
+        """Draw the front with the uniform precisions beside it, as in `mpsearch.plot.front_figure`.
 
-        front(Path(path), self, mark=mark, **options)
+        Args:
+            path: .png, .svg or .pdf; without it the figure is only returned.
+            mark: the chosen plan.
+            measured: `mpsearch.plot.Measured` damages, with error bars.
+            title: above the picture.
+        """
+        from mpsearch import plot
+
+        return plot.written(plot.front_figure(self, mark=mark, measured=measured, title=title), path)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.front(self)
 
     def _rows(self) -> Iterator[list[Any]]:
         yield [self.over, *self.also, "sensitivity", "gap", *(layer.name for layer in self.table.layers)]

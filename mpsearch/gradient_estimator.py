@@ -35,6 +35,11 @@ class GradientEstimator:
         if getattr(self, "draws", 1) < 1:
             raise EstimatorError(f"draws={self.draws}: expected 1 or more")  # type: ignore[attr-defined]
 
+    @property
+    def scores_caches(self) -> bool:
+        """True where it reads what a perturbed input does: a cache of keys or values has nothing else."""
+        return bool(self.needs & {"projection", "output", "input_squared_norm"})
+
     @staticmethod
     def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:
         """Score for several estimators of this kind in one sweep."""

@@ -1,7 +1,7 @@
 """Plans within the limits of a budget, proposed and measured until the passes are spent."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,12 +26,16 @@ class Hunt:
         record: limits, tables, measured plans.
         prior: (U, P) damage that the posterior starts from, up to a factor.
         meter: on the select part.
+        between: on vicinal samples; the first `drawn` of them count in what is made least.
+        drawn: as many as the select part has.
         posterior: after the first measurement.
     """
 
     record: Record
     prior: NDArray[np.float64]
     meter: PlanMeter
+    between: PlanMeter | None = None
+    drawn: int = 0
     posterior: Posterior = field(init=False)
 
     def __post_init__(self) -> None:
@@ -53,7 +57,7 @@ class Hunt:
         """Take over plans that were measured within other limits; those on the whole part alone."""
         for options in plans:
             if self.meter.complete(options):
-                self.record.measured[tuple(options.tolist())] = self.meter.measure(options).value
+                self._keep(options, self.meter.measure(options).value)
         self._learn()
 
     def go(self, proposers: Sequence[Proposer], enough: Callable[[], bool], most: float = math.inf) -> None:
@@ -80,7 +84,7 @@ class Hunt:
                     self.posterior.add(options, value)
 
     def measure(self, options: Options) -> float:
-        """Damage of a plan; it is dropped as soon as it is clearly worse than the best one, and then estimated.
+        """What is made least, of a plan; it is dropped as soon as it is clearly worse than the best one, and then estimated.
 
         The estimate is that of the best plan and the difference on the samples that both have seen.
         """
@@ -96,25 +100,39 @@ class Hunt:
             return difference > DROPPED_AT * se and difference > 0
 
         found = meter.measure(options, clearly_worse)
-        value = found.value
-        if best is not None and not meter.complete(options):
-            value = best.value + found.over(best)[0]
-        record.measured[tuple(options.tolist())] = value
-        return value
+        if meter.complete(options) or best is None:
+            return self._keep(options, found.value)
+        return self._keep(options, best.value + found.over(best)[0], best.value)
+
+    def _keep(self, options: Options, damage: float, best: float | None = None) -> float:
+        """Write down the damage of a plan, and what is made least; estimated in proportion to the best plan's `best` if given."""
+        key, record = tuple(options.tolist()), self.record
+        least = damage
+        if self.between is not None and best is None:
+            least += self.between.measure(options, lambda found: len(found.sums) >= self.drawn).first(self.drawn).value
+        elif best is not None:
+            least = self.least * damage / best if best > 0 else self.least + damage
+        record.damage[key], record.measured[key] = damage, least
+        return least
 
     def _learn(self) -> None:
-        """The posterior from all plans measured so far, its scale from the best of them."""
-        if not self.record.measured:
-            return
-        rows = np.arange(len(self.prior))
-        least = min(self.record.measured.values())
-        near = [(np.array(key), value) for key, value in self.record.measured.items() if _near(value, least)]
-        expected = [float(self.prior[rows, options].sum()) for options, _ in near]
-        ratios = [value / sum_ for (_, value), sum_ in zip(near, expected, strict=True) if value > 0 and sum_ > 0]
-        scale = float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
-        self.posterior = Posterior(self.prior * scale)
-        for options, value in near:
-            self.posterior.add(options, value)
+        """The posterior from all plans measured so far."""
+        if self.record.measured:
+            self.posterior = learned(self.prior, self.record.measured)
+
+
+def learned(prior: NDArray[np.float64], measured: Mapping[tuple[int, ...], float]) -> Posterior:
+    """The posterior of a prior that is right up to a factor, from measured plans; the best of them set the factor."""
+    rows = np.arange(len(prior))
+    least = min(measured.values())
+    near = [(np.array(key), value) for key, value in measured.items() if _near(value, least)]
+    expected = [float(prior[rows, options].sum()) for options, _ in near]
+    ratios = [value / sum_ for (_, value), sum_ in zip(near, expected, strict=True) if value > 0 and sum_ > 0]
+    scale = float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
+    posterior = Posterior(prior * scale)
+    for options, value in near:
+        posterior.add(options, value)
+    return posterior
 
 
 def _near(value: float, least: float) -> bool:

@@ -36,7 +36,7 @@ class IsotropicDamage:
                     for p in setting.precisions
                 ]
                 self.weights.append((u, column[parameter], factors))
-        if any(precision.quantizes_activation for precision in setting.precisions):
+        if setting.quantizes_inputs:
             noises = input_noise(setting)
             row = 0
             for u, unit in enumerate(setting.units):

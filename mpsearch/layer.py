@@ -46,6 +46,11 @@ class Layer:
         return math.prod(self.weight_shape) if self.weight_shape else 0
 
     @property
+    def is_cache(self) -> bool:
+        """True for keys or values of attention: a decision without a weight."""
+        return self.kind == "kv_cache"
+
+    @property
     def dtype_bytes(self) -> int:
         """Bytes of one unquantized weight."""
         return DTYPE_BYTES[self.dtype]

@@ -147,6 +147,11 @@ class MeasuredPlans:
         except PlanError as error:
             raise PlanError(f"{path}: {error}") from None
 
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.measured_plans(self)
+
     __hash__ = None  # type: ignore[assignment]
 
 

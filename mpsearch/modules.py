@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from mpsearch.kv_cache import KVCache
+
 #: Module class -> kind of layer. Subclasses count as their class.
 KINDS: dict[type[nn.Module], str] = {
     nn.Linear: "linear",
@@ -13,6 +15,7 @@ KINDS: dict[type[nn.Module], str] = {
     nn.ConvTranspose2d: "conv_transpose2d",
     nn.ConvTranspose3d: "conv_transpose3d",
     nn.Embedding: "embedding",
+    KVCache: "kv_cache",
 }
 
 
@@ -30,6 +33,15 @@ def kind_of(module: nn.Module) -> str | None:
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # transformers' GPT-2: a transposed linear layer
         return "linear"
     return None
+
+
+def holds_weight(module: nn.Module) -> bool:
+    """False for a cache, whose decision is about what goes into it.
+
+    >>> holds_weight(nn.Linear(1, 1)), holds_weight(KVCache())
+    (True, False)
+    """
+    return not isinstance(module, KVCache)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

@@ -60,10 +60,12 @@ class OneAtATime:
     Attributes:
         unit: of the table, `nats` or `relative`.
         needs_labels: True where `damage` reads them.
+        scores_caches: True where the probes perturb a cache of keys or values.
     """
 
     unit: ClassVar[str] = "relative"
     needs_labels: ClassVar[bool] = False
+    scores_caches: ClassVar[bool] = True
 
     @staticmethod
     def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:

@@ -1,6 +1,7 @@
 """Quantized weights and inputs put into a model, and taken out again."""
 
 import contextlib
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
+from mpsearch.kv_cache import KVCache
 from mpsearch.model import Batch, call
-from mpsearch.modules import canonical, channel_axis, restore, weight_of
+from mpsearch.modules import canonical, channel_axis, holds_weight, restore, weight_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
@@ -106,19 +108,22 @@ def _is_input(value: Any) -> bool:
 
 
 def input_quantizer(
-    name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges, axis: int = -1
+    module: nn.Module, name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges
 ) -> Callable[[Tensor], Tensor] | None:
     """The function that fake-quantizes the input of a layer; None where it is left alone.
 
     Args:
-        name: the layer.
-        precision: its precision.
+        module: blocks, and tokens, lie along the channels of its input.
+        name: of the layer.
+        precision: its precision; a cache takes the weight format.
         quantizer: its own `activation_values`, or that of `RoundToNearest()`.
         ranges: calibrated ranges by layer.
-        axis: of the channels, `modules.channel_axis`: blocks, and tokens, lie along it.
     """
+    if isinstance(module, KVCache):
+        return _cache_quantizer(name, precision, quantizer)
     if not precision.quantizes_activation:
         return None
+    axis = channel_axis(module)
     inner = _of_layer(quantizer, name)
     while not hasattr(inner, "activation_values"):
         inner = getattr(inner, "quantizer", RoundToNearest())  # a wrapper leaves inputs to what it is around
@@ -135,6 +140,24 @@ def input_quantizer(
     return quantize
 
 
+def _cache_quantizer(name: str, precision: Precision, quantizer: Quantizer) -> Callable[[Tensor], Tensor] | None:
+    """Keys and values: each head of each token as a row of a weight, by its largest value, as is done while a model runs."""
+    if not precision.quantizes_weight:
+        return None
+    inner: Any = quantizer
+    while not isinstance(inner, RoundToNearest):
+        inner = getattr(inner, "quantizer", RoundToNearest())
+    on_the_spot = dataclasses.replace(inner, scale="max", granularity="channel")
+
+    def quantize(x: Tensor) -> Tensor:
+        try:
+            return on_the_spot(x.detach().flatten(0, -2), precision).reshape(x.shape)
+        except EstimatorError as error:
+            raise EstimatorError(f"{name!r} at {precision}: {error}") from None
+
+    return quantize
+
+
 def quantized_weights(
     model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer
 ) -> dict[nn.Parameter, Tensor]:
@@ -142,7 +165,7 @@ def quantized_weights(
     found: dict[nn.Parameter, Tensor] = {}
     for name, precision in precisions.items():
         module = model.get_submodule(name)
-        if precision.quantizes_weight and weight_of(module) not in found:
+        if holds_weight(module) and precision.quantizes_weight and weight_of(module) not in found:
             found[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
     return found
 
@@ -154,7 +177,7 @@ def input_quantizers(
     functions = {}
     for name, precision in precisions.items():
         module = model.get_submodule(name)
-        function = input_quantizer(name, precision, quantizer, ranges, channel_axis(module))
+        function = input_quantizer(module, name, precision, quantizer, ranges)
         if function is not None:
             functions[module] = function
     return functions

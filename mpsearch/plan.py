@@ -2,14 +2,19 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch.errors import PlanError, nearest
 from mpsearch.files import write_atomically
 from mpsearch.precision import Precision
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mpsearch.layer import Layer
 
 _VERSION = 1
 _KEYS = ("mpsearch_plan", "layers", "budget", "predicted", "usage", "origin")
@@ -54,6 +59,20 @@ class Plan(Mapping[str, Precision]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, layers: "Sequence[Layer]" = (), title: str = ""
+    ) -> "Figure":
+        """Draw bits over the depth, as in `mpsearch.plot.plan_figure`; what it uses of a budget is in `usage_figure`.
+
+        Args:
+            path: .png, .svg or .pdf; without it the figure is only returned.
+            layers: of the table or the model (`table.layers`, `mps.layers(...)`): their parameters and MACs are drawn too.
+            title: above the picture.
+        """
+        from mpsearch import plot
+
+        return plot.written(plot.plan_figure(self, layers, title=title), path)
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
         content = {
@@ -65,6 +84,11 @@ class Plan(Mapping[str, Precision]):
             "origin": dict(self.origin),
         }
         write_atomically(path, json.dumps(content, indent=1) + "\n")
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.plan(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from mpsearch.errors import PlanError
 
-#: Named formats and their nominal bits an element; `fp<n>_e<e>m<m>` is any split with 1 + e + m = n, `bfp<n>` block floating
-#: point with n bits an element; the last rows are the types of GGUF files.
+#: Named formats and their nominal bits an element; `int16` has a name since `16` means left alone. `fp<n>_e<e>m<m>` is any split
+#: with 1 + e + m = n, `bfp<n>` block floating point with n bits an element; the last rows are the types of GGUF files.
 NAMED_BITS = {
     "bf16": 16,
     "fp16": 16,
     "fp32": 32,
+    "int16": 16,
     "mxfp4": 4,
     "mxfp6_e2m3": 6,
     "mxfp6_e3m2": 6,

@@ -125,12 +125,18 @@ class Problem:
             if math.fsum(least) > free:
                 limit = self.limits[name]
                 scale = _weights(self.table) if name == "average_bits" else 1.0
-                total = (math.fsum(least) + (limit * scale - free)) / scale
+                fixed = limit * scale - free
                 most = int(np.argmax(least))
                 layer = next(x.name for x, at in zip(self.table.layers, self.row_of_layer, strict=True) if at == most)
+                parts = [f"{least[most] / scale:.3g} of it in layer {layer!r}"]
+                if fixed > 0:
+                    parts.insert(
+                        0,
+                        f"{fixed / scale:.6g} of it fixed (what no decision touches, such as norms, biases and layers left alone)",
+                    )
                 return (
-                    f"{name} <= {limit:.6g} cannot be met: the least any plan uses is {total:.6g}, "
-                    f"{least[most] / scale:.3g} of it in layer {layer!r}"
+                    f"{name} <= {limit:.6g} cannot be met: the least any plan uses is {(math.fsum(least) + fixed) / scale:.6g}, "
+                    + " and ".join(parts)
                 )
         return None
 
@@ -217,7 +223,7 @@ def usage_of(table: CostTable, options: NDArray[np.int64]) -> dict[str, float]:
             math.fsum(usage[rows, options]) + fixed
             for usage, fixed in zip(peak.usage, peak.fixed.tolist(), strict=True)
         )
-    if all(layer.numel for layer in table.layers):
+    if all(layer.numel or layer.is_cache for layer in table.layers) and _weights(table):
         totals["average_bits"] = math.fsum(table.bits[rows, options]) / _weights(table)
     totals["sensitivity"] = math.fsum(table.sensitivity[rows, options])
     if table.interactions is not None:

@@ -19,6 +19,7 @@ from mpsearch.formats import (
     element_of,
     grid_of,
     has_fixed_block,
+    is_integer,
     quantize_blocks,
     round_to_grid,
 )
@@ -500,7 +501,7 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
         scales = outputs if getattr(quantizer, "granularity", "channel") == "channel" else 1
     if element_of(name) is not None:
         return codes + scales + (4 if name == "nvfp4" else 0)  # one byte a block; a float32 for the tensor
-    asymmetric = name.isdecimal() and not getattr(quantizer, "symmetric", True)
+    asymmetric = is_integer(name) and not getattr(quantizer, "symmetric", True)
     return codes + scales * dtype_bytes + (-(-scales * bits // 8) if asymmetric else 0)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.measure import wide
 from mpsearch.model import call, samples
-from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs
 
 Floats = NDArray[np.float64]
@@ -59,7 +58,7 @@ def relative_error(setting: Setting) -> Floats:
             if precision.quantizes_weight:
                 noise = sum(_power(setting.perturbation(layer, precision)) for layer in parameters.values())
                 error[u, p] = _ratio(noise, power)
-    if any(precision.quantizes_activation for precision in setting.precisions):
+    if setting.quantizes_inputs:
         found = input_noise(setting)
         for u, unit in enumerate(setting.units):
             power = sum(found[layer.name].power for layer in unit.layers)
@@ -89,8 +88,8 @@ def input_noise(setting: Setting) -> dict[str, InputNoise]:
     found = {layer.name: InputNoise(np.zeros(len(setting.precisions))) for u in setting.units for layer in u.layers}
 
     def measure(name: str) -> Callable[[Tensor], Tensor]:
-        axis = channel_axis(setting.model.get_submodule(name))
-        functions = [input_quantizer(name, p, setting.quantizer, setting.ranges, axis) for p in setting.precisions]
+        module = setting.model.get_submodule(name)
+        functions = [input_quantizer(module, name, p, setting.quantizer, setting.ranges) for p in setting.precisions]
 
         def see(x: Tensor) -> Tensor:
             found[name].power += _power(x) / total

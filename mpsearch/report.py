@@ -4,23 +4,35 @@ import math
 from collections.abc import Sequence
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: the first to the left, the others to the right.
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = 80) -> str:
+    """Columns aligned, the first to the left, the others to the right, and cut to fit.
+
+    Args:
+        header: names of the columns.
+        rows: cells.
+        width: columns of text; names in the first column are shortened to fit, but not below 12; None: no limit.
 
     >>> print(table(["layer", "bits"], [["conv1", "8"], ["fc", "16"]]))
     layer  bits
     -----  ----
     conv1     8
     fc       16
+    >>> print(table(["layer", "bits"], [["model.layers.10.q_proj", "8"]], width=20))
+    layer          bits
+    -------------  ----
+    m.l.10.q_proj     8
     """
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [header, ["-" * w for w in widths], *rows]
-    ]
-    return "\n".join(line.rstrip() for line in lines)
+    lines = [list(row) for row in [header, *rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    if width is not None:
+        room = max(width - sum(widths[1:]) - 2 * (len(widths) - 1), 12)
+        for line in lines:
+            line[0] = short(line[0], room)
+        widths[0] = max(len(line[0]) for line in lines)
+    lines.insert(1, ["-" * w for w in widths])
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
+    )
 
 
 def amount(resource: str, value: float) -> str:
@@ -105,12 +117,19 @@ def bar(bits: float, most: float, width: int = 24) -> str:
 
 
 def short(name: str, width: int = 32) -> str:
-    """A layer name that fits, cut in the middle.
+    """A name that fits, without characters that move a terminal's cursor.
 
-    >>> short("model.layers.10.self_attn.q_proj", 20)
-    'model.la…attn.q_proj'
+    Words are cut to their first letter, numbers never, from the left until it fits; else the middle is left out.
+
+    >>> short("model.layers.10.self_attn.q_proj", 24), short("model.layers.10.self_attn.q_proj", 8)
+    ('m.l.10.self_attn.q_proj', 'm.l…proj')
+    >>> short("a\\x1b[2J")
+    'a�[2J'
     """
-    if len(name) <= width:
-        return name
+    *parts, last = "".join(c if c.isprintable() else "�" for c in name).split(".")
+    for place in range(len(parts) + 1):
+        name = ".".join([*(part if part.isdigit() else part[:1] for part in parts[:place]), *parts[place:], last])
+        if len(name) <= width:
+            return name
     head = (width - 1) * 2 // 5 + (width <= 20)
     return f"{name[:head]}…{name[-(width - 1 - head) :]}"

@@ -7,27 +7,31 @@ import io
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from mpsearch import report
 from mpsearch.errors import PlanError, nearest
 from mpsearch.evaluation import Evaluation
-from mpsearch.files import write_atomically
+from mpsearch.files import json_text, write_atomically
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.plan import Plan
 from mpsearch.table import CostTable
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from mpsearch.logit_shift import Surrogate
 
 _VERSION = 1
+
+#: What `SearchResult.plot` draws.
+Picture = Literal["front", "plan", "sensitivity", "usage", "agreement", "prediction"]
 
 
 @dataclass(frozen=True)
@@ -105,17 +109,24 @@ class MeasuredFront:
                 rows.append([*(float(plan.usage[name]) for name in resources), damage, se, label])
         return columns, rows
 
-    def plot(self, path: str | os.PathLike[str], *, mark: Plan | None = None, title: str = "") -> None:
+    def plot(
+        self, path: str | os.PathLike[str] | None = None, *, mark: Plan | None = None, title: str = ""
+    ) -> "Figure":
         """Draw measured damage over the resource, with every uniform precision.
 
         Args:
-            path: .png, .svg or .pdf.
+            path: .png, .svg or .pdf; without it the figure is only returned.
             mark: the chosen plan.
             title: above the picture.
         """
         from mpsearch import plot
 
-        plot.measured_front(Path(path), self, mark=mark, title=title)
+        return plot.written(plot.measured_front_figure(self, mark=mark, title=title), path)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.measured_front(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,7 +190,51 @@ class SearchResult:
         (path / "passes.db").unlink(missing_ok=True)
         with Checkpoint(path / "passes.db", self.identity) as kept:
             kept.fill(self.finished)
-        write_atomically(path / "summary.json", json.dumps(_finite(self.summary()), indent=1) + "\n")
+        write_atomically(path / "summary.json", json_text(self.summary()) + "\n")
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, kind: Picture = "front", title: str = "") -> "Figure":
+        """Draw one side of the result.
+
+        Args:
+            path: .png, .svg or .pdf; without it the figure is only returned.
+            kind: `front` (measured damage over the resource), `plan` (bits over the depth), `sensitivity` (what the measured
+                plans made of the tables), `usage` (of the first resource in the budget), `agreement` (rank correlation
+                of the tables with each other and with the measured plans), `prediction` (their damage over what the posterior
+                says; it has seen them).
+            title: above the picture.
+
+        Raises:
+            MpsearchError: for another kind of picture.
+        """
+        from mpsearch import plot
+
+        posterior = self.tables["posterior"]
+        kinds: dict[str, Callable[[], Figure]] = {
+            "front": lambda: plot.measured_front_figure(self.front, plans=self.plans, mark=self.plan, title=title),
+            "plan": lambda: plot.plan_figure(self.plan, posterior.layers, title=title),
+            "sensitivity": lambda: plot.sensitivity_figure(posterior, title=title),
+            "usage": lambda: plot.usage_figure(posterior, self.plan, title=title),
+            "agreement": lambda: plot.agreement_figure(self.tables, self.plans, title=title),
+            "prediction": lambda: plot.prediction_figure(posterior, self.plans, title=title),
+        }
+        if kind not in kinds:
+            raise PlanError(f"no picture of kind {kind!r}{nearest(kind, kinds)}")
+        return plot.written(kinds[kind](), path)
+
+    def report(self, path: str | os.PathLike[str]) -> None:
+        """Write one HTML page that needs no network: verdict, plan, comparison, curve, layers, proof, passes, settings.
+
+        Raises:
+            OSError: where the folder does not exist or cannot be written.
+        """
+        from mpsearch.html import report
+
+        report.write(self, path)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.search_result(self)
 
     def summary(self) -> dict[str, Any]:
         """All but the plans and tables, as JSON values."""
@@ -246,7 +301,10 @@ class SearchResult:
         )
 
     def __str__(self) -> str:
-        """Verdict, comparison and passes, for a person."""
+        return self.text()
+
+    def text(self, width: int = 80) -> str:
+        """Verdict, comparison and passes, for a person; the table in so many columns."""
         rows = []
         for one in self.comparison:
             found = one.evaluation
@@ -274,7 +332,7 @@ class SearchResult:
             [
                 self.verdict,
                 "",
-                report.table(header, rows),
+                report.table(header, rows, width),
                 "",
                 f"{self.passes:.4g} forward-pass equivalents, {len(self.plans)} plans measured, {self.seconds:.1f} s; {proof}",
             ]
@@ -316,17 +374,6 @@ def _part(plans: MeasuredPlans, numbers: Sequence[int]) -> MeasuredPlans:
 
 def _plan(plan: Plan) -> str:
     return str(next(iter(plan.values())))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no nan: it becomes null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(part) for part in value]
-    return value
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -92,6 +92,11 @@ class Solution:
     multipliers: Mapping[str, float] | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
 
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.solution(self)
+
 
 def relative_gap(value: float, bound: float) -> float:
     """Relative distance of `value` from its lower bound; nan where there is no bound.

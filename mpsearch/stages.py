@@ -14,7 +14,7 @@ from mpsearch.data_split import cut
 from mpsearch.errors import EstimatorError, InfeasibleError, SolverError
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
-from mpsearch.hunt import Hunt
+from mpsearch.hunt import Hunt, learned
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.model import Batch, samples
 from mpsearch.plan import Plan
@@ -35,8 +35,10 @@ Options = NDArray[np.int64]
 _PIECES = 4
 #: Plans that are measured on the score part too, where few passes are spent.
 _FINALISTS = 2
-#: Draws of vicinal samples, and the share of the passes that the best plans are measured there with, where more are spent.
-_VICINAL, _LAST = 3, 0.12
+#: Draws of vicinal samples, and the share of the passes that go to the last of them.
+_VICINAL, _LAST = 3, 0.1
+#: Standard errors of the difference within which plans are as good as the best one.
+_AS_GOOD = 2.0
 #: Limits of a whole curve.
 _LEVELS = 10
 #: Steps of the bisection on the use of a resource.
@@ -80,7 +82,9 @@ class Stages:
         }
         if not few:  # every plan is measured on both, the select part first
             batches["select"] += self.parts["score"]
-        between = mixed(batches["select"], self.seed, _VICINAL) if self.damage.metric == "kl" and not few else []
+        between: list[Batch] = []
+        if self.damage.metric == "kl" and self.goal.tolerance is None and not self.goal.front and not few:
+            between = mixed(batches["select"], self.seed, _VICINAL)
         batches |= {"score": self.parts["score"]} if few else {"vicinal": between} if between else {}
         meters = {
             name: PlanMeter(name, self.setting, part, self.damage, self.total, self.spending)
@@ -88,22 +92,38 @@ class Stages:
         }
         self.select, self.report = meters["select"], meters["report"]
         #: where the best plans are measured too, once the others are out, and how many
-        self.final = meters.get("score", meters.get("vicinal"))
-        self.finalists = _FINALISTS if few else int(_LAST * self.spending.limit / self.final.share) if self.final else 0
-        if self.finalists < 2:
-            self.final = None
+        self.score, self.between = meters.get("score"), meters.get("vicinal")
+        self.drawn = sum(map(samples, between)) // _VICINAL
+        self.finalists = _FINALISTS if few else 0
+        if self.between is not None:
+            self.finalists = int(_LAST * self.spending.limit / self._remaining)
+            if self.finalists < 2:
+                self.between = None
         self.rows = _unit_of_layers(self.base, self.setting)
 
     @property
     def reserve(self) -> float:
         """Passes that the finalists and the report, for four plans and the unquantized model, will take."""
-        again = self.select.price / self.select.share
-        finalists = self.final.share * (1 + again * self.finalists) if self.final is not None else 0.0
-        return 5 * self.share["report"] * (2 if self.damage.own else 1) + finalists
+        final = 0.0
+        if self.score is not None:
+            final = self.score.share * (1 + self.finalists * self.select.price / self.select.share)
+        elif self.between is not None:
+            final = self._remaining * self.finalists + self.between.share
+        return 5 * self.share["report"] * (2 if self.damage.own else 1) + final
+
+    @property
+    def _remaining(self) -> float:
+        """Passes for a plan on the vicinal samples that the hunt leaves out."""
+        return 0.0 if self.between is None else self.between.price * (_VICINAL - 1) / _VICINAL
+
+    @property
+    def _price(self) -> float:
+        """Passes that a plan takes at most while plans are looked for."""
+        return self.select.price + (0.0 if self.between is None else self.between.price / _VICINAL)
 
     def _spent(self) -> bool:
         """True where no further plan can be measured."""
-        return self.spending.left < self.reserve + self.select.price
+        return self.spending.left < self.reserve + self._price
 
     def result(self) -> SearchResult:
         """All stages."""
@@ -136,7 +156,7 @@ class Stages:
 
     def _check_passes(self, tables: float) -> None:
         plans = 2 if self.goal.tolerance is None and not self.goal.front else 2 + len(self.setting.precisions)
-        least = self.spending.used + tables + (1 + plans) * self.select.share + self.reserve
+        least = self.spending.used + tables + self.select.share + plans * self._price + self.reserve
         if self.spending.limit < least:
             raise EstimatorError(
                 f"{self.spending.limit:.4g} passes are too few: tables, {plans} plans and the report take {least:.4g}; "
@@ -147,7 +167,7 @@ class Stages:
         """A hunt within a budget, opened with what the tables say."""
         problem = Problem.of(self.base, budget)
         record = Record(problem, self.scores.costs, self.generator)
-        hunt = Hunt(record, self.scores.prior, self.select)
+        hunt = Hunt(record, self.scores.prior, self.select, self.between, self.drawn)
         starts = (self.scores.prior, self.scores.together, *self.scores.costs.values())
         first = [record.exact(costs) for costs in starts]
         opening = [options for options in first if options is not None]
@@ -182,27 +202,41 @@ class Stages:
         hunt.go([Thompson(), Moves(), Crossing()], self._spent)
 
     def _final(self, hunt: Hunt) -> Options:
-        """The best plan on the select part; among the best few the one that is best there and on the final samples together.
+        """The best plan on the select part, or of the best few the one that is best on more samples.
 
-        Samples of the score part count as those of the select part do; the mean over vicinal samples counts as much as that over
-        the data, however many were drawn.
+        Those are the score part, where few passes are spent. Where vicinal samples are measured, the plan with the least sum of the
+        two damages is taken among all that are no worse than the best one on the select part by `_AS_GOOD` standard errors of the
+        difference, as in the rule of one standard error (Breiman et al., Classification and Regression Trees, 1984, 3.4.3), and no worse
+        than uniform precision there.
         """
         record = hunt.record
-        fitting = [key for key in record.measured if record.fits(np.array(key))]
-        ranked = sorted(
-            (key for key in fitting if self.select.complete(np.array(key))), key=record.measured.__getitem__
-        )
         uniform = self._best_uniform(record)
-        most = math.inf if uniform is None else record.measured[tuple(uniform.tolist())]
-        top = [np.array(key) for key in ranked[: max(self.finalists, 1)] if record.measured[key] <= most]
-        if self.final is None or len(top) == 1:
+        most = math.inf if uniform is None else record.damage[tuple(uniform.tolist())]
+        ranked = sorted(
+            (
+                key
+                for key, damage in record.damage.items()
+                if damage <= most and record.fits(np.array(key)) and self.select.complete(np.array(key))
+            ),
+            key=record.damage.__getitem__,
+        )
+        if self.score is not None:
+            top = [np.array(key) for key in ranked[: self.finalists]]
+            together = [_joined(self.select.measure(options), self.score.measure(options)).value for options in top]
+            return top[int(np.argmin(together))]
+        if self.between is None:
+            return np.array(ranked[0])
+        best = self.select.known[ranked[0]]
+        as_good = [
+            key
+            for key, (worse, se) in ((key, self.select.known[key].over(best)) for key in ranked)
+            if worse <= _AS_GOOD * se
+        ]
+        top = [np.array(key) for key in sorted(as_good, key=record.measured.__getitem__)[: max(self.finalists, 1)]]
+        if len(top) == 1:
             return top[0]
-        pairs = [(self.select.measure(options), self.final.measure(options)) for options in top]
-        if self.final.name == "score":
-            together = [_joined(here, there).value for here, there in pairs]
-        else:
-            together = [here.value + there.value for here, there in pairs]
-        return top[int(np.argmin(together))]
+        sums = [self.select.measure(options).value + self.between.measure(options).value for options in top]
+        return top[int(np.argmin(sums))]
 
     def _least(self, tolerance: float) -> tuple[Hunt, Options]:
         """The least use of a resource within a tolerated damage: bisection on the limit, with a short hunt at each."""
@@ -340,7 +374,7 @@ class Stages:
             fitting = [options for options in self._uniform() if tuple(options.tolist()) in within]
             return min(fitting, key=lambda o: self._use(self.goal.over, o), default=None)
         fitting = [options for options in self._uniform() if record.fits(options) and not record.new(options)]
-        return min(fitting, key=lambda o: record.measured[tuple(o.tolist())], default=None)
+        return min(fitting, key=lambda o: record.damage[tuple(o.tolist())], default=None)
 
     def _next_uniform(self, record: Record) -> Options | None:
         """The cheapest uniform precision that does not fit."""
@@ -353,7 +387,7 @@ class Stages:
         known = {name: o for name, o in single.items() if o is not None and not record.new(o)}
         if not known:
             return None
-        name = min(known, key=lambda name: record.measured[tuple(known[name].tolist())])
+        name = min(known, key=lambda name: record.damage[tuple(known[name].tolist())])
         return f"best of {name}", known[name]
 
     def _verdict(self, plans: Mapping[str, tuple[str, Options]], found: Mapping[str, Measurement]) -> Verdict:
@@ -377,14 +411,15 @@ class Stages:
 
     def _plan(self, hunt: Hunt, chosen: Options) -> tuple[Plan, CostTable]:
         """The plan with its proof against the posterior table, and that table."""
-        costs = hunt.posterior.expected()
+        posterior = learned(hunt.prior, hunt.record.damage)
+        costs = posterior.expected()
         counts = np.bincount(self.rows)
         table = replace(
             self.base,
             sensitivity=(costs / counts[:, None])[self.rows],
             unit=self.damage.unit,
             origin={
-                "estimator": f"posterior of {len(hunt.posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
+                "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
                 "quantizer": repr(self.setting.quantizer),
             },
         )

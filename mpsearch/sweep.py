@@ -14,7 +14,7 @@ from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.model import Batch
-from mpsearch.modules import channel_axis
+from mpsearch.modules import weight_of
 from mpsearch.moments import Moments, moments
 from mpsearch.perturb import input_quantizer, with_input
 from mpsearch.sample_gradients import sample_gradients
@@ -159,10 +159,11 @@ class _Places:
             for parameter, layer in setting.parameters(unit).items():
                 self.holders.setdefault(parameter, []).append((u, layer))
         self.column = {parameter: i for i, parameter in enumerate(self.holders)}
+        self.caches = {weight_of(module): layer for module, layer in self.by_module.items() if layer.is_cache}
 
     def name(self, weight: nn.Parameter) -> str:
         """A layer that holds a weight."""
-        return self.holders[weight][0][1].name
+        return self.caches[weight].name if weight in self.caches else self.holders[weight][0][1].name
 
 
 def _over(
@@ -177,7 +178,7 @@ def _over(
     total = len(setting.batches)
     factors = {source: source.factors(setting.model, batch) for source in asked}
     checking = number == 0
-    watched = Watched(setting.model, places.column, places.by_module, batch, known)
+    watched = Watched(setting.model, {**places.column, **places.caches}, places.by_module, batch, known)
     try:
         for weight in places.column:
             weight.requires_grad_(checking)
@@ -185,7 +186,7 @@ def _over(
         setting.passes.add(total, forward=1)
         if watched.resolve(output, places.name):
             setting.passes.add(total, backward=1)
-        points = list(places.column) if checking else watched.leaves
+        points = [*places.column, *watched.leaves] if checking else watched.leaves
         runs = [(source, draw) for source in asked for draw in range(source.draws)]
         for source, draw in runs:
             needs, accumulators = asked[source]
@@ -218,7 +219,7 @@ class _Check:
         self.scale[weight] = self.scale.get(weight, 0.0) + size * float(wide(g).norm())
 
     def compare(self, truths: Sequence[Tensor | None]) -> None:
-        for weight, truth in zip(self.places.column, truths, strict=True):
+        for weight, truth in zip(self.places.column, truths, strict=False):  # behind these are outputs
             if truth is None:
                 continue
             expected = float(wide(truth).norm())
@@ -262,7 +263,7 @@ class _Backward:
             output=zeros((size, units, options)),
             moments=[[] for _ in self.places.column],
         )
-        self.activations = any(precision.quantizes_activation for precision in self.setting.precisions)
+        self.activations = self.setting.quantizes_inputs
         self.waiting: dict[nn.Parameter, list[tuple[Call, Tensor, Tensor]]] = {}  # call, its input, its gradient
 
     def run(self, points: Sequence[Tensor], retain: bool) -> Gradients:
@@ -293,7 +294,7 @@ class _Backward:
 
     def _arrived(self, made: Call, g: Tensor) -> None:
         """The gradient of the output of a call is there."""
-        if self.check is not None:
+        if self.check is not None and made.weight in self.places.column:
             self.check.add(made, g)
         if self.factors is not None:
             g = g * self._spread(self.factors, made, g)
@@ -305,7 +306,7 @@ class _Backward:
             )
         if made.layer is not None:
             self._local(made, made.layer, g)
-        if not _OF_WEIGHTS & self.needs:
+        if not _OF_WEIGHTS & self.needs or made.weight not in self.places.column:
             return
         calls = self.waiting.setdefault(made.weight, [])
         calls.append((made, self.watched.rows(made, made.x), self.watched.rows(made, g)))
@@ -320,13 +321,14 @@ class _Backward:
             with torch.no_grad():
                 y = made.module.forward(*made.args, **made.keywords)
             for p, precision in enumerate(setting.precisions):
-                if not (whole or precision.quantizes_activation):
+                changed = setting.quantizes_input(layer, precision)
+                if not (whole or changed):
                     continue  # the weight's own gradient tells more cheaply
                 difference = wide(setting.local_output(layer, precision, made.args, made.keywords)) - wide(y)
                 product = wide(g) * difference
                 if whole:
                     found.output[:, u, p] += self.watched.by_sample(made, product.square())
-                if precision.quantizes_activation:
+                if changed:
                     found.projection[:, u, p] += self.watched.by_sample(made, product)
         if "input_squared_norm" in self.needs and self.activations and made.x.is_floating_point():
             with torch.enable_grad():
@@ -370,9 +372,9 @@ class _Backward:
         if layer is None or not x.is_floating_point():
             return {}
         setting = self.setting
-        axis = channel_axis(setting.module(layer))
+        module = setting.module(layer)
         functions: list[Callable[[Tensor], Tensor] | None] = [
-            input_quantizer(layer.name, precision, setting.quantizer, setting.ranges, axis)
+            input_quantizer(module, layer.name, precision, setting.quantizer, setting.ranges)
             for precision in setting.precisions
         ]
         return {p: function(x) - x for p, function in enumerate(functions) if function is not None}

@@ -17,6 +17,7 @@ from mpsearch.precision import Precision
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
 Array = NDArray[np.float64]
 
@@ -204,8 +205,9 @@ class CostTable:
             TableError: where a layer's number of weights is not known.
         """
         numel = np.array([layer.numel for layer in self.layers], np.float64)
-        if not numel.all():
-            name = self.layers[int(np.argmin(numel > 0))].name
+        unknown = [layer.name for layer in self.layers if not (layer.numel or layer.is_cache)]
+        if unknown or not numel.any():
+            name = (unknown or [self.layers[0].name])[0]
             raise TableError(f"average_bits needs the numel of every layer; it is missing for {name!r}")
         return np.outer(numel, [precision.weight_bits for precision in self.precisions])
 
@@ -241,6 +243,22 @@ class CostTable:
 
         columns, rows = columns_and_rows(self)
         return pd.DataFrame(list(rows), columns=columns)
+
+    def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "") -> "Figure":
+        """Draw the damage of every layer at every precision, as in `mpsearch.plot.sensitivity_figure`.
+
+        Args:
+            path: .png, .svg or .pdf; without it the figure is only returned.
+            title: above the picture.
+        """
+        from mpsearch import plot
+
+        return plot.written(plot.sensitivity_figure(self, title=title), path)
+
+    def _repr_html_(self) -> str:
+        from mpsearch.html import display
+
+        return display.cost_table(self)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, CostTable):

@@ -80,7 +80,7 @@ class HadamardRotation:
         return _by_blocks(back, rotation.T).movedim(-1, axis).to(weight.dtype)
 
     def activation_values(self, x: Tensor, name: str, low: float, high: float) -> Tensor:
-        """An input after rotation, quantization and back.
+        """An input after rotation, quantization and back; see `RoundToNearest.activation_values`.
 
         Raises:
             EstimatorError: where its scale would have to be calibrated.

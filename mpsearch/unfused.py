@@ -1,4 +1,4 @@
-"""Weights that lie inside something larger, each in a module of its own for as long as the search looks at a model."""
+"""What lies inside something larger, each in a module of its own for as long as the search looks at a model."""
 
 import contextlib
 import math
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.weight_norm import WeightNorm
 
+from mpsearch.kv_cache import with_caches
 from mpsearch.modules import kind_of
 
 
@@ -22,6 +23,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
     - Experts of transformers in two tensors of shape (experts, out, in) are linear layers `0.gate_up_proj`, `0.down_proj`,
       `1.gate_up_proj`, ...
     - A parametrized or weight-normed layer has the weight that comes out, as it will be stored.
+    - Keys and values go through the modules `k_cache` and `v_cache` of attention of transformers (`mpsearch.kv_cache`).
 
     The new weights are views of the model's own, but for parametrized ones. Outputs are the same up to rounding. Outside, the
     modules are those that they were. The model itself is never replaced, only modules in it.
@@ -49,7 +51,8 @@ def unfused(model: nn.Module) -> Iterator[None]:
                     parent._modules[key] = new
         if places:
             torch.backends.mha.set_fastpath_enabled(False)  # it reads weights past the modules that hold them
-        yield
+        with with_caches(model):
+            yield
     finally:
         for parent, key, child in places:
             parent._modules[key] = child

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from mpsearch.errors import EstimatorError
 from mpsearch.experts import place_of
@@ -81,7 +82,7 @@ class Watched:
         self._layouts: dict[Call, Layout] = {}
         self._known = known
         self._doubtful: dict[Call, Tensor] = {}
-        self._flat = first_tensor(inputs_of(batch)).ndim == 1
+        self._flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch)))  # a number a sample
         self._handles = []
         for module in model.modules():
             weight = getattr(module, "weight", None)

@@ -87,7 +87,12 @@ class AdaPTDivergence:
         return Estimate(sensitivity, None, "relative", {"word_lengths": lengths})
 
     def divergence(self, weight: Tensor, quantized: Tensor) -> float:
-        """KL divergence of the two histograms over the range of the weight, in nats; values outside count in the outer bins."""
+        """KL divergence of the two histograms over the range of the weight, in nats; values outside count in the outer bins.
+
+        Args:
+            weight: any shape.
+            quantized: the same after rounding.
+        """
         low, high = float(weight.min()), float(weight.max())
         p, q = (self._shares(x, low, high) for x in (weight, quantized))
         return max(0.0, float((p * (p / q).log()).sum()))

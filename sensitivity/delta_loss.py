@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,7 +13,6 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import kl_divergence, wide
 from mpsearch.model import Batch, call, predictions, samples
-from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 
@@ -39,6 +39,8 @@ class DeltaLoss:
     (array([[0.2311]]), 0.2311)
     """
 
+    scores_caches: ClassVar[bool] = True
+
     def estimate(self, setting: Setting) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
@@ -61,7 +63,7 @@ class DeltaLoss:
                 for number, batch in enumerate(setting.batches):
                     name = f"delta loss | {precision} | {number}"
                     stored = setting.checkpoint.get(name)
-                    if stored is None and (changed or precision.quantizes_activation):
+                    if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
                         stored = self._batch(setting, p, changed, differences, batch, number)
                         setting.checkpoint.put(name, stored)
                     if stored is not None:
@@ -104,8 +106,7 @@ class DeltaLoss:
         for u, unit in enumerate(setting.units):
             for layer in unit.layers:
                 module = setting.module(layer)
-                axis = channel_axis(module)
-                function = input_quantizer(layer.name, precision, setting.quantizer, setting.ranges, axis)
+                function = input_quantizer(module, layer.name, precision, setting.quantizer, setting.ranges)
                 if function is not None:
                     hooks[module] = rounded(u, function)
             changes += [(u, w, differences[w]) for w in setting.parameters(unit) if w in differences]

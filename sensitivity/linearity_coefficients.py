@@ -45,6 +45,7 @@ class LinearityCoefficients(OneAtATime):
     """
 
     unit: ClassVar[str] = "nats"
+    scores_caches: ClassVar[bool] = False
 
     levels: int = 15
     greatest: float = 0.2

@@ -34,6 +34,7 @@ class MaskedKL(OneAtATime):
     """
 
     unit: ClassVar[str] = "relative"
+    scores_caches: ClassVar[bool] = False
 
     def probes_per_unit(self, precisions: int) -> int:
         """One."""

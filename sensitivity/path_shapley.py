@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -13,7 +14,6 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import Batch, call, predictions
-from mpsearch.modules import channel_axis
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 Floats = NDArray[np.float64]
@@ -54,6 +54,7 @@ class PathShapley:
     array([[0.1201]])
     """
 
+    scores_caches: ClassVar[bool] = True
     nodes: int = 3
     coverage: bool = True
 
@@ -93,7 +94,7 @@ class PathShapley:
                 for number, batch in enumerate(setting.batches):
                     name = f"path | {self.nodes} | {precision} | {number}"
                     stored = setting.checkpoint.get(name)
-                    if stored is None and (targets or precision.quantizes_activation):
+                    if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
                         stored = self._batch(setting, p, targets, batch, references[number], number)
                         setting.checkpoint.put(name, stored)
                     if stored is not None:
@@ -139,12 +140,10 @@ class PathShapley:
             found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
             for u, unit in enumerate(setting.units):
                 for layer in unit.layers:
-                    axis = channel_axis(setting.module(layer))
-                    function = input_quantizer(
-                        layer.name, setting.precisions[p], setting.quantizer, setting.ranges, axis
-                    )
+                    module, precision = setting.module(layer), setting.precisions[p]
+                    function = input_quantizer(module, layer.name, precision, setting.quantizer, setting.ranges)
                     if function is not None:
-                        found[setting.module(layer)] = moved(u, function, t, share)
+                        found[module] = moved(u, function, t, share)
             return found
 
         def moved(u: int, function: Callable[[Tensor], Tensor], t: float, share: float) -> Callable[[Tensor], Tensor]:

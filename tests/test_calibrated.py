@@ -203,7 +203,11 @@ def test_the_doors_take_them(make):
 
 def test_layers_without_such_inputs():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
-    assert list(input_statistics(model, [torch.tensor([[1, 2]])])) == ["1"]
+    found = input_statistics(model, [torch.tensor([[1, 2]])])
+    assert found.keys() == {"0", "1"}
+    assert found["0"] is None
+    for make in (SmoothQuant, ActivationAware, GPTQ):
+        assert make(found).of_layer("0") == RoundToNearest()
     with pytest.raises(mps.EstimatorError, match="layer '0' is a Embedding, expected a linear layer or a convolution"):
         input_statistics(model, [torch.tensor([[1, 2]])], ["0"])
     with pytest.raises(mps.EstimatorError, match="input of layer '0' is not finite"):

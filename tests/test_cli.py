@@ -1,5 +1,6 @@
 """The command line as a user meets it: what it prints, its files, its exit codes."""
 
+import importlib.metadata
 import json
 import subprocess
 import sys
@@ -361,14 +362,6 @@ def test_an_interrupt_is_one_line(here, capsys, monkeypatch):
     assert (status, err) == (1, "mpsearch: error: interrupted\n")
 
 
-def test_every_command_explains_itself(capsys):
-    for command in ("demo", "profile", "search", "solve", "pareto", "evaluate", "show", "compare"):
-        with pytest.raises(SystemExit) as caught:
-            main([command, "--help"])
-        assert caught.value.code == 0
-        assert f"example: mpsearch {command}" in capsys.readouterr().out
-
-
 def test_solving_a_large_model_takes_no_time(here):
     """224 layers x 8 precisions in less than 2 s, interpreter included, without torch."""
     lines = ["layer,precision,sensitivity,memory_bytes"]
@@ -387,19 +380,17 @@ def test_solving_a_large_model_takes_no_time(here):
     assert min(float(r.stderr.split()[1]) for r in runs) < 2
 
 
-def test_the_demo_on_a_small_network(here, capsys, monkeypatch):
-    pytest.importorskip("sklearn")
-    import mpsearch.demo as demo
+def test_a_tool_that_is_not_installed_is_one_line(here, capsys, monkeypatch):
+    def nothing(distribution):
+        raise importlib.metadata.PackageNotFoundError(distribution)
 
-    full = demo.run
-    monkeypatch.setattr(demo, "run", lambda out, seed: full(out, seed=seed, epochs=2, width=4))
-    status, out, _ = run(capsys, "demo", "-o", "results", "--quiet")
-    assert status == 0
-    assert "uniform" in out
-    assert "forward-pass equivalents" in out
-    found = SearchResult.load("results")
-    assert (here / "results" / "front.png").stat().st_size > 10_000
-    assert dict(found.plan) == dict(Plan.load("results/plan.json"))
+    monkeypatch.setattr(importlib.metadata, "version", nothing)
+    (here / "p.json").write_text('{"mpsearch_plan": 1, "layers": {"0": "w4"}}')
+    status, out, err = run(
+        capsys, *["export", "p.json", "--to", "torchao", "--model", "nets.py:net", "--verify", "-o", "x"]
+    )
+    assert (status, out) == (2, "")
+    assert err == "mpsearch: error: torchao is not installed; 'pip install torchao' brings it\n"
 
 
 @pytest.mark.slow

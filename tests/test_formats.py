@@ -11,6 +11,7 @@ from mpsearch import PlanError, Precision
 from mpsearch.formats import (
     block_scales,
     block_size,
+    element_of,
     enumerate_minifloat,
     grid_of,
     minifloat_max,
@@ -146,6 +147,44 @@ def test_nvfp4_against_a_loop(size):
         np.testing.assert_allclose(np.abs(block - found), gaps, rtol=1e-5, atol=1e-6 * step)
 
 
+#: What torchao calls the elements.
+THEIRS = {
+    "mxfp4": "float4_e2m1fn_x2",
+    "mxfp6_e2m3": "fp6_e2m3",
+    "mxfp6_e3m2": "fp6_e3m2",
+    "mxfp8": "float8_e4m3fn",
+    "mxfp8_e5m2": "float8_e5m2",
+}
+
+
+@pytest.mark.parametrize("name", THEIRS)
+def test_microscaling_bit_for_bit_as_torchao(name):
+    torchao = pytest.importorskip("torchao.prototype.mx_formats.mx_tensor")
+    kernels = pytest.importorskip("torchao.prototype.mx_formats.kernels")
+    x = torch.cat([normal(40, 64) * size for size in (1e-6, 1e-3, 1.0, 1e4)])
+    x[3] = 0
+    scales, data = torchao.to_mx(x.clone(), getattr(torch, THEIRS[name], THEIRS[name]), 32)
+    data = (
+        kernels.unpack_uint4(data.view(torch.uint8).reshape(len(x), -1)) if name == "mxfp4" else data.view(torch.uint8)
+    )
+    values, stored, _ = quantize_blocks(x.reshape(-1, 32), name)
+    codes = grid_of(element_of(name), True).encode(values / block_scales(stored, None, name, torch.float32))
+    assert torch.equal(stored.reshape(-1), scales.view(torch.uint8).reshape(-1))
+    assert torch.equal(codes.reshape(-1), data.reshape(-1).long())
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
+def test_nvfp4_bit_for_bit_as_torchao(size):
+    torchao = pytest.importorskip("torchao.prototype.mx_formats.nvfp4_tensor")
+    kernels = pytest.importorskip("torchao.prototype.mx_formats.kernels")
+    x = normal(40, 64) * size
+    scales, data = torchao.nvfp4_quantize(x, 16, x.abs().max() / (6 * 448))
+    values, stored, whole = quantize_blocks(x.reshape(-1, 16), "nvfp4")
+    codes = grid_of("fp4_e2m1", True).encode(values / block_scales(stored, whole, "nvfp4", torch.float32))
+    assert torch.equal(stored.reshape(-1), scales.view(torch.uint8).reshape(-1))
+    assert torch.equal(codes.reshape(-1), kernels.unpack_uint4(data.view(torch.uint8)).reshape(-1).long())
+
+
 def test_stored_scales_are_all_that_is_needed():
     for name in ("mxfp4", "mxint8", "bfp5", "nvfp4"):
         blocks = normal(6, 16)
@@ -156,7 +195,20 @@ def test_stored_scales_are_all_that_is_needed():
 
 
 SYMMETRIC = [
-    *("w2", "w3", "w4", "w8", "w12", "w4g16", "wfp3_e1m1", "wfp4_e2m1", "wfp5_e3m1", "wfp6_e2m3", "wfp8_e4m3"),
+    *(
+        "w2",
+        "w3",
+        "w4",
+        "w8",
+        "w12",
+        "wint16",
+        "w4g16",
+        "wfp3_e1m1",
+        "wfp4_e2m1",
+        "wfp5_e3m1",
+        "wfp6_e2m3",
+        "wfp8_e4m3",
+    ),
     *("wmxfp4", "wmxfp6_e3m2", "wmxfp8_e5m2", "wmxint8", "wnvfp4", "wbfp3", "wbfp6g8", "wbf16", "wfp16"),
 ]
 OTHERS = ["w1", "wnf4", "wnf4g16", "wq4_0", "wq4_1", "wq8_0", "wq2_k", "wq3_k", "wq4_k", "wq6_k", "wiq4_xs", "wtq1_0"]

@@ -126,7 +126,7 @@ def test_a_layer_that_calibration_never_reached_is_refused_by_name():
 
 
 def test_an_expert_without_tokens_passes_nothing_on():
-    function = input_quantizer("fc", Precision("16", "8"), RoundToNearest(), {})
+    function = input_quantizer(nn.Linear(4, 4), "fc", Precision("16", "8"), RoundToNearest(), {})
     assert function(torch.ones(0, 4)).shape == (0, 4)
 
 

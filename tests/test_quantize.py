@@ -26,11 +26,16 @@ def grid(bits, symmetric):
     return [-1, 1] if bits == 1 else list(range(-(2 ** (bits - 1)) + 1, 2 ** (bits - 1)))
 
 
-@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8, 12, 15])
+def integer(bits):
+    """`16` means left alone."""
+    return Precision("int16" if bits == 16 else str(bits))
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
 @pytest.mark.parametrize("scale", ["max", "mse"])
 def test_symmetric_integers_take_the_nearest_code(bits, scale):
     w = weight()
-    codes = RoundToNearest(scale=scale).codes(w, Precision(str(bits)))
+    codes = RoundToNearest(scale=scale).codes(w, integer(bits))
     values = codes.values()
     for row in range(len(w)):
         s = float(codes.scales[row])
@@ -40,11 +45,11 @@ def test_symmetric_integers_take_the_nearest_code(bits, scale):
         assert len(values[row].unique()) <= 2**bits
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", range(1, 17))
 def test_asymmetric_integers_have_zero_on_the_grid(bits):
     w = weight() + 0.7
     w[0] = w[0].abs()  # a row without negative weights
-    codes = RoundToNearest(symmetric=False, scale="max").codes(w, Precision(str(bits)))
+    codes = RoundToNearest(symmetric=False, scale="max").codes(w, integer(bits))
     assert codes.zeros is not None
     stored = (codes.rounded / codes.scales + codes.zeros).round()
     assert stored.min() >= 0
@@ -217,7 +222,22 @@ def test_activations_per_tensor_and_per_token():
 
 
 PACKED = [
-    *("w1", "w2", "w3", "w4", "w5", "w8", "w15", "w4g16", "w3g7", "wfp3_e2m0", "wfp4_e2m1", "wfp5_e1m3", "wfp6_e3m2g8"),
+    *(
+        "w1",
+        "w2",
+        "w3",
+        "w4",
+        "w5",
+        "w8",
+        "w15",
+        "wint16",
+        "w4g16",
+        "w3g7",
+        "wfp3_e2m0",
+        "wfp4_e2m1",
+        "wfp5_e1m3",
+        "wfp6_e3m2g8",
+    ),
     *("wfp7_e4m2", "wfp8_e4m3", "wfp8_e5m2", "wnf4", "wnf4g16", "wmxfp4", "wmxfp6_e2m3", "wmxfp6_e3m2", "wmxfp8"),
     *("wmxfp8_e5m2", "wmxint8", "wnvfp4", "wnvfp4g16", "wbfp4", "wbfp9g5", "wbf16", "wfp16", "wfp32"),
 ]

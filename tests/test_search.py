@@ -711,30 +711,42 @@ def runs(monkeypatch):
     return found
 
 
-def test_the_best_plans_are_measured_between_the_samples_too(runs):
+def test_among_plans_as_good_as_the_best_the_one_that_is_best_between_the_samples_too(runs):
     result = find(max_passes=60.0)
     (run,) = runs
-    parts = split(data(), SHARES, 0)
-    between = mixed([*run.select.batches], 0, 3)
-    assert sum(len(inputs) for inputs, _ in between) == 3 * sum(
-        len(x) for name in ("select", "score") for x, _ in parts[name]
-    )
+    seen = [batch for part in (run.parts["select"], run.parts["score"]) for batch in part]
+    between = mixed(run.select.batches, 0, 3)
+    assert sum(len(x) for x, _ in between) == 3 * sum(len(x) for x, _ in seen)
+
+    def divergences(plan, batches):
+        model, fake = net(), net()
+        for name, precision in plan.items():
+            weight = fake.get_submodule(name).weight
+            weight.data = RoundToNearest()(weight.data, precision)
+        with torch.no_grad():
+            pairs = [(model(x).double().log_softmax(1), fake(x).double().log_softmax(1)) for x, _ in batches]
+        return torch.cat([(p.exp() * (p - q)).sum(1) for p, q in pairs]).numpy()
+
     uniform = min(damage for bits, damage in uniforms(result).values() if bits <= 3)
-    ranked = sorted(
-        (damage, tuple(map(str, plan.values())))
-        for plan, damage in zip(result.plans.plans, result.plans.damage.tolist(), strict=True)
-        if plan.usage["average_bits"] <= 3 and damage <= uniform
-    )
-    finalists = ranked[:3]  # 0.12 of 60 passes, 3 draws of 0.8 of the data each
-    measured = {}
-    for damage, precisions in finalists:
-        plan = mps.Plan(dict(zip(result.plan, map(mps.Precision.parse, precisions), strict=True)))
-        measured[precisions] = damage + mps.evaluate(net(), between, plan, progress=False).kl
-    assert len(run.final.known) == len(finalists)
-    assert tuple(map(str, result.plan.values())) == min(measured, key=measured.__getitem__)
+    fitting = [plan for plan in result.plans.plans if plan.usage["average_bits"] <= 3]
+    here = {tuple(map(str, plan.values())): divergences(plan, seen) for plan in fitting}
+    best = min(here.values(), key=np.mean)
+    as_good = {}
+    for plan in fitting:
+        worse = here[tuple(map(str, plan.values()))] - best
+        if (
+            worse.mean() <= 2 * worse.std(ddof=1) / len(worse) ** 0.5 + 1e-12
+            and here[tuple(map(str, plan.values()))].mean() <= uniform + 1e-9
+        ):
+            there = divergences(plan, between)
+            first = there[: len(worse)].mean()  # one draw of partners, as long as the data
+            as_good[tuple(map(str, plan.values()))] = worse.mean() + first, worse.mean() + there.mean()
+    finalists = sorted(as_good, key=lambda name: as_good[name][0])[:3]  # a tenth of 60 passes, 1.6 for the other draws
+    assert len(finalists) > 1
+    assert tuple(map(str, result.plan.values())) == min(finalists, key=lambda name: as_good[name][1])
 
 
 @pytest.mark.parametrize("options", [{"max_passes": 14.0}, {"metric": "loss"}, {"max_passes": 24.0}])
 def test_no_samples_in_between_where_passes_are_few_or_labels_are_needed(runs, options):
     find(**{"max_passes": 60.0, **options})
-    assert runs[0].final is None or runs[0].final.name == "score"
+    assert runs[0].between is None

@@ -190,6 +190,20 @@ def test_infeasible_says_the_least_and_where_it_goes():
     assert solution.stats["reason"] == str(caught.value)
 
 
+def test_a_budget_below_what_is_fixed_is_refused_with_the_breakdown():
+    usage = {"memory_bytes": [[10, 20], [30, 40]]}
+    layers = (mps.Layer("a"), mps.Layer("b"))
+    table = mps.CostTable(
+        layers, mps.precisions("w2 w4"), np.ones((2, 2)), usage=usage, fixed_usage={"memory_bytes": 700}
+    )
+    with pytest.raises(mps.InfeasibleError) as caught:
+        mps.solve(table, mps.Budget(memory_bytes=500))
+    assert str(caught.value) == (
+        "memory_bytes <= 500 cannot be met: the least any plan uses is 740, 700 of it fixed (what no decision touches, such as "
+        "norms, biases and layers left alone) and 30 of it in layer 'b'"
+    )
+
+
 def test_infeasible_together():
     usage = {"x": [[1, 5]], "y": [[5, 1]]}
     table = mps.CostTable((mps.Layer("a"),), mps.precisions("w2 w4"), [[1, 0]], usage=usage)

@@ -87,6 +87,13 @@ MODELS = {
         "image",
         [QKV, QKV],
     ),
+    "mobilenet-v2": (
+        "MobileNetV2ForImageClassification",
+        "MobileNetV2Config",
+        {"depth_multiplier": 0.25, "min_depth": 4, "image_size": 16, "initializer_range": 0.5},
+        "image",
+        [],
+    ),
     "resnet": (
         "ResNetForImageClassification",
         "ResNetConfig",

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import conv_flop_count, flop_registry
 
-sys.path[:0] = map(str, Path(__file__).resolve().parents[1:3])  # models.py, and mpsearch as it stands
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # mpsearch as it stands
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # models.py
 
 from models import MODELS, Examples
 

@@ -24,6 +24,7 @@ from mpsearch.export.fitting import snapped as snapped
 from mpsearch.export.gguf import gguf as gguf
 from mpsearch.export.gguf import read_gguf as _read_gguf
 from mpsearch.export.gptqmodel import gptqmodel as gptqmodel
+from mpsearch.export.gptqmodel import read_gptqmodel as _read_gptqmodel
 from mpsearch.export.hqq import hqq as hqq
 from mpsearch.export.hqq import read_hqq as _read_hqq
 from mpsearch.export.llama_quantize import llama_quantize as llama_quantize
@@ -36,6 +37,7 @@ from mpsearch.export.modelopt import modelopt as modelopt
 from mpsearch.export.modelopt import read_modelopt as _read_modelopt
 from mpsearch.export.neutral import neutral as neutral
 from mpsearch.export.nncf import nncf as nncf
+from mpsearch.export.nncf import read_nncf as _read_nncf
 from mpsearch.export.onnxruntime import onnxruntime as onnxruntime
 from mpsearch.export.onnxruntime import read_onnxruntime as _read_onnxruntime
 from mpsearch.export.onnxruntime_static import onnxruntime_static as onnxruntime_static
@@ -90,7 +92,9 @@ READERS: dict[str, tuple[str, _Reader]] = {
     "pt2e": ("torchao", _read_pt2e),
     "executorch": ("executorch", _read_executorch),
     "brevitas": ("brevitas", _read_brevitas),
+    "gptqmodel": ("gptqmodel", _read_gptqmodel),
     "modelopt": ("nvidia-modelopt", _read_modelopt),
+    "nncf": ("nncf", _read_nncf),
     "quanto": ("optimum-quanto", _read_quanto),
     "bitsandbytes": ("bitsandbytes", _read_bitsandbytes),
     "auto-round": ("auto-round", _read_auto_round),
@@ -116,5 +120,5 @@ def verify(plan: Plan, model: nn.Module, target: str, **options: Any) -> Verific
     if target not in READERS:
         raise ExportError(f"{target!r} cannot be verified here{nearest(target, READERS)}")
     distribution, read = READERS[target]
-    plan = _fitted(plan, model, target, fused={})
+    plan = _fitted(plan, model, target, vllm=False)
     return _verified(target, _version(distribution), read, plan, model, **options)

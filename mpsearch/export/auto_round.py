@@ -45,7 +45,7 @@ def auto_round(
     >>> auto_round(Plan({"fc": Precision("4", "16", 32), "out": Precision("16")}))
     {'fc': {'bits': 4, 'group_size': 32, 'sym': True}, 'out': {'bits': 16}}
     """
-    plan = fitted(plan, model, "auto-round", snap=snap, fused=None if vllm else {})
+    plan = fitted(plan, model, "auto-round", snap=snap, vllm=vllm)
     for name, precision in plan.items():
         if precision.quantizes_weight and name.rpartition(".")[2] == "lm_head":
             raise ExportError(
@@ -72,7 +72,7 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str
     rounding = tool.AutoRound(
         model,
         package("transformers", "auto-round").PreTrainedTokenizerFast(tokenizer_object=words),
-        layer_config=auto_round(plan, model),
+        layer_config=auto_round(plan, model, vllm=False),
         iters=0,
         disable_opt_rtn=True,
         dataset=[inputs_of(example)],

@@ -51,7 +51,7 @@ def compressed_tensors(
     """
     if not quantizer.symmetric or quantizer.granularity != "channel":
         raise ExportError("compressed-tensors is written with symmetric codes and a scale a channel or group")
-    plan = fitted(plan, model, "compressed-tensors", snap=snap, fused=None if vllm else {})
+    plan = fitted(plan, model, "compressed-tensors", snap=snap, vllm=vllm)
     config = _config(plan, model)
     if path is not None and model is None:
         write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")

@@ -10,12 +10,13 @@ from torch import nn
 
 from mpsearch import ggml
 from mpsearch.errors import EstimatorError, ExportError, nearest
-from mpsearch.export.targets import TARGETS, Fused, Target, fused_groups
+from mpsearch.export.targets import Fused, Target, fused_groups, rules
 from mpsearch.layer import Layer
 from mpsearch.modules import canonical, kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.unfused import unfused
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Snapped:
         return f"{len(lines)} of {len(self.plan)} layers moved to what {self.target} has: {', '.join(lines)}{tail}"
 
 
-def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = False, fused: Fused | None = None) -> Plan:
+def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = False, vllm: bool | None = None) -> Plan:
     """The plan, once it is certain that the target carries it out as it stands.
 
     Args:
@@ -49,29 +50,30 @@ def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = Fal
         model: the model; without it, only what the plan alone tells is checked.
         target: a name in `TARGETS`.
         snap: move what the target cannot express instead of refusing it, and say so in a warning.
-        fused: layers that must agree, being joined at run time; by default the target's.
+        vllm: the exporter's option, as for `rules`.
 
     Raises:
         ExportError: with layer, precision and what the target can.
     """
     if snap:
-        found = snapped(plan, model, target, fused=fused)
+        found = snapped(plan, model, target, vllm=vllm)
         if found.changes:
             warnings.warn(str(found), stacklevel=3)
         return found.plan
-    layers = described(plan, model)
+    known, layers = rules(target, vllm), described(plan, model, target)
     for layer in layers.values():
-        reason = TARGETS[target].refusal(layer, plan[layer.name])
+        reason = known.refusal(layer, plan[layer.name])
         if reason:
             raise ExportError(f"{reason}; snap=True (--snap) moves it to the nearest")
-    for title, names in joined(plan, model, TARGETS[target].fused if fused is None else fused):
+    plan = _reached(plan, layers)
+    for title, names in joined(plan, model, known.fused):
         if len({_effect(plan, name) for name in names}) > 1:
             told = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
             raise ExportError(f"{target} needs one precision for layers that {title}: {told}")
     return plan
 
 
-def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | None = None) -> Snapped:
+def snapped(plan: Plan, model: nn.Module | None, target: str, *, vllm: bool | None = None) -> Snapped:
     """The nearest plan that the target can express, every layer (or group of joined layers) at no more bytes.
 
     Nearest in weight bits, then in the weight's format, then in activation bits, then in group size. Bytes are those of the reference
@@ -81,21 +83,22 @@ def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | 
         plan: any plan.
         model: its layers' shapes tell the bytes.
         target: a name in `TARGETS`.
-        fused: layers that move together, being joined at run time; by default the target's.
+        vllm: the exporter's option, as for `rules`: layers that are fused at run time move together.
 
     Raises:
         ExportError: without a model, or where nothing that the target has is small enough.
     """
     if model is None:
         raise ExportError("snap=True (--snap) needs the model: bytes depend on the shapes of its layers")
-    layers = described(plan, model)
-    groups = joined(plan, model, TARGETS[target].fused if fused is None else fused)
+    known, layers = rules(target, vllm), described(plan, model, target)
+    plan = _reached(plan, layers)
+    groups = joined(plan, model, known.fused)
     grouped = {name for _, names in groups for name in names}
     units = [tuple(n for n in names if n in plan) for _, names in groups] + [(n,) for n in plan if n not in grouped]
     partial = {name for _, names in groups for name in names if name not in plan}
     moved: dict[str, Precision] = {}
     for unit in units:
-        moved.update(dict.fromkeys(unit, _nearest([layers[name] for name in unit], plan, TARGETS[target])))
+        moved.update(dict.fromkeys(unit, _nearest([layers[name] for name in unit], plan, known)))
     for title, names in groups:
         stray = [name for name in names if name in partial]
         if stray and any(_effect(Plan(moved), name) for name in names):
@@ -103,7 +106,7 @@ def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | 
                 f"{target} needs one precision for layers that {title}; the plan leaves {stray[0]!r} alone"
             )
     changes = {
-        name: (plan[name], moved[name], TARGETS[target].refusal(layers[name], plan[name]) or "joined layers agree")
+        name: (plan[name], moved[name], known.refusal(layers[name], plan[name]) or "joined layers agree")
         for name in plan
         if moved[name] != plan[name]
     }
@@ -124,15 +127,23 @@ def snapped(plan: Plan, model: nn.Module | None, target: str, *, fused: Fused | 
     )
 
 
-def described(plan: Plan, model: nn.Module | None) -> dict[str, Layer]:
-    """Kind and weight shape of every layer of a plan, from the model.
+def described(plan: Plan, model: nn.Module | None, target: str | None = None) -> dict[str, Layer]:
+    """Kind and weight shape of the layers of a plan, from the model.
+
+    Args:
+        plan: the plan.
+        model: the model.
+        target: that carries it out, on modules as they are: what it cannot reach must be left alone, and is left out. None: nobody,
+            so that the parts that `unfused` makes are layers too.
 
     Raises:
-        ExportError: for a name that is no quantizable layer of the model.
+        ExportError: for a name that is no quantizable layer of the model, or none that the target can reach.
     """
     if model is None:
         return {name: Layer(name) for name in plan}
-    modules = dict(model.named_modules(remove_duplicate=False))
+    own = dict(model.named_modules(remove_duplicate=False))
+    with unfused(model):
+        modules = dict(model.named_modules(remove_duplicate=False))
     known = [name for name, module in modules.items() if kind_of(module) is not None]
     found = {}
     for name in plan:
@@ -141,12 +152,50 @@ def described(plan: Plan, model: nn.Module | None) -> dict[str, Layer]:
             raise ExportError(
                 f"the plan names {name!r}, which is no quantizable layer of the model{nearest(name, known)}"
             )
+        reason = None if target is None else _out_of_reach(name, kind, own)
+        if reason is not None:
+            if _effect(plan, name):
+                raise ExportError(f"{target} cannot express {plan[name]} for {name!r}: {reason}")
+            continue
         weight = canonical(modules[name])
         if kind == "linear" and not isinstance(modules[name], nn.Linear):
             kind = "transposed linear"  # GPT-2's Conv1D, which other tools do not know
         dtype = str(weight.dtype).removeprefix("torch.")
         found[name] = Layer(name, kind, tuple(weight.shape), dtype=dtype)
     return found
+
+
+def _out_of_reach(name: str, kind: str, own: Mapping[str, nn.Module]) -> str | None:
+    """Why another tool would pass a layer over, or put its codes where nobody reads them; None where it would not.
+
+    Args:
+        name: of a layer inside `unfused`.
+        kind: of the layer.
+        own: the modules of the model outside.
+    """
+    if kind == "kv_cache":
+        return "it quantizes weights, and this is a cache of keys or values; plan w16, or leave it out"
+    whole = name.rpartition(".")[0]
+    while whole not in own:
+        whole = whole.rpartition(".")[0]
+    if name not in own or isinstance(
+        own[whole], nn.MultiheadAttention
+    ):  # which reads the weight of its out_proj itself
+        return (
+            f"it is a part of {whole!r}, a {type(own[whole]).__name__}, which is one module to other tools; leave it out, as "
+            "layers(..., target=...) (--target) does"
+        )
+    if kind_of(own[name]) is None:
+        return (
+            "its weight is computed from other tensors; torch.nn.utils.parametrize.remove_parametrizations (or "
+            "torch.nn.utils.remove_weight_norm) makes it one of its own"
+        )
+    return None
+
+
+def _reached(plan: Plan, layers: Mapping[str, Layer]) -> Plan:
+    """The plan without the layers that were left out; itself where none was."""
+    return plan if len(layers) == len(plan) else replace(plan, layers={name: plan[name] for name in layers})
 
 
 def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str, tuple[str, ...]]]:

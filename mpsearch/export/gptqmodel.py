@@ -3,15 +3,25 @@
 import json
 import os
 import re
+import tempfile
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
-from mpsearch.export.fitting import fitted
+from mpsearch.errors import ExportError
+from mpsearch.export.fitting import fitted, group_size
+from mpsearch.export.package import package
 from mpsearch.export.targets import FUSED, fused_groups
+from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
+from mpsearch.model import Batch, inputs_of
+from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+
+_EXTRA = "gptqmodel"
 
 
 def gptqmodel(
@@ -43,7 +53,7 @@ def gptqmodel(
     >>> settings["dynamic"]
     {'+:^a\\.fc$': {'bits': 4, 'group_size': 32, 'sym': True, 'desc_act': False}, '-:^a\\.out$': {}}
     """
-    plan = fitted(plan, model, "gptqmodel-vllm" if vllm else "gptqmodel", snap=snap)
+    plan = fitted(plan, model, "gptqmodel", snap=snap, vllm=vllm)
     quantized = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
     fused = {part: name for name, parts in fused_groups(plan, FUSED).items() for part in parts} if vllm else {}
     dynamic: dict[str, dict[str, Any]] = {}
@@ -68,5 +78,45 @@ def gptqmodel(
     return content
 
 
+def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+    """Save a model of transformers, quantize it with GPTQ on the example, and unpack every layer with packed codes."""
+    tool, tokenizers = package("gptqmodel", _EXTRA), package("tokenizers", _EXTRA)
+    if not hasattr(model, "save_pretrained"):
+        raise ExportError("gptqmodel is verified on a model of transformers, which it loads from a folder")
+    whole: Any = model
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in inputs_of(example)]
+    with tempfile.TemporaryDirectory() as folder:
+        whole.save_pretrained(folder)
+        package("transformers", _EXTRA).PreTrainedTokenizerFast(tokenizer_object=words, pad_token="").save_pretrained(
+            folder
+        )
+        config = tool.QuantizeConfig(**gptqmodel(plan, model), offload_to_disk=False)
+        loaded = tool.GPTQModel.load(folder, config, device="cpu", dtype=whole.dtype)
+        loaded.quantize(samples, batch_size=1)
+        made = Path(folder) / "quantized"
+        loaded.save(made)
+        loaded = tool.GPTQModel.load(made, backend=tool.BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    found = {}
+    for name, module in loaded.model.named_modules():
+        if not hasattr(module, "qweight"):
+            continue
+        weight, bits = weight_of(model.get_submodule(name)).detach(), int(module.bits)
+        groups, columns = len(module.scales), weight.shape[1]
+        size = group_size(columns // groups, columns, plan.layers.get(name, Precision("16")))
+        values = module.dequantize_weight().detach().to(weight.dtype)  # (in, out)
+        scales = module.scales.detach()[module.g_idx.long()].to(weight.dtype)
+        parts = (module.qweight, module.qzeros, module.scales, module.g_idx)
+        found[name] = Stored(
+            Precision(str(bits), "16", size),
+            values.T,
+            (values / scales).round(),
+            sum(part.numel() * part.element_size() for part in parts),
+            weight.numel() * bits // 8 + groups * len(weight) * (16 + bits) // 8 + 4 * columns,
+        )
+    return found
+
+
 def _settings(precision: Precision) -> dict[str, Any]:
-    return {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True, "desc_act": False}
+    settings = {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True, "desc_act": False}
+    return settings if precision.group_size else {**settings, "act_group_aware": False}  # which needs groups

@@ -9,7 +9,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.files import write_atomically
-from mpsearch.modules import kind_of
+from mpsearch.modules import holds_weight, kind_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -45,7 +45,7 @@ def llama_quantize(
     """
     plan = fitted(plan, model, "llama-quantize", snap=snap)
     named = model.named_modules(remove_duplicate=False) if model else ()
-    others = [name for name, module in named if kind_of(module) is not None and name not in plan]
+    others = [name for name, m in named if kind_of(m) is not None and holds_weight(m) and name not in plan]
     types = {tensor_name(name, architecture): type_name(precision, left_alone) for name, precision in plan.items()}
     types |= {tensor_name(name, architecture): left_alone for name in others}
     lines = [f"^{re.escape(name)}$={kind}" for name, kind in types.items()]

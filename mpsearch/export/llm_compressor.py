@@ -34,7 +34,7 @@ def llm_compressor(
     Raises:
         ExportError: for what cannot be expressed.
     """
-    plan = fitted(plan, model, "llm-compressor", snap=snap, fused=None if vllm else {})
+    plan = fitted(plan, model, "llm-compressor", snap=snap, vllm=vllm)
     content = {"quant_stage": {"quant_modifiers": {modifier: config_groups(plan, model)}}}
     if path is not None:
         write_atomically(path, yaml_text(content))

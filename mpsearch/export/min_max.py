@@ -1,4 +1,4 @@
-"""Rounding between the least and the greatest weight, operation for operation as torchao does it."""
+"""Rounding between the least and the greatest value, operation for operation as torchao does it."""
 
 from dataclasses import dataclass
 
@@ -10,14 +10,17 @@ from mpsearch.precision import Precision
 
 @dataclass(frozen=True)
 class MinMax:
-    """The quantizer of torchao's `IntxWeightOnlyConfig`, so that `evaluate` measures what torchao will run.
+    """The quantizer of torchao's `IntxWeightOnlyConfig`, and of inputs by its `Int8DynamicActivationIntxWeightConfig`.
+
+    With it `evaluate` and `search` measure what torchao will run.
 
     Codes are -2^(b-1) .. 2^(b-1)-1. Asymmetric: s = (max - min) / (2^b - 1) with the range widened to contain 0, and
     z = -2^(b-1) - round(min / s); symmetric: s = 2 max|w| / (2^b - 1) and z = 0, so that the greatest weight is clipped.
-    w' = s (clip(round(w (1/s)) + z) - z), in the dtype of the weight; s is at least its smallest normal number.
+    w' = s (clip(round(w (1/s)) + z) - z), in the dtype of the weight; s is at least its smallest normal number. Inputs are
+    asymmetric, with a range for each token, taken on the spot.
 
     Attributes:
-        symmetric: no zero-point.
+        symmetric: no zero-point for weights.
 
     >>> MinMax()(torch.tensor([[-1.0, 0.4, 2.0]]), Precision("2"))
     tensor([[-1.,  0.,  2.]])
@@ -40,3 +43,7 @@ class MinMax:
             zero = (least - (low / scale).round()).clamp(least, most)
         codes = ((rows * (1.0 / scale)).round() + zero).clamp(least, most)
         return ((codes - zero) * scale).reshape(weight.shape)
+
+    def activation_values(self, x: Tensor, name: str, low: float, high: float) -> Tensor:
+        """An input after quantization and back; the calibrated range is not used; see `RoundToNearest.activation_values`."""
+        return MinMax()(x.reshape(-1, x.shape[-1]), Precision(name)).reshape(x.shape) if x.numel() else x

@@ -93,11 +93,19 @@ def read_onnxruntime(
     model: nn.Module,
     *,
     example: Batch,
+    dynamic_shapes: Any = None,
+    accuracy_level: int = 0,
     quantizer: RoundToNearest = REFERENCE,
-    **options: Any,
 ) -> dict[str, Stored]:
     """Write the model, start a session with it, and unpack the codes of every MatMulNBits node."""
-    graph = onnxruntime(plan, model, example=example, quantizer=quantizer, **options)
+    graph = onnxruntime(
+        plan,
+        model,
+        example=example,
+        dynamic_shapes=dynamic_shapes,
+        accuracy_level=accuracy_level,
+        quantizer=quantizer,
+    )
     package("onnxruntime", _EXTRA).InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     numpy_helper = package("onnx.numpy_helper", _EXTRA)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
@@ -112,7 +120,7 @@ def read_onnxruntime(
         groups = columns // size
         codes = _unpacked(packed.reshape(rows, -1), bits, columns).reshape(rows, groups, size)
         zeros = _unpacked(points[0].reshape(rows, -1), bits, groups)[..., None] if points else 1 << (bits - 1)
-        values = (codes - zeros) * torch.from_numpy(scales).reshape(rows, groups, 1)
+        values = (codes - zeros) * torch.tensor(scales).reshape(rows, groups, 1)
         precision = Precision(str(bits), "16", size)
         weight = weight_of(model.get_submodule(name)).detach()
         size_of_zeros = 0 if quantizer.symmetric else rows * -(-groups * bits // 8)

@@ -72,35 +72,41 @@ def onnxruntime_static(
             assert codes.scales is not None
             scales[name] = codes.scales.reshape(-1).numpy()
             weight.data.copy_(codes.values())  # an override sets the scale, but clips at int8 alone
-    traced, nodes = layer_nodes(plan, rounded, example, dynamic_shapes)
+    made, nodes = layer_nodes(plan, rounded, example, dynamic_shapes)
     overrides = {}
     for name, found in nodes.items():
         for number, node in enumerate(found):
             node.name = f"{name}/{number}"
             settings = {"quant_type": tools.QuantType.QInt8, "axis": 1 if transposed(node) else 0}
             overrides[node.input[1]] = [{**settings, "scale": s, "zero_point": np.int8(0)} for s in scales[name]]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "model.onnx"
-        tools.quantize_static(
-            traced,
-            out,
-            _reader(traced, example),
-            nodes_to_quantize=[node.name for found in nodes.values() for node in found],
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            per_channel=True,
-            extra_options={"TensorQuantOverrides": overrides},
-        )
-        made = package("onnx", _EXTRA).load(out)
+    if nodes:  # an empty list of nodes would mean all of them
+        with tempfile.TemporaryDirectory() as folder:
+            out = Path(folder) / "model.onnx"
+            tools.quantize_static(
+                made,
+                out,
+                _reader(made, example),
+                nodes_to_quantize=[node.name for found in nodes.values() for node in found],
+                op_types_to_quantize=["MatMul", "Gemm", "Conv"],
+                per_channel=True,
+                extra_options={"TensorQuantOverrides": overrides},
+            )
+            made = package("onnx", _EXTRA).load(out)
     if path is not None:
         write_atomically(path, made.SerializeToString())
     return made
 
 
 def read_onnxruntime_static(
-    plan: Plan, model: nn.Module, *, example: Batch, quantizer: RoundToNearest = REFERENCE, **options: Any
+    plan: Plan,
+    model: nn.Module,
+    *,
+    example: Batch,
+    dynamic_shapes: Any = None,
+    quantizer: RoundToNearest = REFERENCE,
 ) -> dict[str, Stored]:
     """Write the model, start a session with it, and read the dequantized weight of every product that has one."""
-    made = onnxruntime_static(plan, model, example=example, quantizer=quantizer, **options)
+    made = onnxruntime_static(plan, model, example=example, dynamic_shapes=dynamic_shapes, quantizer=quantizer)
     package("onnxruntime", _EXTRA).InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     to_array = package("onnx.numpy_helper", _EXTRA).to_array
     constants = {tensor.name: to_array(tensor) for tensor in made.graph.initializer}

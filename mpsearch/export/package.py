@@ -26,5 +26,12 @@ def package(module: str, extra: str) -> Any:
 
 
 def version(distribution: str) -> str:
-    """Version of an installed distribution."""
-    return importlib.metadata.version(distribution)
+    """Version of an installed distribution.
+
+    Raises:
+        MissingPackage: where it is not installed.
+    """
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingPackage(f"{distribution} is not installed; 'pip install {distribution}' brings it") from None

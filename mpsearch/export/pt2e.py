@@ -1,5 +1,7 @@
 """PyTorch 2 export quantization: a quantizer that annotates each layer of an exported graph with its bits."""
 
+import copy
+import io
 import os
 from typing import Any, cast
 
@@ -11,6 +13,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
 from mpsearch.export.verification import Stored
+from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -26,6 +29,7 @@ def pt2e(
     *,
     snap: bool = False,
     path: str | os.PathLike[str] | None = None,
+    example: Batch | None = None,
     outputs: bool = False,
 ) -> Any:
     """A quantizer for `torchao.quantization.pt2e.quantize_pt2e.prepare_pt2e(exported, quantizer)` (torchao 0.18).
@@ -38,18 +42,19 @@ def pt2e(
         plan: the plan.
         model: checks names and shapes.
         snap: move what cannot be expressed to the nearest instead of refusing it.
-        path: refused: there is no file form.
+        path: also carry the plan out and write the program there, for `torch.export.load(path).module()`.
+        example: one batch, to trace and to calibrate what is written.
         outputs: round the output of a layer wherever its input is rounded, as XNNPACK needs it.
 
     Raises:
         ExportError: for what cannot be expressed; also, from `prepare_pt2e`, for a layer that the graph does not hold.
         MissingPackage: without torchao.
     """
-    if path is not None:
-        raise ExportError(
-            "pt2e has no file form: its quantizer works on an exported graph; save that with torch.export.save"
-        )
     plan = fitted(plan, model, "pt2e", snap=snap)
+    if path is not None:
+        if model is None or example is None:
+            raise ExportError("pt2e needs the model and an example: what it writes is the program itself")
+        _write(path, plan, model, example, outputs)
     base = package("torchao.quantization.pt2e.quantizer", _EXTRA).Quantizer
 
     wanted = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
@@ -69,6 +74,13 @@ def pt2e(
         """Nothing is left to check."""
 
     return type("PlanQuantizer", (base,), {"annotate": annotate, "validate": validate})()
+
+
+def _write(path: str | os.PathLike[str], plan: Plan, model: nn.Module, example: Batch, outputs: bool) -> None:
+    graph, _ = converted(plan, copy.deepcopy(model), example, outputs)
+    content = io.BytesIO()
+    torch.export.save(torch.export.export(graph, arguments(example)), content)
+    write_atomically(path, content.getvalue())
 
 
 def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch, outputs: bool = False) -> dict[str, Stored]:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
@@ -183,6 +183,7 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("torchao", _TORCHAO),
+        Target("torchao-vllm", _TORCHAO, FUSED),
         Target("compressed-tensors", _VLLM, FUSED),
         Target("vllm", _VLLM, FUSED),  # by way of compressed-tensors
         Target("llm-compressor", _VLLM, FUSED),
@@ -207,3 +208,18 @@ TARGETS: dict[str, Target] = {
         Target("bitsandbytes", (Scheme(("nf4",), group_sizes=(64,)), Scheme(("8",), ("8",)))),
     )
 }
+
+
+def rules(target: str, vllm: bool | None = None) -> Target:
+    """A target as the option `vllm` of its exporter makes it.
+
+    Args:
+        target: a name in `TARGETS`.
+        vllm: its files are for vLLM, or they are not; None: the exporter has no such option, or it is left as it is.
+
+    >>> [len(rules(*asked).fused) for asked in (("torchao",), ("torchao", True), ("llm-compressor",), ("llm-compressor", False))]
+    [0, 5, 5, 0]
+    """
+    if vllm is False:
+        return replace(TARGETS[target], fused={})
+    return TARGETS.get(f"{target}-vllm", TARGETS[target]) if vllm else TARGETS[target]

@@ -50,7 +50,7 @@ def torchao(
         ExportError: for what torchao cannot express.
         MissingPackage: without torchao.
     """
-    plan = fitted(plan, model, "torchao", snap=snap, fused=FUSED if vllm else {})
+    plan = fitted(plan, model, "torchao", snap=snap, vllm=vllm)
     if symmetric and any(precision.weight == "1" for precision in plan.values()):
         name = next(name for name, precision in plan.items() if precision.weight == "1")
         raise ExportError(f"torchao cannot express w1 for {name!r} without zero-points: its codes would be -1 and 0")

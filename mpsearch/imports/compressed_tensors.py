@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from mpsearch.errors import PlanError
+from mpsearch.errors import PlanError, nearest
 from mpsearch.imports.json_file import json_object
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -26,7 +26,7 @@ def from_compressed_tensors(path: str | os.PathLike[str], model: nn.Module | Non
         model: its linear layers are matched; without it, only full names are understood.
 
     Raises:
-        PlanError: for patterns without a model, or a scheme that no precision writes.
+        PlanError: for patterns without a model, a target that matches no layer of it, or a scheme that no precision writes.
     """
     file = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
     content = json_object(file)
@@ -43,12 +43,16 @@ def from_compressed_tensors(path: str | os.PathLike[str], model: nn.Module | Non
             if target.startswith("re:") or target in ("Linear", "Embedding", "Conv2d"):
                 raise PlanError(f"{file}: the target {target!r} is a pattern; give the model to match it")
         return Plan({**chosen, **dict.fromkeys(ignored, Precision("16"))}, origin=_origin(file))
+    kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for target in chosen:
+        if not any(_match(name, kind, [target]) for name, kind in kinds.items()):
+            raise PlanError(
+                f"{file}: the target {target!r} matches no linear layer of the model{nearest(target, kinds)}"
+            )
     layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            kind = type(module).__name__
-            target = None if _match(name, kind, ignored) else _match(name, kind, list(chosen))
-            layers[name] = Precision("16") if target is None else chosen[target]
+    for name, kind in kinds.items():
+        target = None if _match(name, kind, ignored) else _match(name, kind, list(chosen))
+        layers[name] = Precision("16") if target is None else chosen[target]
     return Plan(layers, origin=_origin(file))
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -11,23 +12,34 @@ from mpsearch.imports.json_file import json_object
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
-_KEYS = ("bits", "group_size", "sym", "desc_act", "damp_percent", "mse", "static_groups", "true_sequential")
+_KEYS = (
+    "bits",
+    "group_size",
+    "sym",
+    "desc_act",
+    "act_group_aware",
+    "damp_percent",
+    "mse",
+    "static_groups",
+    "fallback",
+    "hessian",
+)
 _LITERAL = re.compile(r"\^((?:\\.|[^\\^$.|?*+()\[\]{}])*)\$")
 
 
 def from_gptqmodel(path: str | os.PathLike[str], model: nn.Module | None = None) -> Plan:
-    """The plan of a `quantize_config.json`, or of the `quantization_config` in a `config.json`.
+    """The plan of a `quantize_config.json` (or its folder), or of the `quantization_config` in a `config.json`.
 
     The first pattern that matches from the start of a layer's name decides: `-:` leaves it alone, others override the base settings.
 
     Args:
-        path: of the file.
+        path: of the file or folder.
         model: its linear layers are matched, all but `lm_head` unless the file says so; without it, only anchored names are understood.
 
     Raises:
-        PlanError: for patterns without a model, a key that GPTQModel would ignore, or settings that no precision writes.
+        PlanError: for patterns without a model, a pattern or key that GPTQModel would ignore, or settings that no precision writes.
     """
-    content = json_object(path)
+    content = json_object(Path(path) / "quantize_config.json" if Path(path).is_dir() else path)
     base = content.get("quantization_config", content)
     dynamic = base.get("dynamic") or {}
     if "bits" not in base or not isinstance(dynamic, dict):
@@ -38,6 +50,9 @@ def from_gptqmodel(path: str | os.PathLike[str], model: nn.Module | None = None)
                 raise PlanError(f"{path}: unknown key {key!r} under {pattern!r}, which GPTQModel ignores")
     if model is not None:
         linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        for pattern in dynamic:
+            if not any(_matches(pattern, name) for name in linear):
+                raise PlanError(f"{path}: {pattern!r} matches no linear layer of the model, which GPTQModel ignores")
         names = [name for name in linear if name.rpartition(".")[2] != "lm_head" or base.get("lm_head")]
     else:
         names = [_literal(pattern, path) for pattern in dynamic]
@@ -47,9 +62,13 @@ def from_gptqmodel(path: str | os.PathLike[str], model: nn.Module | None = None)
 
 def _decided(name: str, base: dict[str, Any], dynamic: dict[str, dict[str, Any]]) -> Precision:
     for pattern, settings in dynamic.items():
-        if re.match(pattern.removeprefix("+:").removeprefix("-:"), name):
+        if _matches(pattern, name):
             return Precision("16") if pattern.startswith("-:") else _precision({**base, **settings})
     return _precision(base)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.match(pattern.removeprefix("+:").removeprefix("-:"), name) is not None
 
 
 def _precision(settings: dict[str, Any]) -> Precision:

@@ -1,16 +1,18 @@
 """Plans from ModelOpt's `quant_cfg`, tables from the search state of its `auto_quantize`."""
 
 import fnmatch
+import io
 import os
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from mpsearch.errors import PlanError, TableError
+from mpsearch.errors import PlanError, TableError, nearest
 from mpsearch.export.package import package
 from mpsearch.imports.json_file import json_object
 from mpsearch.layer import Layer
@@ -21,6 +23,7 @@ from mpsearch.table import CostTable
 
 #: Bits of exponent and mantissa -> the format alone, and in blocks with a power of two each.
 _FLOATS = {(4, 3): ("fp8_e4m3", "mxfp8"), (5, 2): ("fp8_e5m2", "mxfp8_e5m2"), (2, 1): ("fp4_e2m1", "mxfp4")}
+_QUANTIZERS = (".weight_quantizer", ".input_quantizer")
 _LEFT_ALONE = Precision("16")
 
 
@@ -34,20 +37,25 @@ def from_modelopt(path: str | os.PathLike[str], model: nn.Module | None = None) 
         model: its linear layers and convolutions are matched; without it, only full names are understood.
 
     Raises:
-        PlanError: for another file, patterns without a model, or a format that no precision writes.
+        PlanError: for another file, patterns without a model, a name that the model does not have, or a format that no precision
+            writes.
     """
     entries = json_object(path).get("quant_cfg")
     if not isinstance(entries, list) or not all(isinstance(e, dict) and "quantizer_name" in e for e in entries):
         raise PlanError(f"{path}: no 'quant_cfg' of ModelOpt, a list of objects with a 'quantizer_name'")
+    titles = [e["quantizer_name"] for e in entries if e["quantizer_name"] != "*"]
+    pattern = next((title for title in titles if any(sign in title for sign in "*?[")), None)
+    named = dict.fromkeys(title.rpartition(".")[0] for title in titles if title.endswith(_QUANTIZERS))
     if model is not None:
         kinds = {name: kind_of(module) for name, module in model.named_modules()}
-        names = [name for name, kind in kinds.items() if kind not in (None, "embedding")]
+        names = [name for name, kind in kinds.items() if kind not in (None, "embedding", "kv_cache")]
+        for name in named:
+            if not any(fnmatch.fnmatch(known, name) for known in kinds):
+                raise PlanError(f"{path}: {name!r} is no module of the model{nearest(name, names)}")
+    elif pattern is not None:
+        raise PlanError(f"{path}: {pattern!r} matches more than one name; give the model to match it")
     else:
-        titles = [e["quantizer_name"] for e in entries if e["quantizer_name"] != "*"]
-        pattern = next((title for title in titles if any(sign in title for sign in "*?[")), None)
-        if pattern is not None:
-            raise PlanError(f"{path}: {pattern!r} matches more than one name; give the model to match it")
-        names = list(dict.fromkeys(title.rpartition(".")[0] for title in titles))
+        names = list(named)
     layers = {name: _precision(entries, name, f"{path}: {name!r}") for name in names}
     return Plan(layers, origin={"imported": "modelopt", "file": str(path)})
 
@@ -101,7 +109,7 @@ def modelopt_table(path: str | os.PathLike[str], model: nn.Module | None = None)
 def _state(path: str | os.PathLike[str]) -> dict[str, Any]:
     package("modelopt.torch.quantization", "modelopt")  # registers the classes that its files may hold
     try:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(io.BytesIO(Path(path).read_bytes()), weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise TableError(f"{path}: no search state of ModelOpt ({reason})") from None

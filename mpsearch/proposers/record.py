@@ -22,13 +22,15 @@ class Record:
         problem: rows (units), options, limits; its objective says by nan what is not allowed.
         tables: name of a signal -> (U, P) damage in nats, at least 0.
         generator: of all random draws.
-        measured: plan -> damage on the whole part, measured or, for a plan that was dropped early, estimated.
+        measured: plan -> what is made least: its damage, with that between the samples where it is measured there too.
+        damage: plan -> damage on the whole part, measured or, for a plan that was dropped early, estimated.
     """
 
     problem: Problem
     tables: Mapping[str, Floats]
     generator: np.random.Generator
     measured: dict[tuple[int, ...], float] = field(default_factory=dict)
+    damage: dict[tuple[int, ...], float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.allowed = ~np.isnan(self.problem.objective)

@@ -16,6 +16,7 @@ from mpsearch.resources.measured_latency import MeasuredLatency as MeasuredLaten
 from mpsearch.resources.memory import MemoryBytes as MemoryBytes
 from mpsearch.resources.resource import Resource as Resource
 from mpsearch.resources.roofline import Roofline as Roofline
+from mpsearch.resources.total import Total as Total
 
 #: Name of the column -> `make(quantizer)`, which returns a function of (model, layers, precisions) and, where it has that parameter,
 #: of the keyword `example`, one batch; see `columns.ResourceFunction`.

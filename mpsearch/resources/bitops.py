@@ -20,9 +20,9 @@ from mpsearch.resources.resource import Resource
 class BitOps:
     """BitOps = MACs x weight bits x activation bits, for one sample (HAWQ-V3, 2011.10680, section 3.4).
 
-    Bits are nominal; what is left alone counts 16. A layer whose two operands are both activations (`matmul`, `kv_cache`)
-    counts the bits of the one as weight bits, of the other as activation bits. With an example, the products that no
-    decision touches (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count.
+    Bits are nominal; what is left alone counts 16. The products that read a cache of keys or values count the bits of the cache as
+    weight bits, and 16 for the queries or attention weights that they meet. With an example, the products that no decision touches
+    (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count.
 
     >>> from mpsearch import precisions
     >>> found = BitOps()(nn.Identity(), [Layer("fc", "linear", (8, 4), macs=32)], precisions("w4 w4a8"))
@@ -40,11 +40,13 @@ class BitOps:
     ) -> Resource:
         """Count; see `Resource`."""
         macs = np.array([layer.macs for layer in layers], np.float64)
-        bits = [precision.weight_bits * precision.activation_bits for precision in precisions]
+        activations = np.array([precision.activation_bits for precision in precisions], np.float64)
+        facing = [np.full_like(activations, 16) if layer.is_cache else activations for layer in layers]
         decided = float(macs.sum())
         every = decided if example is None else round(count_macs(model, example) / samples(example))
         rest = max(every - decided, 0.0)
-        return Resource(np.outer(macs, bits), 256 * rest, 256 * (decided + rest))
+        bits = np.array([precision.weight_bits for precision in precisions], np.float64)
+        return Resource(macs[:, None] * np.array(facing) * bits, 256 * rest, 256 * (decided + rest))
 
 
 def count_macs(model: nn.Module, example: Batch) -> int:

@@ -13,6 +13,7 @@ from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, first_tensor, preserved
 from mpsearch.precision import Precision
 from mpsearch.quantize import packed_bytes
+from mpsearch.resources.arithmetic import stored_bits
 
 
 @dataclass(frozen=True)
@@ -66,19 +67,22 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
     return found
 
 
-def weight_bytes_read(layer: Layer, one: Call, precision: Precision, quantizer: object) -> float:
-    """Bytes of the packed weight that a call reads: all of it, of an embedding the rows that are looked up.
+def bytes_moved(layer: Layer, one: Call, precision: Precision, quantizer: object) -> float:
+    """Bytes that a call moves: the packed weight, or the rows of an embedding that are looked up, once; input and output once.
 
-    nan where the format cannot hold rows of this length: not allowed.
+    Keys and values are written to the cache once and read once. nan where the format cannot hold rows of this length: not allowed.
 
     >>> one = Call((2,), torch.int64, 2 * 4)
-    >>> weight_bytes_read(Layer("e", "embedding", (100, 4)), one, Precision("16"), None)   # 2 rows of 4 x 4 bytes
-    32.0
+    >>> bytes_moved(Layer("e", "embedding", (100, 4)), one, Precision("16"), None)   # 2 rows of 16; 2 inputs and 8 outputs of 4
+    72.0
     """
-    if not layer.numel:
-        return 0.0
     try:
+        if layer.is_cache:
+            rows = one.inputs // one.shape[-1]
+            return 2.0 * packed_bytes(one.inputs, rows, layer.dtype_bytes, precision, quantizer)
         whole = packed_bytes(layer.numel, layer.weight_shape[0], layer.dtype_bytes, precision, quantizer)
     except EstimatorError:
         return math.nan
-    return whole * min(1.0, one.outputs / layer.numel) if layer.kind == "embedding" else float(whole)
+    share = min(1.0, one.outputs / layer.numel) if layer.kind == "embedding" else 1.0
+    inputs = one.inputs * stored_bits(precision.activation, layer.dtype) / 8
+    return whole * share + inputs + one.outputs * layer.dtype_bytes

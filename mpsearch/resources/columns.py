@@ -41,10 +41,17 @@ def measure_resources(
     found = {}
     shape = (len(layers), len(precisions))
     for name, function in functions.items():
-        wants_example = "example" in inspect.signature(function).parameters
-        result = function(model, layers, precisions, **({"example": example} if wants_example else {}))
+        try:
+            keywords = {"example": example} if "example" in inspect.signature(function).parameters else {}
+            inspect.signature(function).bind(model, layers, precisions, **keywords)
+        except TypeError as error:
+            raise TableError(f"resource {name}: {error}; expected a function of (model, layers, precisions)") from None
+        result = function(model, layers, precisions, **keywords)
         if not isinstance(result, Resource):
-            result = Resource(np.asarray(result, np.float64), 0.0, math.nan)
+            try:
+                result = Resource(np.asarray(result, np.float64), 0.0, math.nan)
+            except (TypeError, ValueError) as error:
+                raise TableError(f"resource {name} returned no numbers of shape {shape}: {error}") from None
         if result.usage.shape[-2:] != shape or result.usage.ndim not in (2, 3):
             raise TableError(f"resource {name} has shape {result.usage.shape}, expected {shape} or (steps, *{shape})")
         if np.isinf(result.usage).any():

@@ -95,7 +95,12 @@ class Fpga:
     sum_length: int = 256
 
     def luts_of(self, weight: Number, activation: Number) -> float:
-        """Lookup tables of one multiply-accumulate unit."""
+        """Lookup tables of one multiply-accumulate unit.
+
+        Args:
+            weight: format of the weight.
+            activation: format of the input.
+        """
         guard = math.ceil(math.log2(self.sum_length))
         if weight.bits and activation.bits:
             return float(weight.bits * activation.bits + weight.bits + activation.bits + guard)
@@ -156,7 +161,7 @@ DEVICES: dict[str, Device] = {
         "LPDDR5-6400, 51.2 GB/s; overhead 20 us: assumed",
     ),
     "cortex-m": Processor(
-        {"fp32": 168e6, "15": 672e6},  # "16" would be: left alone
+        {"fp32": 168e6, "int16": 672e6},
         672e6,
         5e-6,
         "Arm Cortex-M4 technical reference manual r0p1: SMLAD two 16-bit MACs a cycle (int8 is widened to "

@@ -11,8 +11,8 @@ from mpsearch.layer import Layer
 from mpsearch.model import Batch, samples
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
-from mpsearch.resources.arithmetic import Number, number, stored_bits
-from mpsearch.resources.calls import calls_of, weight_bytes_read
+from mpsearch.resources.arithmetic import Number, number
+from mpsearch.resources.calls import bytes_moved, calls_of
 from mpsearch.resources.resource import Resource
 
 
@@ -46,7 +46,12 @@ class OperationEnergy:
     memory_byte: float = 1.3e-9 / 8
 
     def mac(self, weight: Number, activation: Number) -> float:
-        """Joules of one multiply-accumulate; a weight and an input of different kinds meet in the wider floating-point format."""
+        """Joules of one multiply-accumulate; a weight and an input of different kinds meet in the wider floating-point format.
+
+        Args:
+            weight: format of the weight.
+            activation: format of the input.
+        """
         if weight.bits and activation.bits:
             product = weight.bits * activation.bits
             return _power_law(product, (64, self.int8_multiply), (1024, self.int32_multiply)) + self.int32_add
@@ -64,8 +69,8 @@ def _power_law(x: float, low: tuple[float, float], high: tuple[float, float]) ->
 class Energy:
     """Joules for one sample: MACs x energy of a multiply-accumulate + bytes moved x energy of a byte.
 
-    Weights are read once a call, inputs once, outputs written once, all from memory outside the chip: no cache. Numbers tell layers and
-    formats apart; a device of today needs less. What no decision touches is not counted.
+    Weights are read once a call, inputs once, outputs written once, keys and values written and read once, all in memory outside the
+    chip. Numbers tell layers and formats apart; a device of today needs less. What no decision touches is not counted.
 
     Attributes:
         operations: joules of single operations.
@@ -93,17 +98,9 @@ class Energy:
         columns = [*precisions, Precision("16")]
         joules = np.zeros((len(layers), len(columns)))
         for row, layer in enumerate(layers):
-            inputs = sum(one.inputs for one in calls[layer.name]) / count
-            outputs = sum(one.outputs for one in calls[layer.name]) / count
             for column, precision in enumerate(columns):
-                weight = sum(weight_bytes_read(layer, one, precision, self.quantizer) for one in calls[layer.name])
-                moved = (
-                    weight / count
-                    + inputs * stored_bits(precision.activation, layer.dtype) / 8
-                    + outputs * layer.dtype_bytes
-                )
-                mac = self.operations.mac(
-                    number(precision.weight, layer.dtype), number(precision.activation, layer.dtype)
-                )
+                moved = sum(bytes_moved(layer, one, precision, self.quantizer) for one in calls[layer.name]) / count
+                facing = "16" if layer.is_cache else precision.activation
+                mac = self.operations.mac(number(precision.weight, layer.dtype), number(facing, layer.dtype))
                 joules[row, column] = layer.macs * mac + moved * self.operations.memory_byte
         return Resource(joules[:, :-1], 0.0, float(joules[:, -1].sum()))

@@ -1,7 +1,7 @@
 """Memory of the key-value cache of a decoder."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, TableError
+from mpsearch.kv_cache import KVCache
 from mpsearch.layer import Layer
-from mpsearch.model import Batch, device_of, inputs_of, moved, preserved
+from mpsearch.model import Batch, call, preserved
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
 from mpsearch.resources.resource import Resource
@@ -19,7 +20,7 @@ from mpsearch.resources.resource import Resource
 
 @dataclass(frozen=True)
 class Cache:
-    """Keys or values of one attention layer.
+    """What one run puts into a cache of keys or values.
 
     Attributes:
         heads: that have keys and values of their own.
@@ -47,19 +48,26 @@ class Cache:
 class KVCacheBytes:
     """Bytes of the keys and values of a whole context: tokens x batch x heads x head size x bytes, over all attention layers.
 
-    Heads, sizes and sliding windows are read off the cache that the model really returns. Layers of kind `kv_cache` are decisions, keys
-    and values of the first attention layer, then of the second, and so on; their weight format is that of the cache. Without them
-    the caches are `fixed`, at the precisions given here.
+    Heads, sizes and sliding windows are those of the tensors that the example really puts into the caches. Keys and values that
+    `layers(..., kv_cache=True)` makes decisions cost what their weight format does; the others are `fixed`, at the precisions given here.
+    The cache of an encoder's output, as Whisper's decoder has, counts as a whole context too.
 
     Attributes:
         context: tokens in the cache.
         batch: sequences at once.
-        keys: precision of the keys where they are no decision.
+        keys: precision of the keys (modules named `k...`) where they are no decision.
         values: of the values.
         quantizer: tells the bytes of scales and zero-points.
 
     Raises:
         TableError: for a context or batch below 1.
+
+    100 tokens of 2 heads of 8 numbers: 4 bytes each, or half a byte each and a scale of 4 bytes a head:
+
+    >>> from mpsearch import precisions
+    >>> model, keys = nn.Sequential(KVCache()), torch.ones(1, 2, 5, 8)
+    >>> KVCacheBytes(100)(model, [Layer("0", "kv_cache")], precisions("w16 w4"), example=keys).usage
+    array([[6400., 1600.]])
     """
 
     context: int = 4096
@@ -80,46 +88,52 @@ class KVCacheBytes:
         """Count; see `Resource`. `reference` is the cache in the dtype of the model.
 
         Raises:
-            TableError: where the model returns no cache, or some of its caches are decisions and some are not.
+            TableError: where the example fills no cache.
         """
         caches = caches_of(model, example)
-        rows = [row for row, layer in enumerate(layers) if layer.kind == "kv_cache"]
-        if rows and len(rows) != len(caches):
-            raise TableError(
-                f"{len(rows)} layers of kind kv_cache for {len(caches)} keys and values; decide all or none"
-            )
         usage = np.zeros((len(layers), len(precisions)))
-        for row, cache in zip(rows, caches, strict=False):
-            usage[row] = [self._nbytes(cache, precision) for precision in precisions]
-        own = [self.keys, self.values] * (len(caches) // 2)
-        fixed = 0.0 if rows else sum(self._nbytes(cache, one) for cache, one in zip(caches, own, strict=True))
-        return Resource(usage, fixed, sum(self._nbytes(cache, Precision("16")) for cache in caches))
+        for row, layer in enumerate(layers):
+            usage[row] = [self._nbytes(caches.get(layer.name, []), precision) for precision in precisions]
+        decided = {layer.name for layer in layers}
+        fixed = sum(
+            self._nbytes(found, self.keys if name.rpartition(".")[2].startswith("k") else self.values)
+            for name, found in caches.items()
+            if name not in decided
+        )
+        return Resource(usage, fixed, sum(self._nbytes(found, Precision("16")) for found in caches.values()))
 
-    def _nbytes(self, cache: Cache, precision: Precision) -> float:
-        return self.batch * cache.nbytes(precision, self.context, self.quantizer)
+    def _nbytes(self, caches: Sequence[Cache], precision: Precision) -> float:
+        return self.batch * math.fsum(cache.nbytes(precision, self.context, self.quantizer) for cache in caches)
 
 
-def caches_of(model: nn.Module, example: Batch) -> list[Cache]:
-    """Keys and values of each attention layer, in order, from one run with the cache on.
+def caches_of(model: nn.Module, example: Batch) -> dict[str, list[Cache]]:
+    """What one run of the example puts into each cache of keys or values, one entry a call, by name.
 
     Raises:
-        TableError: where the model (of transformers, or one that acts alike) returns none.
+        TableError: where there is none.
     """
-    inputs = moved(inputs_of(example), device_of(model))
+    found: dict[str, list[Cache]] = {}
+
+    def watch(name: str) -> Callable[[KVCache, tuple[Any, ...], Tensor], None]:
+        def see(module: KVCache, _args: tuple[Any, ...], x: Tensor) -> None:
+            if x.ndim != 4:
+                raise TableError(f"cache {name!r} is given {tuple(x.shape)}, expected (batch, heads, tokens, size)")
+            _, heads, _, size = x.shape
+            found.setdefault(name, []).append(Cache(heads, size, module.window, x.element_size()))
+
+        return see
+
     with preserved(model), torch.no_grad():
+        modules = {name: module for name, module in model.named_modules() if isinstance(module, KVCache)}
+        handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
         try:
-            output = model(**inputs, use_cache=True) if isinstance(inputs, dict) else model(inputs, use_cache=True)
-        except TypeError as error:
-            raise TableError(f"kv_cache_bytes: {type(model).__name__} takes no use_cache=True ({error})") from None
-    cache: Any = getattr(output, "past_key_values", None)
-    parts = getattr(cache, "layers", cache)
-    found = []
-    for part in parts if parts is not None else ():
-        keys, values = (part.keys, part.values) if hasattr(part, "keys") else part[:2]
-        for tensor in (keys, values):
-            if isinstance(tensor, Tensor) and tensor.ndim == 4:  # (batch, heads, tokens, size)
-                window = getattr(part, "sliding_window", None)
-                found.append(Cache(tensor.shape[1], tensor.shape[3], window, tensor.element_size()))
+            call(model, example)
+        finally:
+            for handle in handles:
+                handle.remove()
     if not found:
-        raise TableError(f"kv_cache_bytes: {type(model).__name__} returns no keys and values under past_key_values")
+        raise TableError(
+            f"kv_cache_bytes: the example fills no cache: {type(model).__name__} has neither attention of transformers that keeps keys "
+            "and values, nor modules mpsearch.KVCache that they go through"
+        )
     return found

@@ -52,10 +52,10 @@ class Timing:
 class MeasuredLatency:
     """Seconds for one sample, each layer at the shapes and in the batch of the example, with the kernels that are installed.
 
-    The precisions of a layer are timed in turns, round after round, so that a disturbance meets all of them, and the fastest round of each
-    counts. What no kernel runs is nan: not allowed. Conversions from and to the dtype of the model are part of a kernel, so layers add up.
-    `fixed` is what is left of the time of the whole model, unquantized, when its layers are taken away (0 for `onnxruntime`, which runs
-    layers alone).
+    The precisions of a layer are timed in turns, round after round, so that a disturbance meets all of them, and the fastest round of
+    each counts; one thread on the CPU is timed by its processor time, so that other programs count for nothing. What no kernel runs is
+    nan: not allowed. Conversions from and to the dtype of the model are part of a kernel, so layers add up. `fixed` is what is left of
+    the time of the whole model, unquantized, when its layers are taken away (0 for `onnxruntime`, which runs layers alone).
 
     Timings are kept in a file by device, versions, threads, engine, layer shape and precision, and are not taken again.
 
@@ -102,6 +102,7 @@ class MeasuredLatency:
                 (layer.name, one): (model.get_submodule(layer.name), one)
                 for layer in layers
                 for one in calls[layer.name]
+                if not layer.is_cache
             }
             for module, one in work.values():
                 keys = {self._key(module, one, precision): precision for precision in columns}
@@ -109,15 +110,21 @@ class MeasuredLatency:
                 missing = {key: precision for key, precision in keys.items() if key not in found}
                 kernels, refused = self._kernels(module, one, missing)
                 reasons |= refused
-                found |= _time(kernels, self.rounds, device_of(model))
+                found |= time_in_turns(kernels, self.rounds, device_of(model))
             seconds = np.array(
                 [
-                    [self._sum(model.get_submodule(layer.name), calls[layer.name], one, found) for one in columns]
+                    [_of_cache(one) for one in columns]
+                    if layer.is_cache
+                    else [self._sum(model.get_submodule(layer.name), calls[layer.name], one, found) for one in columns]
                     for layer in layers
                 ]
             )
             asked = seconds[:, [columns.index(one) for one in precisions]]
             for layer, row in zip(layers, asked, strict=True):
+                if np.isnan(row).all() and layer.is_cache:
+                    raise TableError(
+                        f"latency_s of cache {layer.name!r}: nothing installed runs one in few bits; add w16"
+                    )
                 if np.isnan(row).all():
                     module, one = model.get_submodule(layer.name), calls[layer.name][0]
                     said = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
@@ -163,7 +170,12 @@ class MeasuredLatency:
 
     def _whole(self, model: nn.Module, example: Batch) -> float:
         """Seconds of one run of the unquantized model; not kept, since a model has no name."""
-        return _time({"": lambda: call(model, example)}, max(self.rounds // 3, 1), device_of(model))[""].least_s
+        return time_in_turns({"": lambda: call(model, example)}, self.rounds, device_of(model))[""].least_s
+
+
+def _of_cache(precision: Precision) -> float:
+    """Attention is part of the rest of the model, where its cache is left alone; else no kernel reads it."""
+    return math.nan if precision.quantizes_weight else 0.0
 
 
 def _input(module: nn.Module, one: Call) -> Tensor:
@@ -176,17 +188,18 @@ def _input(module: nn.Module, one: Call) -> Tensor:
     return torch.randint(module.num_embeddings, one.shape, generator=generator).to(device, one.dtype)
 
 
-def _time(kernels: dict[str, Kernel], rounds: int, device: torch.device) -> dict[str, Timing]:
-    """The kernels in turns."""
+def time_in_turns(kernels: dict[str, Kernel], rounds: int, device: torch.device) -> dict[str, Timing]:
+    """The kernels in turns; what one thread does on the CPU counts by its own clock, which stands still while others have the processor."""
+    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {key: [] for key in kernels}
     for number in range(rounds + 1):
         for key, kernel in kernels.items():
-            start = time.perf_counter()
+            start = clock()
             kernel()
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             if number:  # the first warms up
-                times[key].append(time.perf_counter() - start)
+                times[key].append(clock() - start)
     return {key: Timing(min(taken), statistics.median(taken) - min(taken)) for key, taken in times.items()}
 
 

@@ -23,7 +23,8 @@ class MemoryBytes:
     Codes are packed without gaps and padded to whole bytes a layer; a scale has the dtype of the unquantized weight, a zero-point the bits
     of a code. A block of MX, NVFP4 and block floating point has a scale of one byte, NVFP4 a float32 more a tensor; the types of GGUF
     have their scales inside. What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a
-    weight that several layers share counts once, in the first of them. Equal to the byte to `quantize.Codes.pack`.
+    weight that several layers share counts once, in the first of them. Equal to the byte to `quantize.Codes.pack`. Keys and values are not
+    stored with the model: `KVCacheBytes` counts them, and `Total` the sum.
 
     Attributes:
         quantizer: tells symmetric or not, and the granularity of the scales.
@@ -48,6 +49,8 @@ class MemoryBytes:
         usage = np.zeros((len(layers), len(precisions)))
         seen: set[tuple[torch.device, int, int]] = set()
         for row, layer in enumerate(layers):
+            if layer.is_cache:
+                continue
             module = model.get_submodule(layer.name)
             weight = canonical(module)
             if storage_of(weight_of(module)) in seen:

@@ -12,8 +12,8 @@ from mpsearch.layer import Layer
 from mpsearch.model import Batch, samples
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
-from mpsearch.resources.arithmetic import number, stored_bits
-from mpsearch.resources.calls import Call, calls_of, weight_bytes_read
+from mpsearch.resources.arithmetic import number
+from mpsearch.resources.calls import Call, bytes_moved, calls_of
 from mpsearch.resources.devices import DEVICES, Device
 from mpsearch.resources.resource import Resource
 
@@ -23,7 +23,8 @@ class Roofline:
     """Seconds for one sample: of each call the longer of arithmetic and memory, plus an overhead (Williams et al., 2009).
 
     t = max(MACs / rate(weight format, activation format), bytes / bandwidth) + overhead. Bytes are the packed weight, read once a call (of
-    an embedding the rows looked up), and input and output, in the batch of the example. The weight is widened to the format of the
+    an embedding the rows looked up), and input and output, in the batch of the example; of a cache of keys or values, what is written and
+    read. The weight is widened to the format of the
     input, or both to one that the device multiplies; what is left alone (`16`) has the dtype in which it is stored: cast a model to
     bfloat16 to see half precision. A pair that nothing on the device holds is nan: not allowed.
 
@@ -70,15 +71,14 @@ class Roofline:
 
     def _layer(self, layer: Layer, calls: list[Call], precision: Precision, device: Device, count: int) -> float:
         """Seconds for one sample."""
-        weight, given = number(precision.weight, layer.dtype), number(precision.activation, layer.dtype)
+        facing = "16" if layer.is_cache else precision.activation
+        weight, given = number(precision.weight, layer.dtype), number(facing, layer.dtype)
         rate = device.macs_per_s(weight, given) if layer.macs else math.inf  # an embedding multiplies nothing
         if math.isnan(rate) or not calls:
             return rate if calls else 0.0
         macs = layer.macs * count / len(calls)
-        bits = stored_bits(precision.activation, layer.dtype)
         total = 0.0
         for one in calls:
-            read = weight_bytes_read(layer, one, precision, self.quantizer)
-            moved = read + one.inputs * bits / 8 + one.outputs * layer.dtype_bytes
+            moved = bytes_moved(layer, one, precision, self.quantizer)
             total += float(np.maximum(macs / rate, moved / device.bytes_per_s)) + device.overhead_s  # nan stays nan
         return total / count

@@ -1,5 +1,8 @@
 """A small Llama-like model with the names of the real one."""
 
+import importlib
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -79,3 +82,32 @@ def plan_of():
         return mps.Plan({name: mps.Precision.parse(text) for name, text in chosen.items() if text})
 
     return make
+
+
+@pytest.fixture
+def transformers_llama():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+
+
+@pytest.fixture
+def llama_cpp(monkeypatch):
+    pytest.importorskip("xllamacpp")
+    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
+    if not benchmarks.is_dir():
+        pytest.skip("needs a checkout, not an installed package")
+    monkeypatch.syspath_prepend(str(benchmarks))
+    return importlib.import_module("llama_cpp")
+
+
+@pytest.fixture
+def torchvision_operators(monkeypatch):
+    """What torchvision asks for on import: its compiled part is for another build of PyTorch."""
+    peers = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
+    if not peers.is_dir():
+        pytest.skip("needs a checkout, not an installed package")
+    monkeypatch.syspath_prepend(str(peers))
+    importlib.import_module("torchvision_operators")

@@ -10,7 +10,6 @@ from torch.nn import functional
 import mpsearch as mps
 from mpsearch import export
 from mpsearch.quantize import RoundToNearest
-from mpsearch.sensitivity import KLDivergence
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -40,13 +39,23 @@ def trained():
     return model.eval(), [data[:32], data[32:64]], data[64:96]
 
 
-def searched(trained, precisions, groups="auto", average_bits=3):
+def searched(trained, target, precisions, quantizer, average_bits=3):
+    """What `mpsearch search --target` finds, as its file keeps it."""
     model, _, calibration = trained
-    layers = mps.layers(model, calibration[:2], exclude=["lm_head", "model.embed_tokens"], groups=groups)
-    table = mps.profile(model, [calibration], KLDivergence(), mps.precisions(precisions), layers=layers, progress=False)
-    plan = mps.solve(table, mps.Budget(average_bits=average_bits)).plan
-    assert len({str(precision) for precision in plan.values()}) > 1
-    return plan
+    layers = mps.layers(model, calibration[:2], exclude=["lm_head", "model.embed_tokens"], target=target)
+    result = mps.search(
+        model,
+        [calibration],
+        mps.Budget(average_bits=average_bits),
+        mps.precisions(precisions),
+        effort="fast",
+        layers=layers,
+        quantizer=quantizer,
+        progress=False,
+    )
+    assert len({str(precision) for precision in result.plan.values()}) > 1
+    assert all(export.TARGETS[target].refusal(layer, result.plan[layer.name]) is None for layer in layers)
+    return result.plan
 
 
 def carried_out(measure, trained, plan, quantizer):
@@ -64,7 +73,7 @@ def test_torchao(trained):
     pytest.importorskip("torchao")
     from torchao.quantization import quantize_
 
-    plan = searched(trained, "w2g32 w4g32 w8")
+    plan = searched(trained, "torchao", "w2g32 w4g32 w8", export.MinMax())
     real = copy.deepcopy(trained[0])
     quantize_(real, export.torchao(plan, real), filter_fn=None)
     carried_out(lambda batch: loss(real, batch), trained, plan, export.MinMax())
@@ -72,10 +81,7 @@ def test_torchao(trained):
 
 def test_compressed_tensors(trained, tmp_path):
     pytest.importorskip("compressed_tensors")
-    names = [f"model.layers.{block}.{part}" for block in (0, 1) for part in ("self_attn", "mlp")]
-    parts = {"self_attn": ("q_proj", "k_proj", "v_proj"), "mlp": ("gate_proj", "up_proj")}
-    groups = {name: [f"{name}.{part}" for part in parts[name.rpartition(".")[2]]] for name in names}
-    plan = searched(trained, "w2g32 w4g32 w8", groups)
+    plan = searched(trained, "compressed-tensors", "w2g32 w4g32 w8", RoundToNearest())
     export.compressed_tensors(plan, trained[0], path=tmp_path)
     real = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     carried_out(lambda batch: loss(real, batch), trained, plan, RoundToNearest())
@@ -93,7 +99,8 @@ def test_onnxruntime(trained, tmp_path):
         def forward(self, tokens):
             return self.lm_head(self.model(tokens, use_cache=False).last_hidden_state)
 
-    plan = searched(trained, "w2g32 w4g32 w8g64")
+    plan = searched(trained, "onnxruntime", "w2g32 w3g32 w4g32 w8g64", RoundToNearest())
+    assert "w3g32" not in {str(precision) for precision in plan.values()}
     export.onnxruntime(plan, Logits(trained[0]), example=trained[1][0], path=tmp_path / "m.onnx")
     session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
@@ -105,9 +112,18 @@ def test_onnxruntime(trained, tmp_path):
     )
 
 
-def test_gguf(trained, tmp_path):
+def test_gguf(trained, tmp_path, llama_cpp):
     pytest.importorskip("gguf")
-    plan = searched(trained, "wq4_0 wq5_0 wq8_0", average_bits=5)
-    export.gguf(plan, trained[0], path=tmp_path / "m.gguf")
+    plan = searched(trained, "gguf", "wq4_0 wq5_0 wq8_0 wq4_k", RoundToNearest(), average_bits=5)
+    assert "wq4_k" not in {str(precision) for precision in plan.values()}  # no width here is a multiple of 256
+    model, held_out, _ = trained
+    export.gguf(plan, model, path=tmp_path / "m.gguf")
     real = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32)
     carried_out(lambda batch: loss(real, batch), trained, plan, RoundToNearest())
+    kernels = llama_cpp.LlamaCpp(tmp_path / "m.gguf", model.config.vocab_size)  # which round inputs to 8 bits
+    with torch.no_grad():
+        assert loss(kernels, held_out[0]) == pytest.approx(float(loss(real, held_out[0])), abs=2e-3)
+        assert abs(loss(kernels, held_out[0]) - loss(real, held_out[0])) < abs(
+            loss(kernels, held_out[0]) - loss(model, held_out[0])
+        )
+    kernels.close()

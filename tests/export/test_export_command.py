@@ -1,5 +1,6 @@
 """`mpsearch export` and `mpsearch import`, behind their arguments and at the shell."""
 
+import inspect
 import json
 import re
 import sys
@@ -9,8 +10,9 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch import export
 from mpsearch.cli import main
-from mpsearch.export_command import run
+from mpsearch.commands.export import write as run
 from mpsearch.loading import UsageError
 
 OFF = {"options": [], "snap": False, "verify": False}
@@ -38,6 +40,22 @@ def test_snapping_is_reported(tmp_path, model):
     assert "2: w9g32 -> w8g32" in text
     assert "memory_bytes is now 4872" in text
     assert json.loads((tmp_path / "g.json").read_text())["dynamic"]["+:^2$"]["bits"] == 8
+
+
+def test_snapping_heeds_the_options_of_the_target(tmp_path):
+    model = nn.ModuleDict({"q_proj": nn.Linear(64, 32), "k_proj": nn.Linear(64, 32)})
+    plan = mps.Plan({"q_proj": mps.Precision("8"), "k_proj": mps.Precision("4")})
+    for vllm, snapped in (("true", {"q_proj": ["w8", "w4"]}), ("false", {})):
+        settings = {**OFF, "snap": True, "options": [f"vllm={vllm}"]}
+        content, _ = run(plan, "gptqmodel", str(tmp_path / "g.json"), model, None, **settings)
+        assert content["snapped"] == snapped
+
+
+@pytest.mark.parametrize("target", export.READERS)
+def test_what_is_verified_is_what_is_written(target):
+    """A reader takes every option of its exporter but those that change names alone."""
+    options = set(inspect.signature(export.EXPORTERS[target]).parameters) - {"snap", "path", "vllm"}
+    assert options <= set(inspect.signature(export.READERS[target][1]).parameters)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -63,6 +63,54 @@ def test_names_are_exact():
                 fitted(mps.Plan({name: mps.Precision("4")}), model, "torchao")
 
 
+class Attention(nn.Module):
+    """Weights that other tools do not see as modules: in attention, and computed ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(64, 2, batch_first=True)
+        self.scaled = nn.utils.parametrizations.weight_norm(nn.Linear(64, 64))
+        self.plain = nn.Linear(64, 64)
+        self.k_cache = mps.KVCache()
+
+
+@pytest.mark.parametrize("target", sorted(TARGETS))
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("attention.q_proj", "it is a part of 'attention', a MultiheadAttention, which is one module to other tools"),
+        ("attention.out_proj", "it is a part of 'attention', a MultiheadAttention"),
+        ("scaled", "its weight is computed from other tensors"),
+        ("k_cache", "it quantizes weights, and this is a cache of keys or values"),
+    ],
+)
+def test_what_other_tools_cannot_reach_is_refused_or_left_alone(target, name, words):
+    model = Attention()
+    for snap in (False, True):
+        with pytest.raises(mps.ExportError, match=f"^{target} cannot express w4 for {name!r}: {words}"):
+            fitted(plan(plain="w16", **{name.replace(".", "__"): "w4"}), model, target, snap=snap)
+        left = fitted(plan(plain="w16", **{name.replace(".", "__"): "w16"}), model, target, snap=snap)
+        assert dict(left) == {"plain": mps.Precision("16")}
+    assert type(model.attention) is nn.MultiheadAttention
+
+
+def test_experts_in_one_tensor_are_refused():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes |= {"num_key_value_heads": 2, "vocab_size": 16, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**sizes))
+    expert = "model.layers.0.mlp.experts.1.down_proj"
+    with pytest.raises(mps.ExportError, match=r"part of 'model.layers.0.mlp.experts', a MixtralExperts, which is one"):
+        fitted(mps.Plan({expert: mps.Precision("4")}), model, "torchao")
+    cache = "model.layers.0.self_attn.v_cache"
+    with pytest.raises(mps.ExportError, match=f"cannot express w8 for {cache!r}: it quantizes weights"):
+        fitted(mps.Plan({cache: mps.Precision("8")}), model, "torchao")
+    assert export.neutral(mps.Plan({expert: mps.Precision("4"), cache: mps.Precision("8")}), model).keys() == {
+        expert,
+        cache,
+    }
+
+
 def test_layers_that_share_a_weight_agree():
     model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8))
     model[1].weight = model[0].weight
@@ -84,6 +132,17 @@ def test_fused_layers_agree(llama, plan_of):
     with pytest.raises(mps.ExportError, match=r"model.layers.0.self_attn.v_proj left alone"):
         fitted(plan_of(llama, q_proj="w4", k_proj="w4"), llama, "compressed-tensors")
     assert fitted(bad, llama, "torchao") is bad  # fuses nothing
+
+
+def test_the_option_of_an_exporter_decides_what_is_fused(llama, plan_of):
+    bad = plan_of(llama, q_proj="w4", k_proj="w8", v_proj="w4")
+    for target in ("torchao", "compressed-tensors", "auto-round", "gptqmodel"):
+        assert fitted(bad, llama, target, vllm=False) is bad
+        with pytest.raises(mps.ExportError, match="fused at run time"):
+            fitted(bad, llama, target, vllm=True)
+        found = export.snapped(bad, llama, target, vllm=True).plan
+        assert {str(precision) for precision in found.values()} == {"w4"}
+        assert dict(export.snapped(bad, llama, target, vllm=False).plan) == dict(bad)
 
 
 def test_experts_are_fused_across_their_number():

@@ -1,8 +1,6 @@
 """GGUF, written and read back by its own library, and the options of llama-quantize."""
 
-import importlib
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,16 +116,6 @@ def test_transformers_loads_the_file_and_computes_the_predicted_outputs(tmp_path
                 weight = model.get_submodule(name).weight
                 weight.copy_(RoundToNearest()(weight, precision))
         torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture
-def llama_cpp(monkeypatch):
-    pytest.importorskip("xllamacpp")
-    benchmarks = Path(__file__).resolve().parents[2] / "benchmarks"
-    if not benchmarks.is_dir():
-        pytest.skip("needs a checkout, not an installed package")
-    monkeypatch.syspath_prepend(str(benchmarks))
-    return importlib.import_module("llama_cpp")
 
 
 def test_llama_cpp_runs_the_file(llama_cpp, tmp_path):

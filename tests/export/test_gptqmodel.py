@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+import torch
 from torch import nn
 
 import mpsearch as mps
@@ -35,7 +36,8 @@ def test_every_linear_layer_is_decided_by_one_pattern(llama, plan_of, tmp_path):
             else:
                 precision = plan[name]
                 assert (found["bits"], found["group_size"]) == (precision.weight_bits, precision.group_size or -1)
-    assert set(found) == {"bits", "group_size", "sym", "desc_act"}  # a misspelt key would be ignored
+                keys = {"bits", "group_size", "sym", "desc_act"}  # a misspelt one would be ignored
+                assert set(found) == (keys if precision.group_size else keys | {"act_group_aware"})
 
 
 def test_for_vllm_the_fused_name_matches_too(llama, plan_of):
@@ -60,28 +62,19 @@ def test_what_it_lacks_is_refused(llama, plan_of, text):
         export.gptqmodel(plan_of(llama, o_proj=text), llama)
 
 
-def test_auto_round_names_every_layer(llama, plan_of, tmp_path):
-    plan = plan_of(llama, o_proj="w2g32", down_proj="w8", lm_head="w16")
-    content = export.auto_round(plan, llama, path=tmp_path / "layers.json")
-    assert json.loads((tmp_path / "layers.json").read_text()) == content
-    for name, module in llama.named_modules():
-        if isinstance(module, nn.Linear):
-            precision = plan.get(name, mps.Precision("16"))
-            assert content[name]["bits"] == precision.weight_bits
-            assert content[name].get("group_size", -1) == (precision.group_size or -1)
-
-
-def test_auto_round_would_write_lm_head_in_float(llama, plan_of):
-    with pytest.raises(
-        mps.ExportError, match="auto-round cannot express w8 for 'lm_head': it writes that layer in float"
-    ):
-        export.auto_round(plan_of(llama, lm_head="w8"), llama)
-
-
-def test_auto_round_and_fusion(llama, plan_of):
-    plan = plan_of(llama, q_proj="w4", k_proj="w8", v_proj="w4")
-    with pytest.raises(mps.ExportError, match="fused at run time"):
-        export.auto_round(plan, llama)
-    assert export.auto_round(plan, llama, vllm=False)["model.layers.0.self_attn.k_proj"]["bits"] == 8
-    with pytest.raises(mps.ExportError, match="auto-round cannot express w9"):  # it would write it in float
-        export.auto_round(plan_of(llama, o_proj="w9"), llama)
+@pytest.mark.filterwarnings("ignore")
+def test_carried_out(transformers_llama, plan_of, monkeypatch, tmp_path):
+    pytest.importorskip("gptqmodel")
+    monkeypatch.chdir(tmp_path)
+    texts = {"q_proj": "w2g32", "k_proj": "w3g32", "v_proj": "w8", "gate_proj": "w5g64", "up_proj": "w6g32"}
+    plan = plan_of(transformers_llama, **texts, o_proj="w16", down_proj="w4g128")
+    example = torch.randint(64, (8, 64), generator=torch.Generator().manual_seed(0))
+    found = export.verify(plan, transformers_llama, "gptqmodel", example=example)
+    assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if str(p) != "w16"}
+    with pytest.raises(mps.ExportError, match="verified on a model of transformers"):
+        export.verify(
+            mps.Plan({"0": mps.Precision("4", "16", 32)}),
+            nn.Sequential(nn.Linear(64, 32)),
+            "gptqmodel",
+            example=example,
+        )

@@ -62,3 +62,9 @@ def test_refusals(cnn):
         export.onnxruntime_static(plan, cnn, example=X, quantizer=RoundToNearest(symmetric=False))
     with pytest.raises(mps.ExportError, match=r"takes float32 weights, '4' has torch\.bfloat16"):
         export.onnxruntime_static(plan, cnn.bfloat16(), example=X.bfloat16())
+
+
+def test_a_plan_that_leaves_all_alone_does(cnn):
+    """An empty list of nodes means all of them to the library's quantizer."""
+    made = export.onnxruntime_static(mps.Plan(dict.fromkeys("024", mps.Precision("16"))), cnn, example=X)
+    assert not [node.op_type for node in made.graph.node if "Quantize" in node.op_type]

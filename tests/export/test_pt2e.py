@@ -68,5 +68,20 @@ def test_what_it_lacks_is_refused(cnn):
     ):
         with pytest.raises(mps.ExportError, match=words):
             export.pt2e(mps.Plan({"5": mps.Precision.parse(text)}), cnn)
-    with pytest.raises(mps.ExportError, match="no file form"):
+    with pytest.raises(mps.ExportError, match="needs the model and an example"):
         export.pt2e(mps.Plan({"5": mps.Precision("4")}), cnn, path="x")
+
+
+def test_the_file_is_a_program_that_runs(cnn, tmp_path):
+    """Against the graph that torchao's own steps make."""
+    from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+    plan = mps.Plan({"0": mps.Precision("8", "8"), "3": mps.Precision("3"), "5": mps.Precision("4", "8")})
+    before = {name: value.clone() for name, value in cnn.state_dict().items()}
+    quantizer = export.pt2e(plan, cnn, example=X, path=tmp_path / "program.pt2")
+    assert all(torch.equal(value, before[name]) for name, value in cnn.state_dict().items())
+    prepared = prepare_pt2e(torch.export.export(cnn, (X,)).module(), quantizer)
+    prepared(X)
+    loaded = torch.export.load(tmp_path / "program.pt2").module()
+    assert torch.equal(loaded(X), convert_pt2e(prepared)(X))
+    assert not torch.allclose(loaded(X), cnn(X), atol=1e-3)

@@ -1,5 +1,6 @@
 """torchao, really run and read back."""
 
+import copy
 import json
 import warnings
 
@@ -61,6 +62,24 @@ def test_the_reference_quantizer_predicts_what_torchao_runs(llama, plan_of):
     quantize_(other, export.torchao(plan, other), filter_fn=None)  # values on the grid stay on it
     assert (fake - expected).abs().max() > 1e-3
     torch.testing.assert_close(other(tokens), fake, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_reference_quantizer_predicts_dynamic_inputs(llama, plan_of, symmetric):
+    """Loss of torchao's own layers, against the fake-quantized model of `evaluate`."""
+    from torchao.quantization import quantize_
+
+    plan = plan_of(llama, q_proj="w4a8g32", k_proj="w8a8", down_proj="w3a8", o_proj="w2", lm_head="w4a8")
+    tokens, targets = torch.arange(24).reshape(2, 12), torch.arange(1, 25).reshape(2, 12)
+    real = copy.deepcopy(llama)
+    quantize_(real, export.torchao(plan, real, symmetric=symmetric), filter_fn=None)
+    with torch.no_grad():
+        loss = float(nn.functional.cross_entropy(real(tokens).double().flatten(0, 1), targets.flatten()))
+    weights = mps.Plan({name: mps.Precision(p.weight, "16", p.group_size) for name, p in plan.items()})
+    quantizer, batch = export.MinMax(symmetric), (tokens, targets)
+    found, plain = (mps.evaluate(llama, [batch], p, quantizer=quantizer, progress=False) for p in (plan, weights))
+    assert found.loss == pytest.approx(loss, abs=1e-6)
+    assert abs(plain.loss - loss) > 1e-5
 
 
 def test_unknown_names_raise_though_torchao_ignores_them(llama):

@@ -1,5 +1,6 @@
 """Plans of other tools: what was exported comes back, and files written by hand are read by the tool's own rules."""
 
+import argparse
 import json
 
 import pytest
@@ -7,7 +8,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.import_command import run
+from mpsearch.commands.import_ import run
+from mpsearch.commands.screen import Screen
 from mpsearch.imports import import_plan
 from mpsearch.imports.modelopt import _format
 
@@ -39,9 +41,10 @@ def test_the_checkpoint_folder(tmp_path):
     pytest.importorskip("compressed_tensors")
     export.compressed_tensors(PLAN, Net(), path=tmp_path)
     assert dict(import_plan(tmp_path, "compressed-tensors", Net())) == PLAN.layers
-    content, text = run(str(tmp_path), "compressed-tensors", str(tmp_path / "plan.json"), None)
-    assert content["layers"] == {name: str(precision) for name, precision in PLAN.items()}
-    assert text == "compressed-tensors: a plan with 2 of 3 layers quantized"
+    out = str(tmp_path / "plan.json")
+    answer = run(argparse.Namespace(file=str(tmp_path), tool="compressed-tensors", out=out, model=None))
+    assert answer.content["layers"] == {name: str(precision) for name, precision in PLAN.items()}
+    assert answer.text(Screen()) == "compressed-tensors: a plan with 2 of 3 layers quantized"
     assert dict(mps.Plan.load(tmp_path / "plan.json")) == PLAN.layers
 
 

@@ -63,11 +63,20 @@ def test_a_layer_without_any_option_is_refused_by_name():
     [
         (lambda n, p: np.ones((n, p + 1)), r"resource coins has shape \(3, 5\), expected \(3, 4\)"),
         (lambda n, p: np.full((n, p), math.inf), "coins of layer '0' at w2 is infinite"),
+        (lambda n, p: "many", r"resource coins returned no numbers of shape \(3, 4\): could not convert"),
     ],
 )
 def test_wrong_numbers_are_refused(values, message):
     with pytest.raises(mps.TableError, match=message):
         profile({"coins": lambda model, layers, precisions: values(len(layers), len(precisions))})
+
+
+@pytest.mark.parametrize("function", [5, lambda model, layers: 0])
+def test_what_is_no_such_function_is_refused(function):
+    with pytest.raises(
+        mps.TableError, match=r"resource coins: .*; expected a function of \(model, layers, precisions\)"
+    ):
+        profile({"coins": function})
 
 
 def test_an_unknown_name_is_refused():

@@ -1,6 +1,4 @@
-"""`kv_cache_bytes` against tensors that are really filled."""
-
-from types import SimpleNamespace
+"""`kv_cache_bytes` against tensors that are really filled and packed."""
 
 import numpy as np
 import pytest
@@ -9,7 +7,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.quantize import RoundToNearest
-from mpsearch.resources import KVCacheBytes
+from mpsearch.resources import BitOps, KVCacheBytes, MeasuredLatency, MemoryBytes, Roofline, Total
 
 
 class Decoder(nn.Module):
@@ -18,23 +16,24 @@ class Decoder(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(5, 4)
+        self.k_cache, self.v_cache = mps.KVCache(), mps.KVCache()
+        self.local = nn.ModuleDict({"k_cache": mps.KVCache(window=10), "v_cache": mps.KVCache(window=10)})
 
-    def forward(self, ids, use_cache=False):
-        x = self.embed(ids)
-        shapes = [(len(ids), 2, ids.shape[1], 8), (len(ids), 1, ids.shape[1], 16)]
-        layers = [
-            SimpleNamespace(keys=torch.zeros(shape), values=torch.zeros(shape)[..., :5], sliding_window=window)
-            for shape, window in zip(shapes, (None, 10), strict=True)
-        ]
-        return SimpleNamespace(logits=x, past_key_values=SimpleNamespace(layers=layers) if use_cache else None)
+    def forward(self, ids):
+        for caches, shape in ((self._modules, (2, 8)), (self.local._modules, (1, 16))):
+            filled = torch.zeros(len(ids), shape[0], ids.shape[1], shape[1])
+            caches["k_cache"](filled)
+            caches["v_cache"](filled[..., :5])
+        return self.embed(ids)
 
 
 IDS = torch.tensor([[1, 2, 3]])
-CACHES = [mps.Layer(f"cache.{number}", "kv_cache", (4,)) for number in range(4)]
+NAMES = ["k_cache", "v_cache", "local.k_cache", "local.v_cache"]
+CACHES = [mps.Layer(name, "kv_cache") for name in NAMES]
 
 
 def filled(heads, size, tokens, precision):
-    """Bytes of all heads of all tokens, each packed alone."""
+    """Bytes of all heads of all tokens, each token packed alone."""
     if not precision.quantizes_weight:
         return 4 * heads * size * tokens
     one = RoundToNearest().codes(torch.randn(heads, size), precision).pack().nbytes
@@ -42,9 +41,9 @@ def filled(heads, size, tokens, precision):
 
 
 def test_decisions_layer_by_layer():
-    options = mps.precisions("w16 w8 w4 wmxfp4")
-    found = KVCacheBytes(context=100, batch=3)(Decoder(), [mps.Layer("fc"), *CACHES], options, example=IDS)
-    rows = [[0.0] * 4]
+    options = mps.precisions("w16 w8 w4 wmxfp4 w4g4")
+    found = KVCacheBytes(context=100, batch=3)(Decoder(), [mps.Layer("embed"), *CACHES], options, example=IDS)
+    rows = [[0.0] * 5]
     for heads, size, tokens in ((2, 8, 100), (2, 5, 100), (1, 16, 10), (1, 5, 10)):
         rows.append([3.0 * filled(heads, size, tokens, one) for one in options])
     assert found.usage.tolist() == rows
@@ -52,14 +51,12 @@ def test_decisions_layer_by_layer():
     assert found.reference == sum(row[0] for row in rows)
 
 
-def test_without_decisions_at_the_stated_precisions():
-    found = KVCacheBytes(100, 1, mps.Precision("8"), mps.Precision("4"))(
-        Decoder(), [mps.Layer("fc")], mps.precisions("w4"), example=IDS
-    )
+def test_caches_that_are_no_decision_at_the_stated_precisions():
+    resource = KVCacheBytes(100, 1, mps.Precision("8"), mps.Precision("4"))
+    found = resource(Decoder(), [CACHES[3]], mps.precisions("w2"), example=IDS)
     keys = filled(2, 8, 100, mps.Precision("8")) + filled(1, 16, 10, mps.Precision("8"))
-    values = filled(2, 5, 100, mps.Precision("4")) + filled(1, 5, 10, mps.Precision("4"))
-    assert found.fixed == keys + values
-    assert not found.usage.any()
+    assert found.fixed == keys + filled(2, 5, 100, mps.Precision("4"))
+    assert found.usage.tolist() == [[filled(1, 5, 10, mps.Precision("2"))]]
 
 
 def test_a_format_that_cannot_hold_a_head_is_not_allowed():
@@ -68,24 +65,38 @@ def test_a_format_that_cannot_hold_a_head_is_not_allowed():
 
 
 def test_refusals():
-    with pytest.raises(mps.TableError, match="2 layers of kind kv_cache for 4 keys and values; decide all or none"):
-        KVCacheBytes()(Decoder(), CACHES[:2], mps.precisions("w4"), example=IDS)
-    with pytest.raises(mps.TableError, match="Linear takes no use_cache=True"):
+    with pytest.raises(mps.TableError, match="fills no cache: Linear has neither attention of transformers"):
         KVCacheBytes()(nn.Linear(2, 2), [mps.Layer("fc")], mps.precisions("w4"), example=torch.ones(1, 2))
     with pytest.raises(mps.TableError, match="0 tokens x 1 sequences"):
         KVCacheBytes(context=0)
+    with pytest.raises(mps.TableError, match=r"cache '0' is given \(2, 3\), expected \(batch, heads, tokens, size\)"):
+        KVCacheBytes()(nn.Sequential(mps.KVCache()), [], mps.precisions("w4"), example=torch.ones(2, 3))
 
 
-def test_a_llama_of_transformers():
-    transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=20,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    found = KVCacheBytes(context=50, batch=2)(model, [], mps.precisions("w4"), example={"input_ids": IDS})
-    assert found.reference == found.fixed == 2 * 50 * 3 * 2 * 2 * 8 * 4
+def test_other_resources_of_a_cache():
+    """A cache is not stored with the model, has no kernel of its own, and moves its bytes twice."""
+    model, options = Decoder(), mps.precisions("w4 w4a8 w16")
+    assert not MemoryBytes()(model, CACHES, options).usage.any()
+    timed = MeasuredLatency(cache=None, rounds=1)(model, CACHES, options, example=IDS).usage
+    assert np.array_equal(timed, [[np.nan, np.nan, 0.0]] * 4, equal_nan=True)
+    with pytest.raises(
+        mps.TableError, match="latency_s of cache 'k_cache': nothing installed runs one in few bits; add w16"
+    ):
+        MeasuredLatency(cache=None, rounds=1)(model, CACHES, options[:2], example=IDS)
+    counted = BitOps()(model, [mps.Layer("k_cache", "kv_cache", macs=10)], options).usage
+    assert counted.tolist() == [[10 * 4 * 16, 10 * 4 * 16, 10 * 16 * 16]]
+    seconds = Roofline("a100")(model, CACHES[:1], options, example=IDS).usage
+    moved = [2 * filled(2, 8, 3, one) / 2039e9 + 5e-6 for one in options]
+    np.testing.assert_allclose(seconds, [moved])
+
+
+def test_weights_and_caches_in_one_memory():
+    model, options = Decoder(), mps.precisions("w4 w16")
+    layers = [mps.Layer("embed", "embedding", (5, 4)), *CACHES]
+    parts = MemoryBytes(), KVCacheBytes(100)
+    one, other = parts[0](model, layers, options), parts[1](model, layers, options, example=IDS)
+    both = Total(parts)(model, layers, options, example=IDS)
+    assert (both.usage == one.usage + other.usage).all()
+    assert (both.fixed, both.reference) == (one.fixed + other.fixed, one.reference + other.reference)
+    with pytest.raises(mps.TableError, match="is no sum over the layers"):
+        Total((lambda model, layers, precisions: [[1.0, 2.0]] * 5,))(model, layers, options)

@@ -217,5 +217,5 @@ def test_settings(settings):
 def test_the_variants_take_turns(monkeypatch):
     order = []
     kernels = {"a": lambda: order.append("a"), "b": lambda: order.append("b")}
-    measured_latency._time(kernels, 2, torch.device("cpu"))
+    measured_latency.time_in_turns(kernels, 2, torch.device("cpu"))
     assert order == ["a", "b"] * 3

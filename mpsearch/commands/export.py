@@ -11,14 +11,16 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mpsearch.commands import arguments
+from mpsearch.commands.command import Answer, Command
 from mpsearch.errors import nearest
-from mpsearch.loading import UsageError, part
+from mpsearch.loading import UsageError, call, part
 from mpsearch.plan import Plan
 
 _OWN = ("plan", "model", "snap", "path", "example")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("plan", help="plan, .json")
     parser.add_argument(
@@ -36,7 +38,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the target's own file or folder")
 
 
-def run(
+def run(options: argparse.Namespace) -> Answer:
+    """Write the plan for the target."""
+    content, text = write(
+        Plan.load(options.plan),
+        options.to,
+        options.out,
+        options.model and arguments.model(options.model),
+        options.data and call(options.data, "data"),
+        options=options.option,
+        snap=options.snap,
+        verify=options.verify,
+    )
+    return Answer(content, lambda screen: screen.prose(text), (options.out,))
+
+
+def write(
     plan: Plan, target: str, out: str, model: Any, batches: Any, *, options: Sequence[str], snap: bool, verify: bool
 ) -> tuple[dict[str, Any], str]:
     """Write a plan for a target.
@@ -79,7 +96,7 @@ def run(
     content: dict[str, Any] = {"target": target, "file": out}
     lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
     if snap and target in export.TARGETS:
-        found = export.snapped(plan, model, target)
+        found = export.snapped(plan, model, target, vllm=settings.get("vllm"))
         content["snapped"] = {name: [str(before), str(after)] for name, (before, after, _) in found.changes.items()}
         content["usage"] = dict(found.plan.usage)
         lines.append(str(found))
@@ -121,3 +138,12 @@ def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, A
     ]
     made = part(target, {target: dataclasses.make_dataclass("Settings", fields)}, "target", options)
     return {name: getattr(made, name) for name, _, _ in fields}
+
+
+COMMAND = Command(
+    "export",
+    "write a plan for another quantizer, and read back what it does",
+    "export plan.json --to torchao --model nets.py:net --verify -o torchao.json",
+    add,
+    run,
+)

@@ -1,0 +1,126 @@
+"""Arguments that several commands take, and what they name."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import mpsearch as mps
+from mpsearch.loading import UsageError, call, part
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """MODEL and --data, both needed."""
+    parser.add_argument("model", help="file.py:function or package.module:function returning a module, or hf:DIR")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="file.py:function or package.module:function returning batches, or text:FILE for hf:DIR",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, *, required: bool, about: str) -> None:
+    """--budget, any number of times."""
+    parser.add_argument(
+        "--budget", action="append", required=required, default=[], metavar="RESOURCE=VALUE", help=about
+    )
+
+
+def add_solver(parser: argparse.ArgumentParser, about: str) -> None:
+    """--solver and its settings."""
+    parser.add_argument("--solver", help=about)
+    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the solver")
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers are decided on, and how they are grouped."""
+    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
+    parser.add_argument("--cut", action="append", default=[], metavar="PATTERN", help="layers to take out of groups")
+    parser.add_argument("--target", help="tool that will carry the plan out: groups and options that it has")
+    parser.add_argument("--experts", default="each", choices=["each", "block"], help="decide on each expert or block")
+    parser.add_argument("--kv-cache", action="store_true", help="decide on keys and values of attention too")
+
+
+def add_resources(parser: argparse.ArgumentParser, about: str) -> None:
+    """--resources, by name."""
+    parser.add_argument("--resources", default="memory_bytes,bitops", help=f"{about} (default: %(default)s)")
+
+
+def add_plot(parser: argparse.ArgumentParser, about: str) -> None:
+    """--plot, whose ending is checked before any work."""
+    parser.add_argument("--plot", metavar="FILE", type=_picture, help=f"picture of {about}, .png, .svg or .pdf")
+
+
+def _picture(path: str) -> str:
+    from mpsearch.plot import check_ending
+
+    check_ending(path)
+    return path
+
+
+def model(spec: str) -> "nn.Module":
+    """The module that a MODEL names.
+
+    Raises:
+        UsageError: where there is no such function, it fails, or it returns something else.
+    """
+    from torch import nn
+
+    if spec.startswith("hf:"):
+        from mpsearch.hugging_face import model_of
+
+        return model_of(spec.removeprefix("hf:"))
+    made = call(spec, "model")
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"model {spec!r} returned a {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def data(spec: str, model: "nn.Module") -> list[Any]:
+    """The batches that a DATA names; a text is read with the tokenizer of the model.
+
+    Raises:
+        UsageError: where there is no such function, or it fails.
+    """
+    if spec.startswith("text:"):
+        from mpsearch.hugging_face import text_batches
+
+        return list(text_batches(spec.removeprefix("text:"), model))
+    return list(call(spec, "data"))
+
+
+def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) -> list[mps.Layer]:
+    """The decisions that the arguments ask for."""
+    from mpsearch.model import collect
+
+    return mps.layers(
+        model,
+        collect(batches)[0],
+        exclude=options.exclude,
+        cut=options.cut,
+        target=options.target,
+        experts=options.experts,
+        kv_cache=options.kv_cache,
+    )
+
+
+def resources(options: argparse.Namespace) -> list[str]:
+    """The names of `--resources`."""
+    return [name.strip() for name in options.resources.split(",") if name.strip()]
+
+
+def solver(options: argparse.Namespace) -> mps.Solver | None:
+    """The solver that is named, or None.
+
+    Raises:
+        UsageError: for an unknown solver or setting.
+    """
+    if options.solver is None:
+        if options.option:
+            raise UsageError("--option needs --solver")
+        return None
+    from mpsearch.solvers import SOLVERS
+
+    made: mps.Solver = part(options.solver, SOLVERS, "solver", options.option)
+    return made

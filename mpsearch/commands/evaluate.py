@@ -1,0 +1,65 @@
+"""`mpsearch evaluate`: a plan measured on held-out data."""
+
+import argparse
+import dataclasses
+from typing import TYPE_CHECKING
+
+import mpsearch as mps
+from mpsearch import report
+from mpsearch.commands import arguments
+from mpsearch.commands.command import Answer, Command
+from mpsearch.commands.screen import Screen
+
+if TYPE_CHECKING:
+    from mpsearch.evaluation import Evaluation
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    arguments.add_model_and_data(parser)
+    parser.add_argument("--plan", required=True, metavar="FILE", help="plan, .json")
+    arguments.add_plot(parser, "the plan with what was measured")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Measure the plan."""
+    plan = mps.Plan.load(options.plan)
+    model = arguments.model(options.model)
+    data = arguments.data(options.data, model)
+    found = mps.evaluate(model, data, plan)
+    if options.plot:
+        from mpsearch.model import collect
+
+        measured = f"measured: KL {report.damage(found.kl, found.kl_se)} nats, {found.num_samples} samples"
+        plan.plot(options.plot, layers=mps.layers(model, collect(data)[0]), title=measured)
+    return Answer(
+        dataclasses.asdict(found), lambda screen: _text(found, screen), (options.plot,) if options.plot else ()
+    )
+
+
+def _text(found: "Evaluation", screen: Screen) -> str:
+    before = found.reference
+    assert before is not None
+    rows = [["KL to the original [nats]", "0", report.damage(found.kl, found.kl_se)]]
+    if found.loss is not None:
+        rows.append(
+            ["loss", report.damage(before.loss, before.loss_se), report.damage(found.loss, found.loss_se)],
+        )
+    if found.accuracy is not None:
+        rows.append(
+            [
+                "accuracy",
+                report.percent(before.accuracy, before.accuracy_se),
+                report.percent(found.accuracy, found.accuracy_se),
+            ]
+        )
+    return screen.table([f"{found.num_samples} samples", "unquantized", "plan"], rows)
+
+
+COMMAND = Command(
+    "evaluate",
+    "measure a plan on held-out data",
+    "evaluate nets.py:net --data nets.py:held_out --plan plan.json",
+    add,
+    run,
+)

@@ -1,0 +1,34 @@
+"""`mpsearch report`: the result of a search as one HTML page."""
+
+import argparse
+
+from mpsearch.commands.command import Answer, Command
+from mpsearch.commands.screen import Screen
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("result", metavar="RESULT_DIR", help="folder that a search wrote")
+    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="page, .html")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Write the page."""
+    from mpsearch.search_result import SearchResult
+
+    result = SearchResult.load(options.result)
+    result.report(options.out)
+
+    def text(screen: Screen) -> str:
+        return screen.verdict(result.verdict, result.wins)
+
+    return Answer({"report": options.out, "verdict": result.verdict, "wins": result.wins}, text, (options.out,))
+
+
+COMMAND = Command(
+    "report",
+    "write the result of a search as one HTML page that needs no network",
+    "report out/ -o report.html",
+    add,
+    run,
+)

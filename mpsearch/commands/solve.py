@@ -1,0 +1,92 @@
+"""`mpsearch solve`: the best plan of a table within budgets."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+
+import mpsearch as mps
+from mpsearch import report
+from mpsearch.commands import arguments
+from mpsearch.commands.command import Answer, Command
+from mpsearch.commands.plan_text import plan_text, usage_text
+from mpsearch.commands.screen import Screen
+from mpsearch.problem import uniform
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("table", help="cost table, .csv or .npz")
+    arguments.add_budget(parser, required=True, about="upper limit; may be repeated")
+    parser.add_argument("--minimize", default="sensitivity", help="a resource instead of the damage")
+    arguments.add_solver(parser, "by name, or module:Class")
+    parser.add_argument("-o", "--out", metavar="FILE", help="plan, .json")
+    arguments.add_plot(parser, "the plan")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Solve, and write the plan where a file is given."""
+    table = mps.CostTable.load(options.table)
+    budget = mps.Budget.parse(options.budget)
+    if not table.reference_usage and any("%" in str(value) for value in budget.values()):
+        print(
+            "mpsearch: the table does not tell the unquantized model's usage; 100 % = every layer at its largest",
+            file=sys.stderr,
+        )
+    solution = mps.solve(table, budget, arguments.solver(options), minimize=options.minimize)
+    assert solution.plan is not None
+    if options.out:
+        solution.plan.save(options.out)
+    if options.plot:
+        solution.plan.plot(options.plot, layers=table.layers)
+    content = {
+        "status": str(solution.status),
+        "sensitivity": solution.sensitivity,
+        "unit": table.unit,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "usage": dict(solution.usage),
+        "layers": {name: str(precision) for name, precision in solution.plan.items()},
+        "seconds": solution.stats["seconds"],
+    }
+    written = tuple(filter(None, (options.out, options.plot)))
+    return Answer(content, lambda screen: _text(table, solution, screen), written)
+
+
+def _text(table: mps.CostTable, solution: mps.Solution, screen: Screen) -> str:
+    assert solution.plan is not None
+    proof = (
+        "proven optimal"
+        if solution.status is mps.Status.OPTIMAL
+        else (f"within {100 * solution.gap:.2g} % of the optimum" if math.isfinite(solution.gap) else "no bound known")
+    )
+    return "\n\n".join(
+        [
+            screen.title(f"predicted damage {report.damage(solution.sensitivity)} {table.unit}, {proof}"),
+            usage_text(solution.plan, screen),
+            plan_text(solution.plan, screen),
+            screen.prose(_uniform(table, solution.plan.budget)),
+        ]
+    )
+
+
+def _uniform(table: mps.CostTable, budget: Mapping[str, float | str]) -> str:
+    """What the best uniform precision within the same budget would do, by the table."""
+    fitting = [
+        (totals["sensitivity"], name)
+        for name, totals in uniform(table)
+        if all(totals[key] <= limit for key, limit in budget.items() if isinstance(limit, float))
+    ]
+    if not fitting:
+        return "no uniform precision fits"
+    value, name = min(fitting)
+    return f"best uniform precision that fits: {name}, predicted damage {report.damage(value)} {table.unit}"
+
+
+COMMAND = Command(
+    "solve",
+    "find the best plan within budgets",
+    "solve table.csv --budget memory_bytes=1MB -o plan.json",
+    add,
+    run,
+)

@@ -1,0 +1,108 @@
+"""Keys and values on their way into the cache of a decoder, each in a module of its own, so that they can be decided on."""
+
+import contextlib
+import copy
+import importlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class KVCache(nn.Module):
+    """Keys or values of one attention layer, as they are stored: (batch, heads, tokens, size). It returns what it is given.
+
+    A decision without a weight: at a precision such as `w4`, each head of each token is quantized to the weight format, with scales of
+    its own (of groups along its numbers with `w4g32`) taken on the spot; an activation format says nothing of it. Attention of
+    transformers is given such modules for as long as the search looks (`with_caches`); a model of one's own has them in place:
+
+        keys, values = self.k_cache(keys), self.v_cache(values)
+
+    Attributes:
+        window: tokens that are kept at most; None keeps all.
+        weight: of no elements, and not part of the state: nothing of a cache is stored with the model.
+    """
+
+    def __init__(self, window: int | None = None) -> None:
+        super().__init__()
+        self.window = window
+        self.__dict__["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What it is given: (batch, heads, tokens, size)."""
+        return x
+
+
+@contextlib.contextmanager
+def with_caches(model: nn.Module) -> Iterator[None]:
+    """Inside, what attention of transformers puts into its cache goes through its modules `k_cache` and `v_cache`.
+
+    These are after rotation by position, and also where the model is run without a cache; DeepSeek's attention stores two latent tensors
+    instead, in the same two places.
+    """
+    found = [module for module in model.modules() if _fills_a_cache(module)]
+    inner = [one for one in found if not any(_fills_a_cache(part) for part in one.modules() if part is not one)]
+    handles = []
+    try:
+        for module in inner:
+            window = _window(module)
+            module.add_module("k_cache", KVCache(window))
+            module.add_module("v_cache", KVCache(window))
+            handles.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in inner:
+            module._modules.pop("k_cache", None)
+            module._modules.pop("v_cache", None)
+
+
+def _fills_a_cache(module: nn.Module) -> bool:
+    """True for attention of transformers 5, and not yet prepared."""
+    return (
+        getattr(module, "layer_idx", None) is not None
+        and "past_key_values" in inspect.signature(module.forward).parameters
+        and "k_cache" not in module._modules
+    )
+
+
+def _window(module: Any) -> int | None:
+    """Tokens that the cache of an attention layer keeps at most."""
+    if getattr(module, "config", None) is None:
+        return None
+    layers = _empty_cache(config=module.config).layers
+    return getattr(layers[module.layer_idx], "sliding_window", None) if module.layer_idx < len(layers) else None
+
+
+def _empty_cache(**settings: Any) -> Any:
+    """A cache of transformers, which is there where its attention is."""
+    return importlib.import_module("transformers").DynamicCache(**settings)
+
+
+def _enter(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
+    """The arguments of attention with its cache behind the two modules."""
+    place = [*inspect.signature(module.forward).parameters].index("past_key_values")
+    cache = args[place] if place < len(args) else keywords.get("past_key_values")
+    if cache is None and getattr(module, "is_causal", False):
+        cache = _empty_cache()
+    if cache is None:  # an encoder
+        return args, keywords
+    if place < len(args):
+        return (*args[:place], _through(module, cache), *args[place + 1 :]), keywords
+    return args, {**keywords, "past_key_values": _through(module, cache)}
+
+
+def _through(module: Any, cache: Any) -> Any:
+    """A cache with the contents of another, which everything enters through the modules."""
+    made = copy.copy(cache)
+    if hasattr(cache, "self_attention_cache"):
+        made.self_attention_cache = _through(module, cache.self_attention_cache)
+        made.cross_attention_cache = _through(module, cache.cross_attention_cache)
+    else:
+        made.update = lambda keys, values, *rest, **more: cache.update(
+            module.k_cache(keys), module.v_cache(values), *rest, **more
+        )
+    return made

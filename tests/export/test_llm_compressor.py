@@ -1,0 +1,46 @@
+"""llm-compressor's recipe; carried out where it is installed."""
+
+import pytest
+import yaml
+from torch import nn
+
+import mpsearch as mps
+from mpsearch import export
+
+
+def linear(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_llm_compressor_groups_are_those_of_compressed_tensors(llama, plan_of, tmp_path):
+    plan = plan_of(llama, o_proj="w3g32", down_proj="w8a8", lm_head="w16")
+    export.llm_compressor(plan, llama, path=tmp_path / "recipe.yaml", modifier="GPTQModifier")
+    modifiers = yaml.safe_load((tmp_path / "recipe.yaml").read_text())["quant_stage"]["quant_modifiers"]
+    assert list(modifiers) == ["GPTQModifier"]
+    groups = modifiers["GPTQModifier"]["config_groups"]
+    targets = {target: group["weights"]["num_bits"] for group in groups.values() for target in group["targets"]}
+    assert targets == {name: p.weight_bits for name, p in plan.items() if p.quantizes_weight}
+    assert set(modifiers["GPTQModifier"]["ignore"]) == set(linear(llama)) - set(targets)
+    with pytest.raises(mps.ExportError, match="fused at run time"):
+        export.llm_compressor(plan_of(llama, q_proj="w4", k_proj="w3", v_proj="w4"), llama)
+    assert export.llm_compressor(plan_of(llama, q_proj="w4", k_proj="w3", v_proj="w4"), llama, vllm=False)
+    with pytest.raises(mps.ExportError, match="no quantizable layer"):  # a suffix without re: matches nothing there
+        export.llm_compressor(mps.Plan({"q_proj": mps.Precision("4")}), llama)
+    library = pytest.importorskip("compressed_tensors.quantization")
+    assert library.QuantizationConfig.model_validate(modifiers["GPTQModifier"]).config_groups.keys() == groups.keys()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_carried_out(transformers_llama, plan_of, tmp_path, monkeypatch):
+    tool = pytest.importorskip("llmcompressor")
+    monkeypatch.chdir(tmp_path)  # it keeps a log in the current folder
+    plan = plan_of(transformers_llama, o_proj="w3g32", down_proj="w8a8", gate_proj="w4", up_proj="w4", lm_head="w16")
+    export.llm_compressor(plan, transformers_llama, path=tmp_path / "recipe.yaml")
+    tool.oneshot(model=transformers_llama, recipe=str(tmp_path / "recipe.yaml"))
+    for name, module in linear(transformers_llama).items():
+        scheme = getattr(module, "quantization_scheme", None)
+        assert (scheme is not None) == (name in plan and plan[name].quantizes_weight)
+        if scheme is not None:
+            assert scheme.weights.num_bits == plan[name].weight_bits
+            assert scheme.weights.group_size == plan[name].group_size
+            assert (scheme.input_activations is not None) == plan[name].quantizes_activation
