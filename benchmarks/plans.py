@@ -7,7 +7,7 @@ Every method gets a network, a small calibration set (a different one a seed) an
 The scale is a reference plan for each network and budget: the one with the least damage on a selection split among the
 plans of all methods and some hundreds found by a long search; its held-out damage is what others are divided by, so a ratio
 below 1 can occur. Other tools run in environments of their own: `benchmarks/peers/<name>/build.sh` makes them; those not
-built are left out. Writes benchmarks/results/plans.csv and a plot for each network; rows of other networks, methods and
+built are left out. Writes benchmarks/results/plans.csv, plans_table.md and a plot for each network; rows of other networks, methods and
 seeds are kept.
 """
 
@@ -507,6 +507,28 @@ def summary(rows: pd.DataFrame) -> str:
     return report.table([*header, "over budget", "plans"], [cells for *_, cells in sorted(lines)])
 
 
+def markdown(rows: pd.DataFrame) -> str:
+    """A line a method, best first: geometric means for each network, and over networks; passes; calibration sets."""
+    rows = rows[rows["method"] != "reference"]
+    lines = []
+    for method, mine in rows.groupby("method"):
+        ratios = {name: mean_ratio(part) for name, part in mine.groupby("model")}
+        over_all = float(np.exp(np.mean(np.log(list(ratios.values())))))
+        least, most = (round(bound(mine["passes"])) for bound in (min, max))
+        cells = [
+            str(method),
+            *(f"{ratios[name]:.2f}" if name in ratios else "" for name in MODELS),
+            f"{over_all:.2f}" if len(ratios) == len(MODELS) else "",
+            str(least) if least == most else f"{least} to {most}",
+            str(mine.groupby("model")["seed"].nunique().min()),
+        ]
+        lines.append((over_all, "| " + " | ".join(cells) + " |"))
+    header = ["method", *MODELS, "all", "passes", "calibration sets"]
+    return "\n".join(
+        ["| " + " | ".join(header) + " |", "| --- " * len(header) + "|", *(line for _, line in sorted(lines))]
+    )
+
+
 def beaten(rows: pd.DataFrame, judges: Mapping[str, "HeldOut"], own: str = "mpsearch default") -> list[str]:
     """Where another tool's plans do less damage than mpsearch's, one line each, with the standard error of the difference.
 
@@ -520,7 +542,7 @@ def beaten(rows: pd.DataFrame, judges: Mapping[str, "HeldOut"], own: str = "mpse
             seeds = sorted(seed for tool, seed in plans if tool == method and (own, seed) in plans)
             if not seeds:
                 continue
-            pairs = [[judges[name].samples(plans[which, seed]) for which in (own, method)] for seed in seeds]
+            pairs = [[judges[str(name)].samples(plans[which, seed]) for which in (own, method)] for seed in seeds]
             worse = np.array([mine - other for mine, other in pairs])  # (seeds, samples)
             spread = worse.mean(1).std(ddof=1) / len(seeds) ** 0.5 if len(seeds) > 1 else 0.0
             se = float(np.hypot(worse.mean(0).std(ddof=1) / worse.shape[1] ** 0.5, spread))
@@ -584,9 +606,10 @@ def main() -> int:
     found = read(options.out)
     for name in options.models:
         picture(options.out.with_name(f"{options.out.stem}_{name}.png"), found, name)
+    write_atomically(options.out.with_name(f"{options.out.stem}_table.md"), markdown(found) + "\n")
     print(summary(found[found["model"].isin(options.models)]))
     print("\n".join(["another tool does less damage:", *(beaten(found, judges) or ["nowhere"])]))
-    print(f"wrote {options.out} and a plot for each network")
+    print(f"wrote {options.out}, a table and a plot for each network")
     return 0
 
 

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from mpsearch._layers import layers as find_layers
 from mpsearch._profile import (
     PROBED,
+    check_caches,
     check_layers,
     checked_precisions,
     resource_columns,
@@ -136,6 +137,7 @@ def search(
         found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
         decisions = list(found)
         check_layers(model, decisions)
+        check_caches(estimators or (), decisions)
         example = few(parts["score"][0], PROBED)
         usage = resource_columns(model, decisions, options, resources, quantize, example)
         base = CostTable(

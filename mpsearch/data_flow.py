@@ -99,20 +99,22 @@ class _Recorder(TorchDispatchMode):
         self.flow = DataFlow()
         self.makers: dict[int, frozenset[str]] = {}
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
-        self.waiting: dict[
-            tuple[int, int, int], str
-        ] = {}  # what went into a cache and was in no product yet -> the cache
+        self.made: Counter[int] = Counter()  # storage -> times it was given out
+        self.waiting: dict[tuple[int, int, int], str] = {}  # what is of a cache and was in no product yet -> the cache
+        self.depth = 0  # layers that are running: their products are their own
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
         return False  # spares loading the compiler, a second at the first run
 
     def enter(self, name: str, x: Tensor) -> None:
+        self.depth += 1
         place = _storage(x)
         read = (place, self.writes.get(place, 0), x.storage_offset(), tuple(x.shape), x.stride())
         self.flow.reads.setdefault(name, []).append(read)
 
     def leave(self, name: str, output: Tensor) -> None:
+        self.depth -= 1
         self.makers[_storage(output)] = frozenset([name])
 
     def cached(self, name: str, output: Tensor) -> None:
@@ -120,7 +122,7 @@ class _Recorder(TorchDispatchMode):
 
     def _part(self, tensor: Tensor) -> tuple[int, int, int]:
         """Keys and values may lie in one storage."""
-        return _storage(tensor), self.writes.get(_storage(tensor), 0), int(tensor.storage_offset())
+        return _storage(tensor), self.made[_storage(tensor)], int(tensor.storage_offset())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -135,6 +137,7 @@ class _Recorder(TorchDispatchMode):
             if place not in read or func._schema.is_mutable:
                 self.writes[place] = self.writes.get(place, 0) + 1
                 self.makers[place] = makers
+                self.made[place] += place not in read
                 self.waiting[self._part(tensor)] = waiting
         return result
 
@@ -144,7 +147,7 @@ class _Recorder(TorchDispatchMode):
             queries, keys, values = given[:3]  # (batch, heads, tokens, size)
             sizes = [0, keys.shape[-1], values.shape[-1]]
             macs = [queries.shape[:-1].numel() * keys.shape[-2] * size for size in sizes]
-        elif name in ("mm", "bmm", "baddbmm"):
+        elif name in ("mm", "bmm", "baddbmm") and not self.depth:
             macs = [given[-2].numel() * given[-1].shape[-1]] * len(given)
         else:
             return next(filter(None, caches), "")

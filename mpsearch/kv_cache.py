@@ -64,15 +64,20 @@ def _fills_a_cache(module: nn.Module) -> bool:
     """True for attention of transformers 5, and not yet prepared."""
     return (
         getattr(module, "layer_idx", None) is not None
-        and "past_key_values" in inspect.signature(module.forward).parameters
+        and hasattr(getattr(module, "config", None), "get_text_config")
+        and _cache_argument(module) is not None
         and "k_cache" not in module._modules
     )
 
 
+def _cache_argument(module: nn.Module) -> tuple[int, str] | None:
+    """Place and name of the cache among the arguments of the class's own `forward`: a re-run puts another one into the module."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return next(((names.index(name), name) for name in ("past_key_values", "layer_past") if name in names), None)
+
+
 def _window(module: Any) -> int | None:
     """Tokens that the cache of an attention layer keeps at most."""
-    if getattr(module, "config", None) is None:
-        return None
     layers = _empty_cache(config=module.config).layers
     return getattr(layers[module.layer_idx], "sliding_window", None) if module.layer_idx < len(layers) else None
 
@@ -84,15 +89,17 @@ def _empty_cache(**settings: Any) -> Any:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments of attention with its cache behind the two modules."""
-    place = [*inspect.signature(module.forward).parameters].index("past_key_values")
-    cache = args[place] if place < len(args) else keywords.get("past_key_values")
+    found = _cache_argument(module)
+    assert found is not None
+    place, name = found
+    cache = args[place] if place < len(args) else keywords.get(name)
     if cache is None and getattr(module, "is_causal", False):
         cache = _empty_cache()
-    if cache is None:  # an encoder
+    if not hasattr(cache, "update"):  # an encoder has none
         return args, keywords
     if place < len(args):
         return (*args[:place], _through(module, cache), *args[place + 1 :]), keywords
-    return args, {**keywords, "past_key_values": _through(module, cache)}
+    return args, {**keywords, name: _through(module, cache)}
 
 
 def _through(module: Any, cache: Any) -> Any:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import MpsearchError, nearest
+from mpsearch.precision import Precision
 
 
 class UsageError(MpsearchError, ValueError):
@@ -101,6 +102,8 @@ def _value(hint: Any, text: str, what: str) -> Any:
             ) from None
     if hint is str:
         return text
+    if hint is Precision:
+        return Precision.parse(text)
     return load(text, what)
 
 

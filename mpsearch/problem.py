@@ -241,17 +241,25 @@ def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
 
 
 def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
-    """Least and most use of each resource by any plan, fixed part included; of a peak the least is a lower bound."""
+    """Least and most use of each resource by any plan, fixed part included; of a peak the least is a lower bound.
+
+    Layers of a group share a precision. Where a group has none in common there is no plan: inf and -inf.
+    """
+    rows = _rows(table.layers)
+
+    def ends(values: Array) -> tuple[float, float]:
+        merged = _merged(np.where(table.allowed, values, np.nan), rows)
+        low, high = np.where(np.isnan(merged), [[[np.inf]], [[-np.inf]]], merged)
+        return math.fsum(low.min(axis=1).tolist()), math.fsum(high.max(axis=1).tolist())
+
     found = {}
     for name, values in table.usage.items():
+        low, high = ends(values)
         fixed = table.fixed_usage.get(name, 0.0)
-        low = np.where(table.allowed, values, np.inf).min(axis=1)
-        high = np.where(table.allowed, values, -np.inf).max(axis=1)
-        found[name] = (math.fsum(low.tolist()) + fixed, math.fsum(high.tolist()) + fixed)
+        found[name] = (low + fixed, high + fixed)
     for name, peak in table.peaks.items():
-        low = np.where(table.allowed, peak.usage, np.inf).min(axis=2).sum(axis=1) + peak.fixed
-        high = np.where(table.allowed, peak.usage, -np.inf).max(axis=2).sum(axis=1) + peak.fixed
-        found[name] = (float(low.max()), float(high.max()))
+        steps = [(ends(usage), fixed) for usage, fixed in zip(peak.usage, peak.fixed.tolist(), strict=True)]
+        found[name] = (max(low + fixed for (low, _), fixed in steps), max(high + fixed for (_, high), fixed in steps))
     return found
 
 

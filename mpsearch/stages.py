@@ -37,8 +37,10 @@ _PIECES = 4
 _FINALISTS = 2
 #: Draws of vicinal samples, and the share of the passes that go to the last of them.
 _VICINAL, _LAST = 3, 0.1
+#: Share of the passes for plans that goes to the hunt between the samples, and how many plans it starts from.
+_BETWEEN, _OPENING = 0.45, 8
 #: Standard errors of the difference within which plans are as good as the best one.
-_AS_GOOD = 2.0
+_AS_GOOD = 1.0
 #: Limits of a whole curve.
 _LEVELS = 10
 #: Steps of the bisection on the use of a resource.
@@ -142,7 +144,7 @@ class Stages:
         else:
             with self._stage("plans"):
                 hunt = self._hunt(self.goal.budget or Budget())
-                self._fill(hunt)
+                hunt = self._fill(hunt)
             with self._stage("finalists"):
                 chosen = self._final(hunt)
         with self._stage("report"):
@@ -167,7 +169,7 @@ class Stages:
         """A hunt within a budget, opened with what the tables say."""
         problem = Problem.of(self.base, budget)
         record = Record(problem, self.scores.costs, self.generator)
-        hunt = Hunt(record, self.scores.prior, self.select, self.between, self.drawn)
+        hunt = Hunt(record, self.scores.prior, self.select)
         starts = (self.scores.prior, self.scores.together, *self.scores.costs.values())
         first = [record.exact(costs) for costs in starts]
         opening = [options for options in first if options is not None]
@@ -193,13 +195,34 @@ class Stages:
             if not self._spent():
                 self.select.measure(options)
 
-    def _fill(self, hunt: Hunt) -> None:
-        """Propose and measure until only the reserve is left; the last third goes to moves around the best plan too."""
-        third = (self.spending.left - self.reserve) / 3
+    def _fill(self, hunt: Hunt) -> Hunt:
+        """Propose and measure until only the reserve is left, the last part of it between the samples too; the hunt that ended.
+
+        The last third of the first hunt goes to moves around the best plan and to crosses of the best plans too.
+        """
+        free = self.spending.left - self.reserve
+        stop = self.reserve + (0.0 if self.between is None else free * _BETWEEN)
+
+        def enough(rest: float = 0.0) -> bool:
+            return self.spending.left < max(stop, self.reserve + self.select.price) + rest
+
         if self.scores.surrogate is not None:
-            hunt.go([AdditiveOutput(self.scores.surrogate)], self._spent, most=3)
-        hunt.go([Thompson()], lambda: self._spent() or self.spending.left < self.reserve + third)
-        hunt.go([Thompson(), Moves(), Crossing()], self._spent)
+            hunt.go([AdditiveOutput(self.scores.surrogate)], enough, most=3)
+        third = (self.spending.left - stop) / 3
+        hunt.go([Thompson()], lambda: enough(third))
+        hunt.go([Thompson(), Moves(), Crossing()], enough)
+        return hunt if self.between is None else self._between(hunt)
+
+    def _between(self, first: Hunt) -> Hunt:
+        """A second hunt, from the best plans of the first, for the least sum of the damage on the data and between its samples."""
+        record = replace(first.record, measured={}, damage={})
+        second = Hunt(record, first.prior, self.select, self.between, self.drawn)
+        fitting = [key for key in first.record.damage if self.select.complete(np.array(key))]
+        best = sorted(fitting, key=first.record.damage.__getitem__)[:_OPENING]
+        second.open([np.array(key) for key in best], self._spent)
+        second.go([Thompson(), Moves(), Crossing()], self._spent)
+        record.damage = {**first.record.damage, **record.damage}
+        return second
 
     def _final(self, hunt: Hunt) -> Options:
         """The best plan on the select part, or of the best few the one that is best on more samples.
@@ -227,11 +250,11 @@ class Stages:
         if self.between is None:
             return np.array(ranked[0])
         best = self.select.known[ranked[0]]
-        as_good = [
-            key
-            for key, (worse, se) in ((key, self.select.known[key].over(best)) for key in ranked)
-            if worse <= _AS_GOOD * se
-        ]
+        as_good = []
+        for key in ranked:
+            worse, se = self.select.known[key].over(best)
+            if worse <= _AS_GOOD * se and key in record.measured:
+                as_good.append(key)
         top = [np.array(key) for key in sorted(as_good, key=record.measured.__getitem__)[: max(self.finalists, 1)]]
         if len(top) == 1:
             return top[0]
@@ -292,7 +315,7 @@ class Stages:
             level.go([Thompson(), Moves()], lambda stop=stop: self._spent() or self.spending.left < stop)  # type: ignore[misc]
         hunt.adopt([np.array(key) for key in self.select.known if hunt.record.fits(np.array(key))])
         if budget is not None:
-            self._fill(hunt)
+            hunt = self._fill(hunt)
         return hunt, self._final(hunt)
 
     def _within(self, over: str, limit: float) -> Hunt:
@@ -373,7 +396,9 @@ class Stages:
             within = {tuple(options.tolist()) for options in self._within_tolerance(self.goal.tolerance)}
             fitting = [options for options in self._uniform() if tuple(options.tolist()) in within]
             return min(fitting, key=lambda o: self._use(self.goal.over, o), default=None)
-        fitting = [options for options in self._uniform() if record.fits(options) and not record.new(options)]
+        fitting = [
+            options for options in self._uniform() if record.fits(options) and tuple(options.tolist()) in record.damage
+        ]
         return min(fitting, key=lambda o: record.damage[tuple(o.tolist())], default=None)
 
     def _next_uniform(self, record: Record) -> Options | None:
@@ -384,7 +409,7 @@ class Stages:
     def _best_of_tables(self, record: Record) -> tuple[str, Options] | None:
         """The best of the plans that single tables propose, by the select part."""
         single = {name: record.exact(costs) for name, costs in self.scores.costs.items()}
-        known = {name: o for name, o in single.items() if o is not None and not record.new(o)}
+        known = {name: o for name, o in single.items() if o is not None and tuple(o.tolist()) in record.damage}
         if not known:
             return None
         name = min(known, key=lambda name: record.damage[tuple(known[name].tolist())])

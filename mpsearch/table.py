@@ -199,7 +199,7 @@ class CostTable:
 
     @property
     def bits(self) -> Array:
-        """(L, P) nominal weight bits x elements of each cell: `average_bits` times the number of weights.
+        """(L, P) nominal weight bits x elements of each cell, 0 for a cache: `average_bits` times the number of weights.
 
         Raises:
             TableError: where a layer's number of weights is not known.

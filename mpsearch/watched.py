@@ -82,7 +82,9 @@ class Watched:
         self._layouts: dict[Call, Layout] = {}
         self._known = known
         self._doubtful: dict[Call, Tensor] = {}
-        self._flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch)))  # a number a sample
+        self._flat = any(
+            isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch))
+        )  # a number a sample
         self._handles = []
         for module in model.modules():
             weight = getattr(module, "weight", None)

@@ -154,6 +154,8 @@ def test_estimators_of_weights_refuse_a_cache():
     model = Decoder()
     with pytest.raises(mps.EstimatorError, match="SNIP looks at weights, and the cache 'attention"):
         mps.profile(model, [TOKENS], SNIP(), OPTIONS, layers=decided(model), progress=False)
+    with pytest.raises(mps.EstimatorError, match="SNIP looks at weights"):
+        mps.search(model, [TOKENS] * 6, mps.Budget(average_bits=4), OPTIONS, layers=decided(model), estimators=[SNIP()])
 
 
 def test_one_budget_for_weights_and_caches():
@@ -286,6 +288,33 @@ def test_keys_and_values_of_one_matrix_and_of_two_sides():
     }
 
 
+@pytest.mark.parametrize("kv_cache", [False, True])
+def test_only_what_lies_behind_a_perturbation_is_run_again(kv_cache):
+    model, batch = transformer("Llama"), {"input_ids": TOKENS}
+    layers = mps.layers(model, batch, kv_cache=kv_cache, groups="none")
+    table = mps.profile(model, [batch], KLDivergence(), OPTIONS[:2], layers=layers, progress=False)
+    assert table.origin["passes"]["forward"] < 0.7 * 2 * len(layers)
+    for row, layer in enumerate(layers):
+        alone = mps.evaluate(model, [batch], mps.Plan({layer.name: OPTIONS[0]}), progress=False)
+        assert table.sensitivity[row, 0] == pytest.approx(alone.kl, rel=1e-4)
+
+
+def test_latent_keys_and_values():
+    """DeepSeek stores latents, which a layer makes keys and values of: that product is the layer's, not the cache's."""
+    model = transformer(
+        "DeepseekV3", num_key_value_heads=4, q_lora_rank=16, kv_lora_rank=8, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1, first_k_dense_replace=1,
+    )  # fmt: skip
+    batch = {"input_ids": TOKENS}
+    layers = mps.layers(model, batch, kv_cache=True)
+    macs = {layer.name.rpartition(".")[2]: layer.macs for layer in layers if layer.is_cache}
+    assert macs == {"k_cache": 4 * 9 * 9 * 16, "v_cache": 0}
+    found = BitOps()(model, layers, OPTIONS, example=batch)
+    assert found.reference == BitOps()(model, mps.layers(model, batch), OPTIONS, example=batch).reference
+    caches = mps.Plan({layer.name: mps.Precision("2") for layer in layers if layer.is_cache})
+    assert mps.evaluate(model, [batch], caches, progress=False).kl > 0
+
+
 def test_an_encoder_has_none():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -303,6 +332,24 @@ def test_quantizers_that_look_at_inputs_leave_caches_to_rounding():
     caches = mps.Plan({name: precision for name, precision in plan.items() if "cache" in name})
     found = [mps.evaluate(model, [TOKENS], one, quantizer=quantizer, progress=False).kl for one in (plan, caches)]
     assert found[0] > found[1] == mps.evaluate(model, [TOKENS], caches, progress=False).kl
+
+
+def test_attention_of_ones_own_is_left_as_it_is():
+    """The names that transformers uses mean nothing in other code."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer_idx, self.is_causal, self.fc = 0, True, nn.Linear(4, 4)
+
+        def forward(self, x, past_key_values=None):
+            assert past_key_values is None
+            return self.fc(x)
+
+    model = nn.Sequential(Own())
+    assert [layer.name for layer in mps.layers(model, torch.ones(2, 4))] == ["0.fc"]
+    with preserved(model):
+        assert [name for name, _ in model.named_modules()] == ["", "0", "0.fc"]
 
 
 def test_half_precision_and_groups():

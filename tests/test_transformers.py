@@ -4,8 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import mpsearch as mps
+from mpsearch.model import preserved
+from mpsearch.modules import canonical, restore
 from mpsearch.quantize import RoundToNearest
 from mpsearch.sensitivity import FisherProjection, KLDivergence
 from mpsearch.unfused import unfused
@@ -161,3 +165,45 @@ def test_experts_in_one_tensor_are_decided_on_one_by_one(name):
     found = mps.evaluate(model, [batch], mps.Plan({chosen: mps.Precision("2")}), progress=False).kl
     assert expected > 0
     assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["llama", "whisper", "mobilenet-v2"])
+@pytest.mark.filterwarnings("ignore:the example never calls")
+def test_a_plan_uses_what_the_quantized_model_does(name):
+    """Bytes of the packed tensors and all others; operations counted while the quantized model runs, each with the bits of its layer."""
+    model, batch = build(name)
+    options = mps.precisions("w3 w4a8 w8 w16")
+    layers = mps.layers(model, batch, kv_cache=name != "mobilenet-v2")
+    table = mps.profile(model, [batch], FisherProjection(), options, layers=layers, progress=False)
+    plan = mps.solve(table, mps.Budget(memory_bytes="70%", bitops="35%")).plan
+    flops: dict[str, int] = {}
+
+    def watch(name, module):
+        begun = []
+        module.register_forward_pre_hook(lambda *_: begun.append(counter.get_total_flops()))
+        module.register_forward_hook(
+            lambda *_: flops.update({name: flops.get(name, 0) + counter.get_total_flops() - begun.pop()})
+        )
+
+    with preserved(model), torch.no_grad():
+        quantized = copy.deepcopy(model)
+        stored, packed = {}, 0
+        for tensor in [*model.parameters(), *model.buffers()]:
+            stored[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        for key in (key for key in plan if not key.endswith("_cache")):
+            module, precision = model.get_submodule(key), plan[key]
+            if precision.quantizes_weight and stored.pop(module.weight.data_ptr(), None):
+                codes = RoundToNearest().codes(canonical(module), precision)
+                packed += codes.pack().nbytes
+                quantized.get_submodule(key).weight.copy_(restore(module, codes.values()))
+            watch(key, quantized.get_submodule(key))
+        assert plan.usage["memory_bytes"] == packed + sum(stored.values())
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            quantized(**batch)
+    count = 2 * len(next(iter(batch.values())))  # two operations a multiply-accumulate
+    used = sum(made // count * plan[key].weight_bits * plan[key].activation_bits for key, made in flops.items())
+    left = (counter.get_total_flops() - sum(flops.values())) // count
+    for layer in layers:
+        if layer.is_cache:  # the products of attention that read it, with queries and attention weights in 16 bits
+            used, left = used + layer.macs * plan[layer.name].weight_bits * 16, left - layer.macs
+    assert plan.usage["bitops"] == used + left * 256

@@ -7,6 +7,8 @@ import mpsearch as mps
 from mpsearch.loading import UsageError, call, part
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import nn
 
 
@@ -43,8 +45,14 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resources(parser: argparse.ArgumentParser, about: str) -> None:
-    """--resources, by name."""
-    parser.add_argument("--resources", default="memory_bytes,bitops", help=f"{about} (default: %(default)s)")
+    """--resources, by name, each with its settings."""
+    parser.add_argument(
+        "--resources",
+        default="memory_bytes,bitops",
+        metavar="LIST",
+        help=f"{about}, such as kv_cache_bytes:context=8192, latency_s=roofline:device=t4, latency_s=latency-table:path=t4.csv, "
+        "coins=costs.py:coins (default: %(default)s)",
+    )
 
 
 def add_plot(parser: argparse.ArgumentParser, about: str) -> None:
@@ -105,9 +113,11 @@ def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) 
     )
 
 
-def resources(options: argparse.Namespace) -> list[str]:
-    """The names of `--resources`."""
-    return [name.strip() for name in options.resources.split(",") if name.strip()]
+def resources(options: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":
+    """The functions that `--resources` names."""
+    from mpsearch.commands.resource_text import resource_functions
+
+    return resource_functions(options.resources)
 
 
 def solver(options: argparse.Namespace) -> mps.Solver | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from mpsearch.errors import ExportError, nearest
 from mpsearch.export.aimet import aimet as aimet
+from mpsearch.export.aimet import read_aimet as _read_aimet
 from mpsearch.export.auto_round import auto_round as auto_round
 from mpsearch.export.auto_round import read_auto_round as _read_auto_round
 from mpsearch.export.bitsandbytes import bitsandbytes as bitsandbytes
@@ -29,6 +30,7 @@ from mpsearch.export.hqq import hqq as hqq
 from mpsearch.export.hqq import read_hqq as _read_hqq
 from mpsearch.export.llama_quantize import llama_quantize as llama_quantize
 from mpsearch.export.llm_compressor import llm_compressor as llm_compressor
+from mpsearch.export.llm_compressor import read_llm_compressor as _read_llm_compressor
 from mpsearch.export.mct import mct as mct
 from mpsearch.export.min_max import MinMax as MinMax
 from mpsearch.export.mlx import mlx as mlx
@@ -92,6 +94,8 @@ READERS: dict[str, tuple[str, _Reader]] = {
     "pt2e": ("torchao", _read_pt2e),
     "executorch": ("executorch", _read_executorch),
     "brevitas": ("brevitas", _read_brevitas),
+    "aimet": ("aimet-torch", _read_aimet),
+    "llm-compressor": ("llmcompressor", _read_llm_compressor),
     "gptqmodel": ("gptqmodel", _read_gptqmodel),
     "modelopt": ("nvidia-modelopt", _read_modelopt),
     "nncf": ("nncf", _read_nncf),

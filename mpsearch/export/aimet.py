@@ -8,10 +8,14 @@ from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
-from mpsearch.export.verification import REFERENCE
+from mpsearch.export.package import package
+from mpsearch.export.pt2e import arguments
+from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
+from mpsearch.model import Batch
 from mpsearch.modules import canonical
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
 
@@ -23,7 +27,9 @@ def aimet(
     path: str | os.PathLike[str] | None = None,
     quantizer: RoundToNearest = REFERENCE,
 ) -> dict[str, Any]:
-    """Encodings for `QuantizationSimModel.load_encodings(path, strict=True)`: a scale for each output channel (AIMET 2.42).
+    """Encodings for `QuantizationSimModel.load_encodings(path, strict=True, partial=False)`: a scale an output channel (AIMET 2.42).
+
+    By default (`partial=True`) AIMET keeps 8 bits for all that the plan leaves alone.
 
     Integers of 2 to 16 bits; the scales are those of `quantizer`. An encoding holds min = s offset and max = min + (2^b - 1) s, with
     offset = -2^(b-1). That is one code more than the reference has: where a scale clips, as the default's may, AIMET's weights are
@@ -65,3 +71,34 @@ def aimet(
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
+
+
+def read_aimet(
+    plan: Plan, model: nn.Module, *, example: Batch, quantizer: RoundToNearest = REFERENCE
+) -> dict[str, Stored]:
+    """Simulate the model, load the encodings, and let its quantizers round; every layer that has one for its weight."""
+    simulated = package("aimet_torch.quantsim", "aimet").QuantizationSimModel(model, arguments(example))
+    encodings = aimet(plan, model, quantizer=quantizer)
+    simulated.load_encodings(encodings, strict=True, partial=False)
+    found = {}
+    for name, module in simulated.model.named_modules():
+        rounding: Any = dict(getattr(module, "param_quantizers", {})).get("weight")
+        if rounding is None:
+            continue
+        weight = canonical(model.get_submodule(name)).detach()
+        precision = Precision(str(rounding.bitwidth))
+        scales = quantizer.codes(weight, precision).scales
+        assert scales is not None
+        scales = scales.reshape(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
+        least, levels = -(1 << (rounding.bitwidth - 1)), 1 << rounding.bitwidth
+        codes = (weight / scales).round().clamp(least, least + levels - 1)
+        found[name] = Stored(
+            precision,
+            rounding(weight).dequantize().detach(),
+            codes,
+            None,  # kept in float
+            None,
+            codes * scales,
+            tolerance=1e-6 * float(weight.abs().max()),
+        )
+    return found

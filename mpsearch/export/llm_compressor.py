@@ -1,15 +1,25 @@
 """llm-compressor: a recipe, whose groups are those of compressed-tensors."""
 
 import os
+import tempfile
+from pathlib import Path
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
+from mpsearch.errors import ExportError
 from mpsearch.export.compressed_tensors import config_groups
-from mpsearch.export.fitting import fitted
+from mpsearch.export.fitting import fitted, group_size
+from mpsearch.export.package import package
+from mpsearch.export.verification import Stored
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
+from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
+
+_EXTRA = "llm-compressor"
+Modifier = Literal["QuantizationModifier", "GPTQModifier"]
 
 
 def llm_compressor(
@@ -19,7 +29,7 @@ def llm_compressor(
     snap: bool = False,
     path: str | os.PathLike[str] | None = None,
     vllm: bool = True,
-    modifier: Literal["QuantizationModifier", "GPTQModifier"] = "QuantizationModifier",
+    modifier: Modifier = "QuantizationModifier",
 ) -> dict[str, Any]:
     """Recipe for `llmcompressor.oneshot(model=..., recipe=path)`, by full names (llm-compressor 0.14).
 
@@ -39,3 +49,55 @@ def llm_compressor(
     if path is not None:
         write_atomically(path, yaml_text(content))
     return content
+
+
+def read_llm_compressor(
+    plan: Plan, model: nn.Module, *, modifier: Modifier = "QuantizationModifier"
+) -> dict[str, Stored]:
+    """Save a model of transformers, let llm-compressor round it to nearest; every layer that it gave a scheme."""
+    if modifier != "QuantizationModifier":
+        raise ExportError(
+            f"llm-compressor is verified with QuantizationModifier; {modifier} needs data, and has the same groups"
+        )
+    tool, tokenizers = package("llmcompressor", _EXTRA), package("tokenizers", _EXTRA)
+    forward = package("compressed_tensors.quantization.lifecycle.forward", _EXTRA)
+    if not hasattr(model, "save_pretrained"):
+        raise ExportError("llm-compressor is verified on a model of transformers, which it loads from a folder")
+    whole: Any = model
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        whole.save_pretrained(folder)
+        package("transformers", _EXTRA).PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
+        llm_compressor(plan, model, path=folder / "recipe.yaml", vllm=False)
+        made = tool.oneshot(model=place, recipe=str(folder / "recipe.yaml"))
+    found = {}
+    for name, module in made.named_modules():
+        scheme = getattr(module, "quantization_scheme", None)
+        if scheme is None:
+            continue
+        weight, scale = weight_of(model.get_submodule(name)).detach(), module.weight_scale.detach()
+        columns = weight.shape[1]
+        planned = plan.layers.get(name, Precision("16"))
+        activation = "16" if scheme.input_activations is None else str(scheme.input_activations.num_bits)
+        size = group_size(columns // scale.shape[1], columns, planned)
+        precision = Precision(str(scheme.weights.num_bits), activation, size)
+        values = forward.fake_quantize(module.weight.detach(), scale, module.weight_zero_point, scheme.weights)
+        found[name] = Stored(
+            precision,
+            values,
+            (values.reshape(scale.numel(), -1) / scale.reshape(-1, 1)).round(),
+            None,  # kept in float until it is saved
+            None,
+            _rounded(weight, precision),
+            tolerance=1e-6 * float(weight.abs().max()),
+        )
+    return found
+
+
+def _rounded(weight: Tensor, precision: Precision) -> Tensor:
+    """S clip(round(w / s)) with s = 2 max|w| / (2^b - 1), codes -2^(b-1) .. 2^(b-1)-1."""
+    half = 1 << (precision.weight_bits - 1)
+    rows = weight.reshape(-1, precision.group_size or weight.shape[1])
+    scales = rows.abs().amax(1, keepdim=True) / (half - 0.5)
+    return ((rows / scales).round().clamp(-half, half - 1) * scales).reshape(weight.shape)

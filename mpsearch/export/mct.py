@@ -12,6 +12,7 @@ from mpsearch.export.tracing import traced
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 
+_QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -24,8 +25,8 @@ def mct(
 ) -> dict[str, int]:
     """Node -> weight bits, for `BitWidthConfig().set_manual_weights_bit_width(NodeNameFilter(node), bits, "weight")` (MCT 2.6).
 
-    Its default platform has weights of 2, 4 or 8 bits and inputs of 8. Nodes are those of the traced graph, after batch norms are folded:
-    `features.0` becomes `features_0`, or `features_0_bn` where a batch norm alone follows.
+    Its default platform has weights of 2, 4 or 8 bits and inputs of 8, and leaves no layer alone. Nodes are those of the traced
+    graph, after batch norms are folded: `features.0` becomes `features_0`, or `features_0_bn` where a batch norm alone follows.
 
     Args:
         plan: the plan.
@@ -34,7 +35,8 @@ def mct(
         path: also write it there, as JSON.
 
     Raises:
-        ExportError: for what cannot be expressed, without a model, or for a layer that the traced graph does not hold.
+        ExportError: for what cannot be expressed, without a model, for a layer that the traced graph does not hold, or one that
+            the plan leaves alone.
     """
     if model is None:
         raise ExportError("mct needs the model: it names the nodes of the traced graph")
@@ -48,6 +50,10 @@ def mct(
             followed = len(node.users) == 1 and users and isinstance(model.get_submodule(users[0].target), _NORMS)
             nodes.setdefault(node.target, f"{node.name}_bn" if followed else node.name)
     content = {}
+    for name, module in model.named_modules():
+        alone = name not in plan or not plan[name].quantizes_weight
+        if isinstance(module, _QUANTIZED) and name in nodes and alone:
+            raise ExportError(f"mct cannot leave {name!r} alone: where nothing is said, it takes 8 bits; plan w8a8")
     for name, precision in plan.items():
         if precision.quantizes_weight:
             if name not in nodes:

@@ -35,6 +35,7 @@ class Record:
     def __post_init__(self) -> None:
         self.allowed = ~np.isnan(self.problem.objective)
         self._rows = np.arange(len(self.problem.objective))
+        self._fits: dict[tuple[int, ...], bool] = {}
 
     def exact(self, costs: Floats) -> Options | None:
         """The plan within the limits with the least sum of costs (U, P); None where the solver finds none."""
@@ -43,7 +44,10 @@ class Record:
 
     def fits(self, options: Options) -> bool:
         """True where a plan is allowed and keeps the limits."""
-        return bool(self.allowed[self._rows, options].all()) and self.problem.feasible(options)
+        key = tuple(options.tolist())
+        if key not in self._fits:  # asked of every measured plan, again and again
+            self._fits[key] = bool(self.allowed[self._rows, options].all()) and self.problem.feasible(options)
+        return self._fits[key]
 
     def new(self, options: Options) -> bool:
         """True for a plan that nobody has measured."""

@@ -28,3 +28,15 @@ RESOURCES: dict[str, Callable[[Any], Callable[..., Any]]] = {
     "kv_cache_bytes": lambda quantizer: KVCacheBytes(quantizer=quantizer),
     "energy_j": lambda quantizer: Energy(quantizer=quantizer),
 }
+
+#: Name on the command line -> class, for columns of any name: `latency_s=roofline:device=t4`.
+KINDS: dict[str, type] = {
+    "memory-bytes": MemoryBytes,
+    "bitops": BitOps,
+    "measured-latency": MeasuredLatency,
+    "latency-table": LatencyTable,
+    "roofline": Roofline,
+    "activation-bytes": ActivationBytes,
+    "kv-cache-bytes": KVCacheBytes,
+    "energy": Energy,
+}

@@ -32,3 +32,9 @@ def models(monkeypatch, tmp_path):
 def sensitivity(models, monkeypatch):
     yield script("sensitivity", monkeypatch)
     del sys.modules["sensitivity"]
+
+
+@pytest.fixture
+def plans(sensitivity, monkeypatch):
+    yield script("plans", monkeypatch)
+    del sys.modules["plans"]

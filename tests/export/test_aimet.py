@@ -36,19 +36,21 @@ def test_aimet_encodings_give_the_weights_of_a_quantizer_that_does_not_clip(tmp_
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_loaded(tmp_path, torchvision_operators):
-    quantsim = pytest.importorskip("aimet_torch.quantsim")
+@pytest.mark.parametrize("quantizer", [RoundToNearest(), RoundToNearest(scale="max")])
+def test_carried_out(quantizer, torchvision_operators):
+    pytest.importorskip("aimet_torch.quantsim")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 10)).eval()
-    x, quantizer = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8), RoundToNearest(scale="max")
-    plan = mps.Plan({"0": mps.Precision("3"), "3": mps.Precision("6")})
-    export.aimet(plan, model, path=tmp_path / "encodings.json", quantizer=quantizer)
-    simulated = quantsim.QuantizationSimModel(model, x)
-    simulated.compute_encodings(lambda made, _=None: made(x), None)
-    simulated.load_encodings(str(tmp_path / "encodings.json"), strict=True, allow_overwrite=False)
-    for name, precision in plan.items():
-        weight = model.get_submodule(name).weight.detach()
-        found = simulated.model.get_submodule(name).param_quantizers["weight"]
-        assert found.bitwidth == precision.weight_bits
-        torch.testing.assert_close(found(weight).dequantize(), quantizer(weight, precision))
+        layers = [
+            nn.Conv2d(3, 8, 3),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3),
+            nn.Flatten(),
+            nn.Linear(128, 32),
+            nn.Linear(32, 10),
+        ]
+        model = nn.Sequential(*layers).eval()
+    example = torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)
+    plan = mps.Plan({"0": mps.Precision("3"), "2": mps.Precision("16"), "4": mps.Precision("6")})
+    found = export.verify(plan, model, "aimet", example=example, quantizer=quantizer)
+    assert {check.name: str(check.precision) for check in found.layers} == {"0": "w3", "4": "w6"}

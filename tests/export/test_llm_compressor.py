@@ -32,15 +32,10 @@ def test_llm_compressor_groups_are_those_of_compressed_tensors(llama, plan_of, t
 
 @pytest.mark.filterwarnings("ignore")
 def test_carried_out(transformers_llama, plan_of, tmp_path, monkeypatch):
-    tool = pytest.importorskip("llmcompressor")
+    pytest.importorskip("llmcompressor")
     monkeypatch.chdir(tmp_path)  # it keeps a log in the current folder
-    plan = plan_of(transformers_llama, o_proj="w3g32", down_proj="w8a8", gate_proj="w4", up_proj="w4", lm_head="w16")
-    export.llm_compressor(plan, transformers_llama, path=tmp_path / "recipe.yaml")
-    tool.oneshot(model=transformers_llama, recipe=str(tmp_path / "recipe.yaml"))
-    for name, module in linear(transformers_llama).items():
-        scheme = getattr(module, "quantization_scheme", None)
-        assert (scheme is not None) == (name in plan and plan[name].quantizes_weight)
-        if scheme is not None:
-            assert scheme.weights.num_bits == plan[name].weight_bits
-            assert scheme.weights.group_size == plan[name].group_size
-            assert (scheme.input_activations is not None) == plan[name].quantizes_activation
+    plan = plan_of(transformers_llama, o_proj="w3g32", down_proj="w8a8", gate_proj="w4", up_proj="w2g64", lm_head="w16")
+    with pytest.raises(mps.ExportError, match="GPTQModifier needs data"):
+        export.verify(plan, transformers_llama, "llm-compressor", modifier="GPTQModifier")
+    found = export.verify(plan, transformers_llama, "llm-compressor")
+    assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if n != "lm_head"}

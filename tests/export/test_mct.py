@@ -17,6 +17,9 @@ def test_mct_names_the_nodes_after_folding(tmp_path):
     plan = mps.Plan({name: mps.Precision(bits, "8") for name, bits in names.items()})
     found = export.mct(plan, model, path=tmp_path / "mct.json")
     assert found == json.loads((tmp_path / "mct.json").read_text()) == {"_0_0_bn": 2, "_0_2": 8, "_2": 4}
+    for rest in ({}, {"2": mps.Precision("16")}):
+        with pytest.raises(mps.ExportError, match="mct cannot leave '2' alone: where nothing is said, it takes 8 bits"):
+            export.mct(mps.Plan({"0.0": plan["0.0"], "0.2": plan["0.2"], **rest}), model)
     with pytest.raises(mps.ExportError, match="takes weights of 2, 4, 8"):
         export.mct(mps.Plan({"2": mps.Precision("3", "8")}), model)
 

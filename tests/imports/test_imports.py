@@ -159,3 +159,66 @@ def test_mistakes(tmp_path):
         import_plan(write(tmp_path / "x.json", []), "gptqmodel")
     with pytest.raises(OSError, match="No such file"):
         import_plan(tmp_path / "none.json", "gptqmodel")
+
+
+def test_names_that_match_nothing_are_refused(tmp_path):
+    path = write(tmp_path / "c.json", {"config_groups": {"a": scheme(8, ["first", "secnd"])}, "ignore": ["elsewhere"]})
+    with pytest.raises(
+        mps.PlanError, match="the target 'secnd' matches no linear layer of the model; did you mean 'second'"
+    ):
+        import_plan(path, "compressed-tensors", Net())
+    path = write(tmp_path / "g.json", {"bits": 4, "dynamic": {"+:^secnd$": {"bits": 8}}})
+    with pytest.raises(
+        mps.PlanError, match=r"'\+:\^secnd\$' matches no linear layer of the model, which GPTQModel ignores"
+    ):
+        import_plan(path, "gptqmodel", Net())
+    path = write(tmp_path / "m.json", export.modelopt(mps.Plan({"secnd": mps.Precision("4")})))
+    with pytest.raises(mps.PlanError, match="'secnd' is no module of the model; did you mean 'second'"):
+        import_plan(path, "modelopt", Net())
+    path = write(tmp_path / "g.json", {"bits": 4, "dynamic": {}})
+    with pytest.raises(mps.PlanError, match=r"g.json: no layer is decided on"):
+        import_plan(path, "gptqmodel")
+
+
+def test_gptqmodel_folder(tmp_path):
+    export.gptqmodel(PLAN, Net(), path=tmp_path / "quantize_config.json")
+    assert dict(import_plan(tmp_path, "gptqmodel")) == PLAN.layers
+
+
+def openvino(path, **weights):
+    """A file as OpenVINO writes it: constants with names, types and shapes, and nodes that take them."""
+    rows = [
+        f'<layer id="{i}" name="self.{name}.weight{end}" type="Const"><data element_type="{kind}" shape="{shape}"/></layer>'
+        for i, (name, (kind, shape, end)) in enumerate(weights.items())
+    ]
+    rows.append(
+        '<layer id="9" name="__module.first/aten::linear/MatMul" type="MatMul"><data transpose_b="true"/></layer>'
+    )
+    path.write_text(f'<?xml version="1.0"?><net name="m"><layers>{"".join(rows)}</layers></net>')
+    return path
+
+
+def test_nncf_element_types(tmp_path):
+    weights = {
+        "first": ("u3", "64, 2, 32", ""),
+        "second": ("i8", "64, 64", ""),
+        "lm_head": ("f16", "64, 64", "_compressed"),
+    }
+    path = openvino(tmp_path / "m.xml", **weights)
+    assert dict(import_plan(path, "nncf", Net())) == PLAN.layers
+    assert dict(import_plan(path, "nncf")) == {name: PLAN[name] for name in ("first", "second")}
+    path = openvino(tmp_path / "m.xml", first=("nf4", "64, 1, 64", ""), second=("u4", "64, 64", "_compressed"))
+    assert [str(p) for p in import_plan(path, "nncf").values()] == ["wnf4g64", "w4"]
+    for weights, words in (
+        ({"frist": ("i4", "64, 64", "")}, "'frist' is no quantizable layer of the model; did you mean 'first'"),
+        ({"first": ("f8e4m3", "64, 64", "")}, "'first' has the type f8e4m3, expected one of u2"),
+        ({"first": ("i4", "64, x", "")}, "not as nncf writes it"),
+    ):
+        with pytest.raises(mps.PlanError, match=words):
+            import_plan(openvino(tmp_path / "m.xml", **weights), "nncf", Net())
+    (tmp_path / "m.xml").write_text("<net/>")
+    with pytest.raises(mps.PlanError, match="no 'layers' of an OpenVINO model"):
+        import_plan(tmp_path / "m.xml", "nncf")
+    (tmp_path / "m.xml").write_text("{}")
+    with pytest.raises(mps.PlanError, match="not XML"):
+        import_plan(tmp_path / "m.xml", "nncf")

@@ -106,6 +106,9 @@ def test_other_files(search, tmp_path):
     (tmp_path / "x.pth").write_text("no pickle")
     with pytest.raises(mps.TableError, match="no search state of ModelOpt"):
         import_table(tmp_path / "x.pth", "modelopt")
+    (tmp_path / "x.pth").write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(mps.TableError, match="no search state of ModelOpt"):
+        import_table(tmp_path / "x.pth", "modelopt")
     torch.save({"method": "gradient"}, tmp_path / "x.pth")
     with pytest.raises(mps.TableError, match="are missing"):
         import_table(tmp_path / "x.pth", "modelopt")

@@ -96,7 +96,12 @@ def proposers(record):
     shifts = generator.normal(size=(U, P, 6, 4)) * np.array([4, 2, 1])[:, None, None]
     logits = generator.normal(size=(6, 4))
     surrogate = Surrogate(logits - np.log(np.exp(logits).sum(-1, keepdims=True)), shifts)
-    return {"thompson": Thompson(), "moves": Moves(), "crossing": Crossing(mutation=U), "additive": AdditiveOutput(surrogate)}
+    return {
+        "thompson": Thompson(),
+        "moves": Moves(),
+        "crossing": Crossing(mutation=U),
+        "additive": AdditiveOutput(surrogate),
+    }
 
 
 @pytest.mark.parametrize("name", ["thompson", "moves", "crossing", "additive"])
