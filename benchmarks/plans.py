@@ -504,7 +504,7 @@ def summary(rows: pd.DataFrame) -> str:
         counts = [str(int(mine["over_budget"].sum())), str(len(mine))]
         lines.append((str(name), ratios[0], [str(name), str(method), *(f"{v:.3g}" for v in numbers), *counts]))
     header = ["network", "method", "KL/reference", "KL/uniform", "passes", "CPU seconds", "accuracy"]
-    return report.table([*header, "over budget", "plans"], [cells for *_, cells in sorted(lines)])
+    return report.table([*header, "over budget", "plans"], [cells for *_, cells in sorted(lines)], width=None)
 
 
 def markdown(rows: pd.DataFrame) -> str:

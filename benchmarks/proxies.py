@@ -181,7 +181,7 @@ def summary(found: pd.DataFrame) -> str:
         lines.append((means[0], [label, *(f"{value:.3g}" for value in (*means, *ratios, *ranks_at))]))
     header = ["signal", "KL/uniform", "Spearman", "at equal size"]
     header += [f"KL/uniform {name}" for name in MODELS] + [f"equal size {name}" for name in MODELS]
-    return report.table(header, [cells for _, cells in sorted(lines)])
+    return report.table(header, [cells for _, cells in sorted(lines)], width=None)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

@@ -339,7 +339,7 @@ def main() -> int:
         ]
         for r in rows
     ]  # fmt: skip
-    print(report.table(["table", "solver", "seconds", "status", "gap", "regret", "times Exact"], shown))
+    print(report.table(["table", "solver", "seconds", "status", "gap", "regret", "times Exact"], shown, width=None))
     return 0
 
 
