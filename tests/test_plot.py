@@ -11,7 +11,7 @@ import mpsearch as mps
 from mpsearch import plot
 from mpsearch.blocks import blocks
 from mpsearch.measured_plans import MeasuredPlans
-from mpsearch.plot.figure import COLOURS, styles
+from mpsearch.plot.figure import COLOURS, empty, styles
 from mpsearch.plot.pareto import certified
 from mpsearch.search_result import measured_front
 from mpsearch.solvers import Greedy
@@ -505,3 +505,8 @@ def test_nothing_is_clipped(count):
         assert drawn.y0 >= 0
         assert drawn.x1 <= figure.get_figwidth()
         assert drawn.y1 <= figure.get_figheight()
+
+
+def test_a_notebook_shows_a_picture_by_itself():
+    figure = empty(2.0, 1.0)
+    assert figure._repr_png_().startswith(b"\x89PNG")

@@ -42,9 +42,18 @@ _DAMAGE = {"nats": "KL to the unquantized model [nats]", "relative": "[relative]
 _NEAR_ZERO = 1e-6
 
 
+class Picture(Figure):
+    """A figure that a notebook shows by itself, without `%matplotlib inline` too."""
+
+    def _repr_png_(self) -> bytes:
+        data = io.BytesIO()
+        self.savefig(data, format="png", dpi=100)
+        return data.getvalue()
+
+
 def empty(width: float = 8.0, height: float = 5.0) -> Figure:
     """A figure of `width` x `height` inches, of no display and no global state."""
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Picture(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
