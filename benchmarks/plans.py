@@ -6,8 +6,8 @@ Every method gets a network, a small calibration set (a different one a seed) an
 2, 3, 4, 6 or 8 bits a layer. One judge measures them all: round to nearest with MSE scales per channel, on held-out data.
 The scale is a reference plan for each network and budget: the one with the least damage on a selection split among the
 plans of all methods and some hundreds found by a long search; its held-out damage is what others are divided by, so a ratio
-below 1 can occur. Other tools run in environments of their own: `benchmarks/peers/<name>/build.sh` makes them; those not
-built are left out. Writes benchmarks/results/plans.csv, plans_table.md and a plot for each network; rows of other networks, methods and
+below 1 can occur. Other tools run in environments of their own: `benchmarks/peers/build.sh` makes them; those not built
+are left out. Writes benchmarks/results/plans.csv, plans_table.md and a plot for each network; rows of other networks, methods and
 seeds are kept.
 """
 

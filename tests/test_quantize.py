@@ -5,9 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import mpsearch as mps
 from mpsearch import Precision
@@ -301,34 +298,15 @@ def test_inputs_in_any_format_are_as_near_as_weights(name):
     assert float((found - x).abs().max()) > 0
 
 
-class Live(TorchDispatchMode):
-    """The most bytes that storages made inside hold at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_iter(result):
-            storage = x.untyped_storage() if isinstance(x, torch.Tensor) else None
-            if storage is not None and storage._cdata not in given:
-                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "text", ["w4", "w4g128", "wfp8_e4m3", "wnf4", "wmxfp4", "wnvfp4", "wbfp6", "wq4_0", "wq6_k", "wbf16"]
 )
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"granularity": "tensor"}])
-def test_memory_beside_the_weight(dtype, text, options):
+def test_memory_beside_the_weight(live_memory, dtype, text, options):
     """The result and all that is held on the way: at most twice the layer."""
     w = weight(shape=(1024, 2048), dtype=dtype)
-    with Live() as live:
+    with live_memory as live:
         RoundToNearest(scale="max", **options)(w, Precision.parse(text))
     assert w.nbytes <= live.peak <= 2 * w.nbytes
 

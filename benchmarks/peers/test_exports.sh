@@ -8,9 +8,8 @@ cd "$here/../.."
 for tool in ${*:-gptqmodel autoround modelopt nncf quanto bitsandbytes executorch aimet mct llmcompressor}; do
     venv=benchmarks/cache/peers/$tool
     if [ ! -e "$venv/tests-ready" ]; then
-        [ -e "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-        "$venv/bin/python" -m pip install --quiet torch==2.13.0
-        "$venv/bin/python" -m pip install --quiet --requirement "$here/$tool/requirements.txt" pytest numpy setuptools
+        [ -e "$venv/bin/python" ] || "$here/build.sh" "$tool"
+        "$venv/bin/python" -m pip install --quiet pytest numpy setuptools
         if [ -e "$here/$tool/no-deps.txt" ]; then
             "$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --requirement "$here/$tool/no-deps.txt"
         fi

@@ -12,7 +12,7 @@ from torch import nn
 from mpsearch.errors import TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, example_for
 from mpsearch.table import Peak
 
 #: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`; one that has a
@@ -42,7 +42,7 @@ def measure_resources(
     shape = (len(layers), len(precisions))
     for name, function in functions.items():
         try:
-            keywords = {"example": example} if "example" in inspect.signature(function).parameters else {}
+            keywords = example_for(function, example)
             inspect.signature(function).bind(model, layers, precisions, **keywords)
         except TypeError as error:
             raise TableError(f"resource {name}: {error}; expected a function of (model, layers, precisions)") from None

@@ -1,6 +1,9 @@
 """What a resource function returns."""
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,3 +29,15 @@ class Resource:
     def is_peak(self) -> bool:
         """True for a maximum over steps."""
         return self.usage.ndim == 3
+
+
+def example_for(function: Callable[..., Any], example: Any) -> dict[str, Any]:
+    """The first batch as a keyword, for a resource function that has a parameter `example`.
+
+    Raises:
+        TypeError: for what cannot be called, ValueError for what does not tell its parameters.
+
+    >>> example_for(lambda model, layers, precisions, example: None, [1]), example_for(lambda model: None, [1])
+    ({'example': [1]}, {})
+    """
+    return {"example": example} if "example" in inspect.signature(function).parameters else {}

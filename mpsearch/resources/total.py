@@ -1,6 +1,5 @@
 """Several resources under one limit."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,7 @@ from mpsearch.errors import TableError
 from mpsearch.layer import Layer
 from mpsearch.model import Batch
 from mpsearch.precision import Precision
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, example_for
 
 
 @dataclass(frozen=True)
@@ -46,8 +45,7 @@ class Total:
         """
         found = []
         for part in self.parts:
-            wants_example = "example" in inspect.signature(part).parameters
-            one = part(model, layers, precisions, **({"example": example} if wants_example else {}))
+            one = part(model, layers, precisions, **example_for(part, example))
             if not isinstance(one, Resource) or one.is_peak:
                 raise TableError(f"{part!r} is no sum over the layers, so it cannot be added up")
             found.append(one)

@@ -5,34 +5,10 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
 import mpsearch as mps
 from mpsearch.problem import usage_of
 from mpsearch.resources import ActivationBytes
-
-
-class Live(TorchDispatchMode):
-    """The most bytes that storages made inside hold at one time."""
-
-    def __init__(self):
-        super().__init__()
-        self.storages, self.peak = {}, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for x in tree_iter(result):
-            if isinstance(x, torch.Tensor) and x.untyped_storage()._cdata not in given:
-                self.storages[x.untyped_storage()._cdata] = (
-                    StorageWeakRef(x.untyped_storage()),
-                    x.untyped_storage().nbytes(),
-                )
-        self.storages = {key: kept for key, kept in self.storages.items() if not kept[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
 
 
 class Residual(nn.Module):
@@ -73,10 +49,10 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("model", "x"), MODELS)
-def test_the_unquantized_peak_is_that_of_live_memory(model, x):
+def test_the_unquantized_peak_is_that_of_live_memory(live_memory, model, x):
     model.eval()
     found = ActivationBytes()(model, mps.layers(model, x), mps.precisions("w4"), example=x)
-    with torch.no_grad(), Live() as live:
+    with torch.no_grad(), live_memory as live:
         model(x[:1])
     held = x[:1].numel() * x.element_size()
     assert found.reference == live.peak + held  # one sample, its input held all along
