@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import cho_solve, solve_triangular
 
 Floats = NDArray[np.float64]
 Options = NDArray[np.int64]
@@ -15,9 +16,9 @@ class Posterior:
 
     A table is the prior mean m[u, p]; cells of one unit err together: their covariance is m[u, p] m[u, q] (row^2 + [p = q] cell^2).
     Each measured plan is one equation with a misfit of a stated share of its damage (errors of layers add
-    and cancel). Samples are drawn by Matheron's rule, a draw of the prior corrected by what was measured, so nothing
-    larger than plans x plans is ever solved. Optimal plans of samples are Thompson's proposals (Biometrika 25 (1933)
-    285-294; for linear models: Agrawal and Goyal, ICML 2013).
+    and cancel). Samples are drawn by Matheron's rule, a draw of the prior corrected by what was measured, so nothing larger than
+    plans x plans is ever solved, by a Cholesky factor that grows by a row a plan. Optimal plans of samples are Thompson's proposals
+    (Biometrika 25 (1933) 285-294; for linear models: Agrawal and Goyal, ICML 2013).
 
     Attributes:
         mean: (U, P) prior; nan = not allowed.
@@ -42,24 +43,29 @@ class Posterior:
 
     def __post_init__(self) -> None:
         self._rows = np.arange(len(self.mean))
-        self._gram = np.zeros((0, 0))
+        self._chosen = np.zeros((0, len(self.mean)), np.int64)
+        self._factor = np.zeros((0, 0))  # Cholesky, of the covariance of what was measured
+        self._expected: Floats | None = None
 
     def add(self, options: Options, damage: float) -> None:
         """A plan (U,) was measured; one that does no damage, as was known, teaches nothing."""
         noise = self.misfit * max(damage, self.predict(options))
         if noise == 0:
             return
-        column = self._overlap(options)
         size = len(self.plans)
-        grown = np.empty((size + 1, size + 1))
-        grown[:size, :size] = self._gram
+        below = solve_triangular(self._factor, self._overlap(options), lower=True, check_finite=False)
         own = self._values(options)
-        grown[size, :size] = grown[:size, size] = column
-        grown[size, size] = (self.row**2 + self.cell**2) * float(own @ own)
-        self._gram = grown
+        variance = (self.row**2 + self.cell**2) * float(own @ own) + noise**2
+        grown = np.zeros((size + 1, size + 1))
+        grown[:size, :size] = self._factor
+        grown[size, :size] = below
+        grown[size, size] = max(variance - float(below @ below), noise**2) ** 0.5
+        self._factor = grown
+        self._chosen = np.vstack([self._chosen, options])
         self.plans.append(np.asarray(options))
         self.damage.append(damage)
         self.noise.append(noise)
+        self._expected = None
 
     def predict(self, options: Options) -> float:
         """Expected damage of a plan."""
@@ -67,7 +73,9 @@ class Posterior:
 
     def expected(self) -> Floats:
         """(U, P) posterior mean, at least 0."""
-        return self._corrected(self.mean, np.zeros(len(self.plans)))
+        if self._expected is None:
+            self._expected = self._corrected(self.mean, np.zeros(len(self.plans)))
+        return self._expected
 
     def sample(self, generator: np.random.Generator, spread: float = 1.0) -> Floats:
         """(U, P) a draw of the posterior, at least 0.
@@ -87,14 +95,14 @@ class Posterior:
         """A draw of the prior, moved so that it agrees with what was measured."""
         if not self.plans:
             return np.maximum(prior, 0.0)
-        chosen = np.array(self.plans)
-        residual = np.array(self.damage) - prior[self._rows, chosen].sum(1) - misfit
-        weights = np.linalg.solve(self._gram + np.diag(np.square(self.noise)), residual)
-        shift = np.zeros_like(prior)
-        values = self.mean[self._rows, chosen] * weights[:, None]  # (N, U)
-        np.add.at(shift, (np.broadcast_to(self._rows, chosen.shape), chosen), self.cell**2 * values)
-        shift += self.row**2 * values.sum(0)[:, None]
-        return np.maximum(prior + self.mean * shift, 0.0)
+        residual = np.array(self.damage) - prior[self._rows, self._chosen].sum(1) - misfit
+        weights = cho_solve((self._factor, True), residual, check_finite=False)
+        values = self.mean[self._rows, self._chosen] * weights[:, None]  # (N, U)
+        cells = self._rows * self.mean.shape[1] + self._chosen
+        sums = np.bincount(cells.ravel(), values.ravel(), self.mean.size).reshape(self.mean.shape)
+        shift = self.cell**2 * sums + self.row**2 * values.sum(0)[:, None]
+        found: Floats = np.maximum(prior + self.mean * shift, 0.0)
+        return found
 
     def _values(self, options: Options) -> Floats:
         found: Floats = self.mean[self._rows, options]
@@ -102,9 +110,6 @@ class Posterior:
 
     def _overlap(self, options: Options) -> Floats:
         """(N,) prior covariance of a plan's damage with that of each measured plan."""
-        if not self.plans:
-            return np.zeros(0)
-        chosen = np.array(self.plans)
-        same = self.row**2 + self.cell**2 * (chosen == options)
-        found: Floats = (self.mean[self._rows, chosen] * same) @ self._values(options)
+        same = self.row**2 + self.cell**2 * (self._chosen == options)
+        found: Floats = (self.mean[self._rows, self._chosen] * same) @ self._values(options)
         return found
