@@ -51,6 +51,21 @@ class Passes:
         self.backward += backward / batches
 
 
+@dataclass(eq=False)
+class Kept:
+    """Quantized weights by their parameter and precision, the first ones up to `KEPT_BYTES`."""
+
+    values: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
+    held_bytes: int = 0
+
+    def put(self, key: tuple[int, Precision], value: Tensor) -> None:
+        """Keep a tensor while there is room."""
+        size_bytes = value.numel() * value.element_size()
+        if self.held_bytes + size_bytes <= KEPT_BYTES:
+            self.values[key] = value
+            self.held_bytes += size_bytes
+
+
 @dataclass(frozen=True, eq=False)
 class Setting:
     """Everything that an estimator may use. The door has checked it, and restores the model afterwards.
@@ -79,7 +94,7 @@ class Setting:
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
     checkpoint: Checkpoint | NoCheckpoint = field(default_factory=NoCheckpoint)
-    kept: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
@@ -106,16 +121,14 @@ class Setting:
     def quantized(self, layer: Layer, precision: Precision) -> Tensor:
         """Q(W) of a layer, laid out as the weight.
 
-        The last ones are kept, up to `KEPT_BYTES`, for estimators that come back to a layer with every batch.
+        The first ones are kept, for estimators that come back to a layer with every batch.
         """
         key = (id(weight_of(self.module(layer))), precision)
-        if key not in self.kept:
+        value = self.kept.values.get(key)
+        if value is None:
             value = quantized_weight(self.module(layer), layer.name, precision, self.quantizer)
-            held = sum(kept.numel() * kept.element_size() for kept in self.kept.values())
-            if held + value.numel() * value.element_size() > KEPT_BYTES:
-                return value
-            self.kept[key] = value
-        return self.kept[key]
+            self.kept.put(key, value)
+        return value
 
     def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
         """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""

@@ -35,7 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     )
 
 
-def amount(resource: str, value: float) -> str:
+def amount(resource: str, value: float, digits: int = 3) -> str:
     """A quantity with its unit, by the ending of its name.
 
     >>> amount("memory_bytes", 1234567), amount("latency_s", 0.0123), amount("bitops", 4.2e9), amount("average_bits", 4)
@@ -44,14 +44,24 @@ def amount(resource: str, value: float) -> str:
     if not math.isfinite(value):
         return "-"
     if resource.endswith("_bytes"):
-        return _scaled(value, [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")])
+        return _scaled(value, [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")], digits)
     if resource.endswith("_s"):
-        return _scaled(value, [(1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")])
+        return _scaled(value, [(1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")], digits)
     if resource.endswith("_j"):
-        return _scaled(value, [(1, "J"), (1e-3, "mJ"), (1e-6, "uJ"), (1e-9, "nJ")])
+        return _scaled(value, [(1, "J"), (1e-3, "mJ"), (1e-6, "uJ"), (1e-9, "nJ")], digits)
     if resource.endswith("_bits"):
         return f"{value:.2f}"
-    return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")])
+    return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")], digits)
+
+
+def tick(resource: str, value: float) -> str:
+    """An amount on an axis: as many digits as tell it from its neighbour, without zeros that say nothing.
+
+    >>> tick("memory_bytes", 1.5e6), tick("memory_bytes", 162_500), tick("bitops", 2e9)
+    ('1.5 MB', '162.5 kB', '2 G')
+    """
+    number, _, unit = amount(resource, value, digits=6).partition(" ")
+    return f"{float(number):g} {unit}".rstrip()
 
 
 def label(resource: str) -> str:
@@ -76,12 +86,12 @@ def passes(forward: float, backward: float) -> str:
     return f"{forward:.4g} forward and {backward:.4g} backward passes"
 
 
-def _scaled(value: float, units: Sequence[tuple[float, str]]) -> str:
+def _scaled(value: float, units: Sequence[tuple[float, str]], digits: int) -> str:
     for size, unit in units:
         if abs(value) >= size:
-            number = f"{value / size:.3g}" if value / size >= 100 else f"{value / size:#.3g}"
+            number = f"{value / size:.{digits}g}" if value / size >= 100 else f"{value / size:#.{digits}g}"
             return f"{number} {unit}".rstrip()
-    return f"{value / units[-1][0]:.3g} {units[-1][1]}".rstrip()
+    return f"{value / units[-1][0]:.{digits}g} {units[-1][1]}".rstrip()
 
 
 def damage(value: float | None, se: float | None = None) -> str:

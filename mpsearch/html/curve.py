@@ -195,7 +195,7 @@ def _damage_axis(damage: Sequence[float], log: bool) -> dict[str, Any]:
 def _axis(name: str, low: float, high: float, resource: str = "") -> dict[str, Any]:
     """Range, and round ticks with their labels."""
     ticks = [float(tick) for tick in MaxNLocator(7).tick_values(low, high) if low <= tick <= high]
-    labels = [report.amount(resource, tick) if resource else f"{tick:.4g}" for tick in ticks]
+    labels = [report.tick(resource, tick) if resource else f"{tick:.4g}" for tick in ticks]
     return {name: (low, high), f"{name}Ticks": list(map(list, zip(ticks, labels, strict=True)))}
 
 

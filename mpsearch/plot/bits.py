@@ -8,12 +8,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from mpsearch import report
 from mpsearch.blocks import Block, blocks
 from mpsearch.errors import PlanError, nearest
 from mpsearch.layer import Layer
 from mpsearch.plan import Plan
 from mpsearch.plot.depth import label_height, layer_axis, width
-from mpsearch.plot.figure import BLACK, GREY, empty, kinds, legend, short_amount, styles, tidy
+from mpsearch.plot.figure import BLACK, GREY, empty, kinds, legend, styles, tidy
 from mpsearch.table import Array
 
 
@@ -54,7 +55,7 @@ def plan_figure(plan: Plan, layers: Sequence[Layer] = (), *, title: str = "") ->
         axes.bar([block.middle for block in found], of_block, width=widths, color=GREY)
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short_amount("", value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: report.tick("", value)))
         tidy(axes)
     for axes in panels:
         axes.grid(False, axis="x")

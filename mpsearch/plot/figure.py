@@ -110,17 +110,7 @@ def resource_axis(axis: Axis, resource: str, what: str = "") -> None:
     name = _LABELS.get(resource, report.label(resource))
     axis.set_label_text(f"{name}, {what}" if what else name)
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: short_amount(resource, value) if value >= 0 else ""))
-
-
-def short_amount(resource: str, value: float) -> str:
-    """An amount for a tick: without zeros that say nothing.
-
-    >>> short_amount("memory_bytes", 1.5e6), short_amount("bitops", 2e9)
-    ('1.5 MB', '2 G')
-    """
-    number, _, unit = report.amount(resource, value).partition(" ")
-    return f"{float(number):g} {unit}".rstrip()
+    axis.set_major_formatter(FuncFormatter(lambda value, _: report.tick(resource, value) if value >= 0 else ""))
 
 
 def damage_axis(axis: Axis, values: Any, unit: str, what: str = "damage") -> None:
