@@ -1,4 +1,9 @@
-"""mpsearch: mixed-precision bit allocation for PyTorch, with the proof of how good the answer is."""
+"""mpsearch: mixed-precision bit allocation for PyTorch, with the proof of how good the answer is.
+
+`search` does all of it, from a model, data and a budget to a measured plan. Step by step: `layers` finds what can be decided, `profile`
+fills a `CostTable` with an estimator of `mpsearch.sensitivity`, `solve` and `pareto` choose from it with a solver of `mpsearch.solvers`,
+`evaluate` measures the `Plan`, `mpsearch.export` writes it for another quantizer.
+"""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from mpsearch.errors import EstimatorError, PlanError, nearest
 from mpsearch.estimator import Loss
 from mpsearch.evaluation import Evaluation
-from mpsearch.measure import Mean, kl_divergence, log_softmax
+from mpsearch.measure import Mean, cross_entropy, kl_divergence
 from mpsearch.model import Batch, call, collect, predictions, preserved, samples, state_fingerprint
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
@@ -102,13 +102,13 @@ class Tally:
         if not torch.isfinite(logits).all():
             what = "unquantized" if reference is None else "quantized"
             raise EstimatorError(f"the output of the {what} model is not finite in batch {number}")
-        divergence = kl_divergence(logits if reference is None else reference, logits)
-        self._kl.add(divergence, index, count)
+        if logits.shape[-1] > 1:  # of one number a prediction there is none
+            self._kl.add(kl_divergence(logits if reference is None else reference, logits), index, count)
         self._labels &= labels is not None
         if labels is not None:
             self._hits.add((logits.argmax(-1) == labels).double(), index, count)
             if self._loss_function is None:
-                self._loss.add(-log_softmax(logits).gather(-1, labels[:, None])[:, 0], index, count)
+                self._loss.add(cross_entropy(logits, labels), index, count)
         every = torch.arange(count)
         if self._loss_function is not None:
             value = float(self._loss_function(model, batch))

@@ -15,7 +15,7 @@ from mpsearch.experts import place_of, routers
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, preserved, samples
-from mpsearch.modules import canonical, kind_of
+from mpsearch.modules import canonical, holds_weight, kind_of, weight_of
 
 
 def layers(
@@ -57,6 +57,9 @@ def layers(
             puts into its cache (`...self_attn.k_cache`, `...self_attn.v_cache`), and modules `mpsearch.KVCache` of the model's own. Their
             MACs are those of the products that read them.
 
+    Returns:
+        The decisions, with shapes, multiply-accumulates of one sample, and groups.
+
     Raises:
         TableError: for a model without quantizable layers, a name or pattern that matches nothing, half of a group
             excluded, or `kv_cache` of a model that fills none.
@@ -73,15 +76,21 @@ def layers(
     own = {n for n, m in model.named_modules() if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
     with preserved(model):
         every = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
-        found = {name: module for name, module in every.items() if kind_of(module) != "kv_cache"}
-        caches = {name: module for name, module in every.items() if name not in found} if kv_cache else {}
+        found = {name: module for name, module in every.items() if holds_weight(module) and weight_of(module).numel()}
+        caches = {name: module for name, module in every.items() if not holds_weight(module)} if kv_cache else {}
+        if "" in every:
+            raise TableError(
+                f"the model itself is a {type(model).__name__}: put it into nn.Sequential, so that the layer has a name"
+            )
         if not found:
             raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
         excluded = {name for pattern in exclude for name in fusion.matching(pattern, [*found, *caches], "exclude")}
         if not decide_routers:
             excluded.update(routers(model, found))
         if target is not None:
-            hidden = sorted(set(found) - own - excluded)  # caches are refused by the options of the target
+            stacked = TARGETS[target].stacked
+            # caches are refused by the options of the target
+            hidden = sorted(n for n in set(found) - own - excluded if not (stacked and place_of(n)))
             excluded.update(hidden)
             if hidden:
                 warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", stacklevel=2)
@@ -123,8 +132,11 @@ def layers(
             module = every[name]
             kind = kind_of(module)
             assert kind is not None
-            shape = () if name in kept_caches else tuple(canonical(module).shape)
-            dtype = kept_caches[name] if name in kept_caches else canonical(module).dtype
+            weight = canonical(module).data
+            if type(weight) is not Tensor:
+                raise TableError(f"the weight of {name!r} is a {type(weight).__name__}, quantized already? exclude it")
+            shape = () if name in kept_caches else tuple(weight.shape)
+            dtype = kept_caches.get(name, weight.dtype)
             made.append(
                 Layer(name, kind, shape, macs[name], titles[name], str(dtype).removeprefix("torch."), target or "")
             )

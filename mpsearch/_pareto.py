@@ -44,6 +44,9 @@ def pareto(
         epsilon: relative error of `epsilon`.
         points: limits of a sweep, evenly spaced between the least and the most that plans use.
 
+    Returns:
+        The front, sorted by the resource: `front[i]` is a `Solution`, `front.at(limit)` the best one within a limit.
+
     Raises:
         BudgetError: for a resource that the table does not have.
         InfeasibleError: where no plan meets `budget`.

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import time
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -128,7 +129,6 @@ def profile(
     options = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
     with preserved(model):
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
         check_layers(model, decisions)
@@ -178,12 +178,9 @@ def profile(
                     tables[place] = _table(
                         estimators[place], estimate, units, decisions, options, usage, origin, refused, unseen
                     )
+                    _tell_of_no_effect(setting, estimate, unseen)
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
-    for name, module in model.named_modules():
-        if set(vars(module)) != attributes[name]:
-            extra = sorted(set(vars(module)) ^ attributes[name])
-            raise EstimatorError(f"{estimators!r} changed the attributes {', '.join(extra)} of module {name!r}")
     return [tables[place] for place in range(len(estimators))] if several else tables[0]
 
 
@@ -353,11 +350,35 @@ def _probe_determinism(model: nn.Module, batch: Batch) -> None:
         first, second = call(model, batch), call(model, batch)
     if not torch.isfinite(first).all():
         raise EstimatorError("the output of the unquantized model on the first batch is not finite")
+    if first.shape != second.shape:
+        raise EstimatorError(
+            f"two passes over the same batch return {tuple(first.shape)} and {tuple(second.shape)}: the model is random in evaluation mode"
+        )
     if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
         change = float((first - second).abs().max())
         raise EstimatorError(
             f"two passes over the same batch differ by up to {change:.3g}: the model is random in evaluation mode "
             "(functional dropout without training=self.training?)"
+        )
+
+
+def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -> None:
+    """Warn of layers that a rise of the loss calls free at every precision, though their weights change."""
+    if estimate.unit != "nats":
+        return
+    free = [
+        layer.name
+        for unit, scores in zip(setting.units, estimate.sensitivity, strict=True)
+        if not scores.any()
+        for layer in setting.parameters(unit).values()
+        if layer.name not in unseen and any(setting.perturbation(layer, option).any() for option in setting.precisions)
+    ]
+    if free:
+        shown = ", ".join(free[:5]) + (f", ... ({len(free)} in all)" if len(free) > 5 else "")
+        warnings.warn(
+            f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
+            "if the model cuts their gradients off",
+            stacklevel=3,
         )
 
 

@@ -1,13 +1,15 @@
 """The door from a model, data and a budget to the best plan that can be found, measured."""
 
+import contextlib
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,7 +33,17 @@ from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
-from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint, targets_of
+from mpsearch.model import (
+    Batch,
+    call,
+    collect,
+    data_fingerprint,
+    logits_of,
+    preserved,
+    samples,
+    state_fingerprint,
+    targets_of,
+)
 from mpsearch.perturb import Quantizer, input_ranges
 from mpsearch.plan_meter import Damage, Metric, Spending
 from mpsearch.precision import Precision
@@ -80,21 +92,23 @@ def search(
 ) -> SearchResult:
     """Find the best plan within a budget, measured on data that the search never saw, and compare it with uniform precision.
 
-    Tables propose, measurement decides. The data is split in three. On the first part, cells are scored: one sweep of gradients, and,
-    as the effort allows, one perturbation at a time. The optima of these tables, uniform precisions and plans of the additive-output
-    surrogate are measured on the second part; a Bayesian linear model of the damage learns from each and proposes the next (Thompson
-    sampling), and moves around the best plan close the search. Plans are compared on common samples and dropped as soon as
-    they are clearly worse; those that are not are measured on the first part too (with few passes, only the best two). Where the
-    metric is the KL and the inputs are numbers, the best of them are measured between the samples too (`vicinal.mixed`). The third
-    part judges.
+    Tables propose, measurement decides. The data is split in three.
+
+    1. Score: cells are scored by one sweep of gradients and, as the effort allows, one perturbation at a time.
+    2. Select: the optima of these tables, uniform precisions, and plans whose layers' errors cancel at the output (`mpsearch.logit_shift`)
+       are measured; a Bayesian linear model of the damage learns from each and proposes the next (Thompson sampling), and moves around
+       the best plan close the search. Plans are compared on common samples and dropped as soon as they are clearly worse; those that are
+       not are measured on the first part too (with few passes, only the best two). Where the metric is the KL and the inputs are numbers,
+       the best of them are measured between the samples too (`vicinal.mixed`).
+    3. Report: the last part, which the search never saw, judges.
 
     Args:
         model: any module; it comes back bit for bit as it went in, also after an exception.
         batches: data, read once; labels are needed only for `metric="loss"` or `"accuracy"`.
         budget: limits of the whole model; None with `tolerance` or `front` alone.
         precisions: the options, `mps.precisions("w2 w4 w8")`.
-        select: data to select plans on; by default a part of `batches`.
-        report: data to report on; by default a part of `batches`.
+        select: data to select plans on; by default 45 % of `batches` (25 % where passes are few).
+        report: data to report on; by default 20 % of `batches`.
         effort: `fast` (8 passes), `default` (40 + one for each cell of the table: 150 for 22 layers x 5 precisions) or `thorough` (four
             times that). A pass is one forward run over all data; a backward pass counts 2.
         max_passes: a number of one's own instead.
@@ -115,13 +129,17 @@ def search(
         seed: of the split and of all draws.
         progress: show a bar on stderr where that is a terminal.
 
+    Returns:
+        The plan, a verdict on mixed precision, the comparison on the third part, and all that was measured.
+
     Raises:
         InfeasibleError: where no plan meets the budget, or no measured plan stays within the tolerance.
         EstimatorError: for too little data, too few passes, or an output that is not finite.
         BudgetError: for a budget or goal that does not fit the resources.
         TableError: for a model without quantizable layers.
     """
-    goal = Goal(budget, tolerance, minimize, front)
+    seed = int(seed)  # numpy's whole numbers are none of JSON
+    goal = Goal(budget, None if tolerance is None else float(tolerance), minimize, front)
     options = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     damage = Damage(_known_metric(metric), higher_is_better)
@@ -131,15 +149,25 @@ def search(
     given |= {name: collect(part) for name, part in (("select", select), ("report", report)) if part is not None}
     _check_labels(damage, given)
     parts = _parts(given, FEW_SHARES if sparing else SHARES, seed)
+    _check_counted(parts)
     before = state_fingerprint(model)
     start = time.perf_counter()
     with preserved(model):
-        found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
-        decisions = list(found)
-        check_layers(model, decisions)
-        check_caches(estimators or (), decisions)
         example = few(parts["score"][0], PROBED)
-        usage = resource_columns(model, decisions, options, resources, quantize, example)
+        with _shapes(model) as shapes:
+            found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
+            decisions = list(found)
+            check_layers(model, decisions)
+            check_caches(estimators or (), decisions)
+            usage = resource_columns(model, decisions, options, resources, quantize, example)
+            if not shapes:  # nobody needed a run
+                with torch.no_grad():
+                    call(model, example)
+        one_output = len(shapes[0]) < 2 or shapes[0][1 if len(shapes[0]) > 3 else -1] == 1
+        if one_output and damage.metric == "kl":
+            raise EstimatorError(
+                f"the model has one output (shape {tuple(shapes[0])}), so its KL is always 0; give metric(model, batch)"
+            )
         base = CostTable(
             tuple(decisions),
             options,
@@ -163,7 +191,11 @@ def search(
             if earlier is not None:
                 kept.fill(earlier.finished)
             bar = tqdm(
-                total=round(limit, 1), desc="Search", unit="pass", disable=None if progress else True, leave=False
+                total=limit,
+                desc="Search",
+                bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total:.1f} passes [{elapsed}<{remaining}]",
+                disable=None if progress else True,
+                leave=False,
             )
             with bar:
                 spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
@@ -177,7 +209,7 @@ def search(
                 setting = Setting(
                     model, parts["score"], units, options, quantize, ranges, "kl", _silent, checkpoint=kept
                 )
-                run = Stages(setting, parts, base, damage, goal, spending, seed, estimators)
+                run = Stages(setting, parts, base, damage, goal, spending, seed, estimators, one_output=one_output)
                 result = run.result()
             finished = kept.rows()
     if state_fingerprint(model) != before:
@@ -186,9 +218,9 @@ def search(
         "effort": effort if max_passes is None else None,
         "max_passes": limit,
         "budget": {} if budget is None else dict(budget),
-        "tolerance": tolerance,
-        "minimize": minimize if tolerance is not None else None,
-        "metric": metric if isinstance(metric, str) else "own",
+        "tolerance": goal.tolerance,
+        "minimize": minimize if goal.tolerance is not None else None,
+        "metric": damage.name,
         "precisions": [str(option) for option in options],
         "quantizer": repr(quantize),
         "seed": seed,
@@ -198,6 +230,21 @@ def search(
         "environment": environment(),
     }
     return replace(result, settings=settings, seconds=time.perf_counter() - start, identity=identity, finished=finished)
+
+
+@contextlib.contextmanager
+def _shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
+    """Of the logits of each run of a model."""
+    found: list[torch.Size] = []
+
+    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        found.append(logits_of(output).shape)
+
+    handle = model.register_forward_hook(see)
+    try:
+        yield found
+    finally:
+        handle.remove()
 
 
 def _silent(iterable: Any, total: int, label: str) -> Any:
@@ -232,6 +279,13 @@ def _check_labels(damage: Damage, given: Mapping[str, list[Batch]]) -> None:
                     f"the {damage.metric} needs labels, batch {number} of {name} has none; give batches (inputs, targets), "
                     "or the metric 'kl'"
                 )
+
+
+def _check_counted(parts: Mapping[str, list[Batch]]) -> None:
+    for name, part in parts.items():
+        labels = [targets_of(batch) for batch in part]
+        if all(one is not None and bool((one == -100).all()) for one in labels):
+            raise EstimatorError(f"every label of the {name} part is -100, which means ignored: no prediction counts")
 
 
 def _check_effort(effort: str, max_passes: float | None) -> None:

@@ -1,6 +1,7 @@
 """Budgets: upper limits on the whole model."""
 
 import math
+import numbers
 import re
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -21,8 +22,8 @@ class Budget(Mapping[str, float | str]):
     """Upper limits on resources of the whole model, the fixed part included.
 
     Any resource of the table by name, `average_bits` (weight bits per weight, over the layers of the table), or
-    `sensitivity` (the damage, where another resource is minimized). Values are numbers or text with a unit;
-    a percentage is of the unquantized model.
+    `sensitivity` (the damage, where another resource is minimized). Values are numbers in the unit of the resource (bytes,
+    seconds, joules, or a count) or text: `1.2MB`, `512KiB`, `3ms`, `2uJ`, `1.5G`, or `25%` of the unquantized model.
 
     Raises:
         BudgetError: for a value that is negative, not finite, or no amount.
@@ -37,7 +38,7 @@ class Budget(Mapping[str, float | str]):
     def __init__(self, **limits: float | str) -> None:
         for name, value in limits.items():
             amount(name, value, 1.0)
-        self._limits = dict(limits)
+        self._limits = {name: value if isinstance(value, str | int) else float(value) for name, value in limits.items()}
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> "Budget":
@@ -130,7 +131,7 @@ def amount(resource: str, value: float | str, whole: float | None) -> float:
             number = float(match[1]) / 100 * whole
         else:
             number = float(match[1]) * units[match[2]]
-    elif isinstance(value, bool) or not isinstance(value, int | float):
+    elif isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise BudgetError(f"{resource} <= {value!r}: expected a number or text, got {type(value).__name__}")
     else:
         number = float(value)

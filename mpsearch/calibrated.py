@@ -236,6 +236,13 @@ class ActivationAware(_OfLayers):
         statistics: of `input_statistics(model, batches)`.
         steps: values of alpha.
         quantizer: rounds the scaled weight.
+
+    Inputs 16 times as large in the first channel; alpha is 0 or 1/2, so s is 1 and 1, or in proportion 4 to 1:
+
+    >>> statistics = InputStatistics(torch.diag(torch.tensor([256.0, 1.0]))[None], *torch.tensor([[0.0, 0], [16, 1], [16, 1], [1, 1]]))
+    >>> quantizer = ActivationAware({"fc": statistics}, steps=2, quantizer=RoundToNearest(scale="max")).of_layer("fc")
+    >>> quantizer(torch.tensor([[0.4, 1.0]]), Precision("3"))     # round (1.6, 1) to multiples of 1.6 / 3
+    tensor([[0.4000, 1.0667]])
     """
 
     statistics: Mapping[str, InputStatistics | None] = field(repr=False)
@@ -278,6 +285,13 @@ class GPTQ(_OfLayers):
         damping: added to the diagonal, in parts of its mean.
         activation_order: take the columns of large inputs first.
         quantizer: gives the scales.
+
+    Two inputs that mostly agree and a third; steps of 1. Of 1.4, 0.4 is rounded away, and the second weight takes up 0.9 of it:
+
+    >>> gram = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.0], [0.0, 0.0, 1.0]])[None].double()
+    >>> quantizer = GPTQ({"fc": InputStatistics(gram, *torch.ones(4, 3))}, activation_order=False, quantizer=RoundToNearest(scale="max"))
+    >>> quantizer.of_layer("fc")(torch.tensor([[1.4, 2.2, 3.0]]), Precision("3"))     # 2.2 + 0.9 x 0.4 is nearest to 3
+    tensor([[1., 3., 3.]])
     """
 
     statistics: Mapping[str, InputStatistics | None] = field(repr=False)

@@ -53,6 +53,21 @@ class Checkpoint:
             self._file.close()
             raise
 
+    @classmethod
+    def copy_of(cls, path: str | Path, identity: Mapping[str, str]) -> "Checkpoint":
+        """What a closed file holds, in memory: the file and its folder may be read-only.
+
+        Raises:
+            EstimatorError: as for the file itself.
+        """
+        made = cls(":memory:", {})
+        made.path = Path(path)
+        with made._readable():
+            with contextlib.closing(sqlite3.connect(f"{made.path.absolute().as_uri()}?immutable=1", uri=True)) as file:
+                file.backup(made._file)
+            made._open({"checkpoint version": _VERSION, **identity})
+        return made
+
     @contextlib.contextmanager
     def _readable(self) -> Iterator[None]:
         try:

@@ -73,7 +73,3 @@ def _fail(error: object, status: int) -> int:
 
 def _remark(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"mpsearch: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

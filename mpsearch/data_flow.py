@@ -70,9 +70,10 @@ def trace(
         return lambda _module, args, keywords: recorder.enter(name, first_tensor((*args, *keywords.values())))
 
     def leave(name: str, left: Callable[[str, Tensor], None] = recorder.leave) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, keywords: Any, output: Tensor) -> None:
-            left(name, output)
-            observer(name, module, first_tensor((*args, *keywords.values())), output)
+        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            made = first_tensor(output)  # routers return more
+            left(name, made)
+            observer(name, module, first_tensor((*args, *keywords.values())), made)
 
         return see
 
@@ -80,7 +81,7 @@ def trace(
     try:
         for name, module in layers.items():
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(leave(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave(name), prepend=True, with_kwargs=True))
         for name, module in caches.items():
             handles.append(module.register_forward_hook(leave(name, recorder.cached), with_kwargs=True))
         with preserved(model), torch.no_grad(), recorder:

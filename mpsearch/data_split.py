@@ -18,8 +18,8 @@ def split(batches: Sequence[Batch], shares: Mapping[str, float], seed: int) -> d
     """Deal the samples of every batch out to parts at random, each part getting its share of every batch.
 
     Args:
-        batches: whatever the model takes; tensors whose first dimension is the number of samples are dealt out, all
-            else goes to every part.
+        batches: whatever the model takes; tensors, arrays and lists of plain values whose length is the number of
+            samples are dealt out, all else goes to every part.
         shares: part -> share of the samples; they add up to 1.
         seed: of the draw.
 
@@ -98,8 +98,19 @@ def _taken(value: Any, chosen: Tensor, count: int) -> Any:
         return value[chosen.to(value.device)] if value.ndim and len(value) == count else value
     if isinstance(value, Mapping):
         return {key: _taken(part, chosen, count) for key, part in value.items()}
+    if isinstance(value, np.ndarray):
+        return value[chosen.numpy()] if value.ndim and len(value) == count else value
     if isinstance(value, tuple | list):
-        if len(value) == count and not any(isinstance(part, Tensor) for part in value):
+        if len(value) == count and not any(map(_holds_tensor, value)):
             return [value[i] for i in chosen.tolist()]  # labels that are plain numbers
-        return type(value)(_taken(part, chosen, count) for part in value)
+        parts = [_taken(part, chosen, count) for part in value]
+        return parts if isinstance(value, list) else tuple(parts)
     return value
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    if isinstance(value, tuple | list):
+        return any(map(_holds_tensor, value))
+    return isinstance(value, Tensor | np.ndarray)

@@ -45,12 +45,16 @@ def place_of(name: str) -> Place | None:
 
 
 def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Layers that choose experts: beside a list of n experts, with n outputs; a gate with one output is such a layer too."""
+    """Layers that choose experts: beside a list of n experts, with n outputs; a gate with one output is such a layer too.
+
+    The experts may lie in tensors of their own shape (n, ...) that are no layers.
+    """
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
-        if last.endswith("experts") and "0" in module._modules:
-            counts[parent] = len(module._modules)
+        if last.endswith("experts"):
+            stacked = [len(tensor) for tensor in module._parameters.values() if tensor is not None and tensor.ndim == 3]
+            counts[parent] = len(module._modules) if "0" in module._modules else max(stacked, default=-1)
     found = []
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")

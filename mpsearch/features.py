@@ -24,7 +24,7 @@ def observed(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
 
     try:
         for module, see in observers.items():
-            handles.append(module.register_forward_hook(hook(see), with_kwargs=True))
+            handles.append(module.register_forward_hook(hook(see), prepend=True, with_kwargs=True))
         yield
     finally:
         for handle in handles:

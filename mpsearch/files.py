@@ -1,5 +1,6 @@
 """Writing files so that a killed run leaves either the old file or the new one, and JSON that every reader takes."""
 
+import errno
 import json
 import math
 import os
@@ -16,6 +17,8 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
         OSError: where the folder does not exist or cannot be written.
     """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(handle, "wb") as file:

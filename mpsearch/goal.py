@@ -34,6 +34,8 @@ class Goal:
         """
         if self.budget is None and self.tolerance is None and not self.front:
             raise BudgetError("nothing is asked for: give a budget, a tolerance, or front=True")
+        if self.budget is not None and not isinstance(self.budget, Budget):
+            raise BudgetError(f"expected mps.Budget(average_bits=4) or the like, got {self.budget!r}")
         if self.tolerance is not None and not (math.isfinite(self.tolerance) and self.tolerance >= 0):
             raise BudgetError(f"tolerance {self.tolerance}, expected a finite number of 0 or more")
         if self.tolerance is not None and self.front:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mpsearch.errors import EstimatorError
+
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     """KL(p_reference || p) of each prediction, in nats: sum_c p_ref (log p_ref - log p).
@@ -24,13 +26,43 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log p(label) of each prediction, in nats.
+
+    Args:
+        logits: (N, C).
+        labels: (N,) int64, 0 to C - 1.
+
+    Returns:
+        (N,) in the widest float of the device.
+
+    Raises:
+        EstimatorError: for labels that are no output of the model.
+    """
+    outputs = logits.shape[-1]
+    if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= outputs):
+        raise EstimatorError(
+            f"labels from {int(labels.min())} to {int(labels.max())}, but the model has {outputs} outputs: expected 0 to {outputs - 1}"
+        )
+    return -log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+
+
 def wide(x: Tensor) -> Tensor:
     """A tensor in the widest float of its device: float64, but float32 where there is none."""
     return x.float() if x.device.type == "mps" else x.double()
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """Log softmax over the last dimension in the widest float of the device."""
+    """Log softmax over the last dimension in the widest float of the device.
+
+    Raises:
+        EstimatorError: for one number a prediction, as of regression, whose softmax is 1 whatever the model says.
+    """
+    if logits.shape[-1] == 1:
+        raise EstimatorError(
+            "the model gives one number a prediction, where the KL and the cross-entropy are always 0; give loss=function(model, batch) "
+            "to an estimator that differentiates, or take one that compares outputs, such as OutputMSE"
+        )
     return torch.log_softmax(wide(logits), -1)
 
 

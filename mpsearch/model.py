@@ -2,7 +2,10 @@
 
 import contextlib
 import hashlib
+import itertools
 import random
+import sys
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -95,13 +98,18 @@ def moved(value: Any, device: torch.device) -> Any:
 def call(model: nn.Module, batch: Batch) -> Tensor:
     """Run the model on one batch.
 
+    Models of transformers that make the decoder's tokens from labels are given these.
+
     Returns:
         The logits: the output itself, its `logits`, or its first part.
 
     Raises:
-        EstimatorError: where the model fails on the batch, or the output holds no tensor.
+        EstimatorError: where the model fails on the batch, or the output holds no tensor of floating-point numbers.
     """
     inputs = moved(inputs_of(batch), device_of(model))
+    shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if shift and isinstance(inputs, dict) and "labels" in batch and "decoder_input_ids" not in inputs:
+        inputs["decoder_input_ids"] = shift(labels=moved(batch["labels"], device_of(model)))
     try:
         if isinstance(inputs, Mapping):
             output = model(**inputs)
@@ -112,8 +120,17 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
     except MpsearchError:
         raise
     except Exception as error:
-        shape = tuple(first_tensor(inputs).shape)
-        raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {error}") from error
+        shape, (told, *_) = tuple(first_tensor(inputs).shape), [*str(error).splitlines(), ""]
+        raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {told}") from error
+    return logits_of(output)
+
+
+def logits_of(output: Any) -> Tensor:
+    """What counts of a model's output: it itself, its `logits`, or its first part.
+
+    Raises:
+        EstimatorError: where it holds no tensor.
+    """
     if isinstance(output, Mapping):
         output = output.get("logits", next(iter(output.values()), None))
     elif not isinstance(output, Tensor) and hasattr(output, "logits"):
@@ -122,6 +139,8 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
         output = output[0]
     if not isinstance(output, Tensor):
         raise EstimatorError(f"the model returned {type(output).__name__}, expected a tensor or an object with .logits")
+    if not output.is_floating_point():
+        raise EstimatorError(f"the model returned {output.dtype}, expected floating-point numbers: logits, not classes")
     return output
 
 
@@ -138,7 +157,12 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
 
     Returns:
         (N, C) logits, (N,) int64 labels or None, (N,) int64 index of the sample of each.
+
+    Raises:
+        EstimatorError: for an output without dimensions.
     """
+    if logits.ndim == 0:
+        raise EstimatorError("the model returned a single number, expected an output for each sample: a loss?")
     targets = targets_of(batch)
     labels = None
     if targets is not None and not targets.is_floating_point():
@@ -153,7 +177,8 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
     if logits.ndim < 2:
         logits = logits[:, None]
     counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    side = "decoder_" if hasattr(model, "prepare_decoder_input_ids_from_labels") else ""
+    mask = batch.get(f"{side}attention_mask") if isinstance(batch, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == counts.shape:
         counts &= mask.to(counts.device).bool()
     if labels is not None and labels.shape == logits.shape[:-1]:
@@ -177,20 +202,32 @@ def shifts_labels(model: nn.Module) -> bool:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; outside, the model and every random generator are as they were.
 
-    Training flags, `requires_grad`, gradients, buffers and random states are put back whatever happens inside. Parameters are
-    never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`). Fused weights lie
-    in modules of their own (`mpsearch.unfused`).
+    Training flags, `requires_grad`, gradients, buffers, attributes, hooks and random states are put back whatever happens inside.
+    Parameters are never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`). Fused
+    weights lie in modules of their own (`mpsearch.unfused`). Compiled modules run as they are written.
+
+    Raises:
+        EstimatorError: for a parameter without values, or a model that has no evaluation mode.
     """
+    check_values(model)
     modes = {module: module.training for module in model.modules()}
+    attributes = [(vars(module), _held(vars(module))) for module in model.modules()]
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 the user's global state
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
-        model.eval()
-        with unfused(model):
+        try:
+            model.eval()
+        except NotImplementedError as error:  # of an exported program
+            raise EstimatorError(
+                f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
+            ) from None
+        with _uncompiled(), unfused(model):
             yield
     finally:
+        for own, held in attributes:
+            _put_back(own, held)
         for module, training in modes.items():
             module.training = training
         for parameter, requires_grad, grad in grads:
@@ -207,6 +244,42 @@ def preserved(model: nn.Module) -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+def _held(own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Attributes, and the contents of those that are dicts: parameters, buffers, modules, hooks."""
+    return {name: (value, value.copy() if type(value) in (dict, OrderedDict) else None) for name, value in own.items()}
+
+
+def _put_back(own: dict[str, Any], held: Mapping[str, tuple[Any, Any]]) -> None:
+    for name in own.keys() - held.keys():
+        del own[name]
+    for name, (value, contents) in held.items():
+        own[name] = value
+        if contents is not None:
+            value.clear()
+            value.update(contents)
+
+
+def _uncompiled() -> contextlib.AbstractContextManager[Any]:
+    """Compilers would take hooks and quantized weights for new programs, and compile each anew."""
+    if "torch._dynamo" not in sys.modules or not hasattr(torch.compiler, "set_stance"):  # since PyTorch 2.6
+        return contextlib.nullcontext()
+    stance: contextlib.AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
+    return stance
+
+
+def check_values(model: nn.Module) -> None:
+    """Refuse parameters and buffers without values.
+
+    Raises:
+        EstimatorError: names the first of them.
+    """
+    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise EstimatorError(f"{name!r} has no shape yet: run the model once on a batch")
+        if tensor.is_meta:
+            raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first")
+
+
 def fingerprint(tensors: Iterable[Tensor]) -> str:
     """A short hash of the values of tensors, in order."""
     digest = hashlib.blake2b(digest_size=16)
@@ -219,6 +292,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def state_fingerprint(model: nn.Module) -> str:
     """A short hash of all parameters and buffers."""
+    check_values(model)
     return fingerprint([*model.parameters(), *model.buffers()])
 
 
@@ -234,5 +308,9 @@ def data_fingerprint(batches: Sequence[Batch]) -> str:
         elif isinstance(value, tuple | list):
             for part in value:
                 yield from tensors(part)
+        elif isinstance(value, int | float):
+            yield torch.tensor(value)
+        elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
+            yield torch.as_tensor(value)
 
     return fingerprint(tensor for batch in batches for tensor in tensors(batch))

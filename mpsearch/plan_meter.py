@@ -1,7 +1,7 @@
 """Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
 
 import math
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.errors import EstimatorError
+from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.estimator import Setting
-from mpsearch.measure import kl_divergence, log_softmax
+from mpsearch.measure import cross_entropy, kl_divergence
 from mpsearch.model import Batch, call, predictions, samples
 from mpsearch.perturb import input_quantizers, inputs, weights
 
@@ -46,6 +46,11 @@ class Damage:
         return callable(self.metric)
 
     @property
+    def name(self) -> str:
+        """`kl`, `loss`, `accuracy`, or `own`."""
+        return "own" if callable(self.metric) else self.metric
+
+    @property
     def unit(self) -> str:
         """`nats`, or `relative` for what is no divergence or loss."""
         return "nats" if self.metric in ("kl", "loss") else "relative"
@@ -70,7 +75,7 @@ class Damage:
         """
         count = samples(batch)
         if callable(self.metric):
-            value = float(self.metric(model, batch)) * (-1.0 if self.higher_is_better else 1.0)
+            value = self._own(model, batch) * (-1.0 if self.higher_is_better else 1.0)
             return np.array([value * count]), np.array([float(count)])
         assert predicted is not None
         logits, labels, index = predicted
@@ -79,12 +84,23 @@ class Damage:
         elif labels is None:
             raise EstimatorError(f"the {self.metric} needs labels; give batches (inputs, targets), or the metric 'kl'")
         elif self.metric == "loss":
-            values = -log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+            values = cross_entropy(logits, labels)
         else:
             values = -(logits.argmax(-1) == labels).double()
         rows = index.cpu().numpy()
         sums = np.bincount(rows, values.detach().double().cpu().numpy(), count)
         return sums.astype(np.float64), np.bincount(rows, minlength=count).astype(np.float64)
+
+    def _own(self, model: nn.Module, batch: Batch) -> float:
+        assert callable(self.metric)
+        try:
+            return float(self.metric(model, batch))
+        except MpsearchError:
+            raise
+        except Exception as error:
+            raise EstimatorError(
+                f"the metric fails, expected metric(model, batch) -> one number: {type(error).__name__}: {error}"
+            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,8 +117,8 @@ class Measurement:
 
     @property
     def value(self) -> float:
-        """Mean damage a prediction."""
-        return float(self.sums.sum() / self.counts.sum())
+        """Mean damage a prediction; nan without any."""
+        return _ratio(self.sums, self.counts)
 
     @property
     def se(self) -> float:
@@ -116,11 +132,15 @@ class Measurement:
         """
         size = min(len(self.sums), len(other.sums))
         sums, counts = self.sums[:size] - other.sums[:size], self.counts[:size]
-        return float(sums.sum() / counts.sum()), _ratio_se(sums, counts)
+        return _ratio(sums, counts), _ratio_se(sums, counts)
 
     def first(self, size: int) -> "Measurement":
         """The part over the first samples."""
         return Measurement(self.sums[:size], self.counts[:size])
+
+
+def _ratio(sums: Floats, counts: Floats) -> float:
+    return float(sums.sum() / counts.sum()) if counts.any() else math.nan
 
 
 def _ratio_se(sums: Floats, counts: Floats) -> float:
@@ -147,7 +167,7 @@ class Spending:
 
     limit: float
     used: float = 0.0
-    free: Container[str] = ()
+    free: Collection[str] = ()
     watch: Callable[[float], object] | None = None
 
     @property
@@ -230,6 +250,19 @@ class PlanMeter:
         """True where a plan has been measured on the whole part."""
         seen = self.known.get(tuple(int(p) for p in options))
         return seen is not None and len(seen.sums) == self._ends[-1]
+
+    def recall(self) -> list[Options]:
+        """Plans that an earlier search measured on this whole part: known from now on, at no cost."""
+        start = self._name(())
+        column = {str(option): p for p, option in enumerate(self.setting.precisions)}
+        found = []
+        for name in sorted(name for name in self.spending.free if name.startswith(start)):
+            key = tuple(column[word] for word in name.removeprefix(start).split())
+            stored = self._stored(key)
+            if stored is not None and len(stored.runs) >= len(self._ends):
+                found.append(np.array(key))
+                self.measure(found[-1])
+        return found
 
     def count(self, size: int) -> None:
         """Somebody else has run the model on so many samples."""
@@ -315,6 +348,10 @@ class PlanMeter:
         with torch.no_grad():
             predicted = self._predicted(batch)
             sums, _ = self.damage.of(model, batch, predicted, None)
+        if predicted is not None and not torch.isfinite(predicted[0]).all():
+            raise EstimatorError(
+                f"the output of the unquantized model is not finite ({self.name} part, batch {number}): nan or inf in the data?"
+            )
         made = _Reference(predicted, sums)
         fits = made.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
         if fits:

@@ -73,7 +73,9 @@ def format_bits(name: str) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """Weight format, activation format and group size of a layer.
+    """Weight format, activation format and group size of a layer, written `w<format>[a<format>][g<size>]`.
+
+    A format is an integer number of bits or a name (`fp8_e4m3`, `mxfp4`, `nvfp4`, `bf16`, ...); bits are nominal, scales not counted.
 
     Attributes:
         weight: number format of the weight; `"16"` = not quantized.
@@ -143,7 +145,7 @@ def _parse(text: str) -> Precision:
 
 
 def precisions(text: str) -> tuple[Precision, ...]:
-    """Read a list of precisions, separated by blanks or commas.
+    """Read a list of precisions, each as in `Precision`, separated by blanks or commas.
 
     Raises:
         PlanError: for an empty list, a malformed precision, or one that occurs twice.

@@ -100,7 +100,7 @@ def record(model: nn.Module, batch: Batch) -> tuple[Trace, Tensor]:
     try:
         for module in model.modules():
             handles.append(module.register_forward_pre_hook(recorder.enter))
-            handles.append(module.register_forward_hook(recorder.leave))
+            handles.append(module.register_forward_hook(recorder.leave, prepend=True))
         with torch.no_grad(), recorder:
             output = call(model, batch)
     finally:

@@ -14,13 +14,15 @@ from mpsearch.identity import described, digest
 from mpsearch.logit_shift import LogitShift, Surrogate, surrogate
 from mpsearch.plan_meter import Spending
 from mpsearch.prefix import record
-from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputGradient
+from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputGradient, OutputMSE, RelativeWeightError
 from mpsearch.table import Array, CostTable
 
 #: Fewer passes than these are few: they go into the sweep, not into runs of one perturbation at a time.
 FEW = 20.0
 #: Tables that the prior is the geometric mean of; the others propose plans.
 _LEADING = ("fisher-projection", "kl-divergence")
+#: Estimators whose runs skip what a perturbation cannot change.
+_PARTIAL = (KLDivergence, LogitShift, OutputMSE)
 #: Share of the passes that one perturbation at a time may take.
 _MOST = 0.45
 
@@ -82,17 +84,17 @@ def scores(
         checkpoint=setting.checkpoint,
         progress=False,
     )
-    key = f"search | tables | {digest(*map(described, members))}"
-    spent = setting.checkpoint.get(key)
-    if spent is None:
-        spent = share * sum(
-            _taken(setting, [members[place] for place in family], made[family[0]].origin["passes"])
-            for family in families(members)
-        )
-        setting.checkpoint.put(key, spent)
-        spending.charge(spent)
-    else:
-        spending.charge(spent, key)
+    taken = []
+    for places in families(members):
+        family = [members[place] for place in places]
+        key = f"search | tables | {digest(*map(described, family))}"
+        passes = setting.checkpoint.get(key)
+        if passes is None:
+            passes = _taken(setting, family, made[places[0]].origin["passes"])
+            setting.checkpoint.put(key, passes)
+        if key not in spending.free:
+            taken.append(passes)
+    spending.charge(share * sum(taken))
     tables = {
         name: replace(
             table,
@@ -116,7 +118,13 @@ def scores(
 
 
 def starting(
-    setting: Setting, share: float, limit: float, estimators: Sequence[Estimator] | None, seed: int
+    setting: Setting,
+    share: float,
+    limit: float,
+    estimators: Sequence[Estimator] | None,
+    seed: int,
+    *,
+    one_output: bool,
 ) -> tuple[dict[str, Estimator], list[Estimator]]:
     """Estimators by the name of their table; and these with what runs along with them.
 
@@ -126,9 +134,18 @@ def starting(
         limit: passes of the whole search.
         estimators: instead of the default ones.
         seed: of the default ones.
+        one_output: the model gives one number a prediction, which has no divergence.
     """
     if estimators is not None:
         return {_label(one, estimators): one for one in estimators}, list(estimators)
+    if one_output:
+        compared = OutputMSE()
+        told = compared.cost(len(setting.batches), len(setting.units), len(setting.precisions))
+        affordable = share * told.forward < _MOST * limit
+        alone: dict[str, Estimator] = (
+            {"output-mse": compared} if affordable else {"relative-weight-error": RelativeWeightError()}
+        )
+        return alone, list(alone.values())
     draws = 2 if limit < FEW else 8
     chosen: dict[str, Estimator] = {
         "fisher-projection": FisherProjection(draws, seed=seed),
@@ -159,7 +176,7 @@ def _told(setting: Setting, family: Sequence[Any]) -> float:
 def _taken(setting: Setting, family: Sequence[Estimator], measured: Mapping[str, float]) -> float:
     """Passes that a family took, the same number where it was interrupted and went on: then `measured` counts the last run alone."""
     planned = _told(setting, family)
-    if all(type(one) in (KLDivergence, LogitShift) for one in family):  # re-runs skip what a perturbation cannot change
+    if all(type(one) in _PARTIAL for one in family):
         trace, _ = record(setting.model, setting.batches[0])
         changing = sum(option.quantizes_weight or option.quantizes_activation for option in setting.precisions)
         entries = [

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,7 +143,7 @@ class SearchResult:
         comparison: the plan, uniform precisions and the best plan of one table, on the report part.
         front: plans measured on the select part that none beats in both damage and use.
         tables: name of a signal -> its table; `posterior` is what the measured plans made of them.
-        surrogate: the additive-output surrogate, where one-at-a-time runs were made.
+        surrogate: the output as a sum of what single layers change (`mpsearch.logit_shift`), where one-at-a-time runs were made.
         plans: all plans measured on the whole select part.
         passes: forward-pass equivalents taken: a backward pass counts 2.
         settings: what was asked for, and fingerprints of model and data.
@@ -172,6 +173,11 @@ class SearchResult:
         """What the posterior table says of the plan: sensitivity, unit, bound, gap."""
         return self.plan.predicted
 
+    @property
+    def beyond(self) -> str:
+        """What a uniform precision is that uses more than was allowed."""
+        return "over budget" if self.settings["budget"] else "larger"
+
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write plan.json, tables/*.csv, plans.csv, front.csv, summary.json and passes.db into a folder.
 
@@ -187,9 +193,10 @@ class SearchResult:
             table.save(path / "tables" / f"{name}.csv")
         self.plans.save(path / "plans.csv")
         self.front.save(path / "front.csv")
-        (path / "passes.db").unlink(missing_ok=True)
-        with Checkpoint(path / "passes.db", self.identity) as kept:
-            kept.fill(self.finished)
+        with tempfile.TemporaryDirectory(dir=path, prefix=".passes.") as part:  # a run killed here leaves the old file
+            with Checkpoint(Path(part) / "passes.db", self.identity) as kept:
+                kept.fill(self.finished)
+            (Path(part) / "passes.db").replace(path / "passes.db")
         write_atomically(path / "summary.json", json_text(self.summary()) + "\n")
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, kind: Picture = "front", title: str = "") -> "Figure":
@@ -278,7 +285,7 @@ class SearchResult:
             measured, uniform = evaluations["plan"], None if name is None else (name, evaluations["uniform"])
         except (AttributeError, KeyError, TypeError) as error:
             raise PlanError(f"{path / 'summary.json'}: the comparison is damaged ({error!r})") from None
-        with Checkpoint(path / "passes.db", content["identity"]) as kept:
+        with Checkpoint.copy_of(path / "passes.db", content["identity"]) as kept:
             finished = kept.rows()
             units = len({(bool(layer.group), layer.group or layer.name) for layer in posterior.layers})
             shifts = surrogate(kept, units, posterior.precisions)
@@ -305,36 +312,48 @@ class SearchResult:
 
     def text(self, width: int = 80) -> str:
         """Verdict, comparison and passes, for a person; the table in so many columns."""
-        rows = []
-        for one in self.comparison:
-            found = one.evaluation
-            rows.append(
-                [
-                    {"plan": "plan"}.get(one.role, one.name)
-                    + (" (over budget)" if one.role == "uniform above" else ""),
-                    report.amount("average_bits", one.usage.get("average_bits", math.nan)),
-                    report.amount("memory_bytes", one.usage.get("memory_bytes", math.nan)),
-                    report.damage(found.kl, found.kl_se),
-                    report.damage(found.loss),
-                    report.percent(found.accuracy),
-                ]
-            )
+        usage = self.comparison[0].usage
+        resources = [name for name in dict.fromkeys(("average_bits", "memory_bytes", self.front.over)) if name in usage]
+        kinds = [
+            ("loss", "loss", report.damage),
+            ("accuracy", "right", report.percent),
+            ("metric", "metric", report.damage),
+        ]
+        kinds = [kind for kind in kinds if getattr(self.measured, kind[0]) is not None]
+        rows = [
+            [
+                one.name + (f" ({self.beyond})" if one.role == "uniform above" else ""),
+                *(report.amount(name, one.usage[name]) for name in resources),
+                report.damage(one.evaluation.kl, one.evaluation.kl_se),
+                *(tell(getattr(one.evaluation, kind)) for kind, _, tell in kinds),
+            ]
+            for one in self.comparison
+        ]
         reference = self.measured.reference
         if reference is not None:
-            rows.append(["unquantized", "", "", "0", report.damage(reference.loss), report.percent(reference.accuracy)])
-        header = ["held-out data", "bits", "memory", "KL [nats]", "loss", "right"]
+            told = [tell(getattr(reference, kind)) for kind, _, tell in kinds]
+            rows.append(["unquantized", *[""] * len(resources), report.damage(reference.kl), *told])
+        labels = ["bits" if name == "average_bits" else report.label(name) for name in resources]
+        header = ["held-out data", *labels, "KL [nats]", *(title for _, title, _ in kinds)]
+        shown = report.table(header, rows, width)
+        for title in ("loss", "memory", "right"):  # what is least needed, where there is no room
+            if title in header and max(map(len, shown.split("\n"))) > width:
+                place = header.index(title)
+                header, *rows = ([*line[:place], *line[place + 1 :]] for line in [header, *rows])
+                shown = report.table(header, rows, width)
+        plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
         gap = self.plan.predicted.get("gap")
         proof = (
-            "no bound known" if gap is None else "the best for what was learned" if gap <= 0 else
-            f"within {100 * gap:.2g} % of the best for what was learned"
+            "no bound is known" if gap is None else "the plan is the optimum of the table learned from them" if gap <= 0 else
+            f"the plan is within {100 * gap:.2g} % of the optimum of the table learned from them"
         )  # fmt: skip
         return "\n".join(
             [
                 self.verdict,
                 "",
-                report.table(header, rows, width),
+                shown,
                 "",
-                f"{self.passes:.4g} forward-pass equivalents, {len(self.plans)} plans measured, {self.seconds:.1f} s; {proof}",
+                f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s; {proof}",
             ]
         )
 

@@ -13,12 +13,19 @@ from mpsearch.plan import Plan
 
 
 class Status(enum.Enum):
-    """How a solve ended. `INFEASIBLE` and `UNSOLVED` are never merged."""
+    """How a solve ended. `INFEASIBLE` and `UNSOLVED` are never merged.
 
-    OPTIMAL = "optimal"  # proven, gap 0
-    FEASIBLE = "feasible"  # meets the budget; the gap is known or nan
-    INFEASIBLE = "infeasible"  # proven: no plan meets the budget
-    UNSOLVED = "unsolved"  # gave up without a plan
+    Attributes:
+        OPTIMAL: proven, gap 0.
+        FEASIBLE: the plan keeps the limits; how far it may be from the best is its gap, nan where no bound is known.
+        INFEASIBLE: proven that no plan keeps the limits.
+        UNSOLVED: the solver gave up without a plan, which proves nothing.
+    """
+
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+    UNSOLVED = "unsolved"
 
     def __str__(self) -> str:
         return self.value
@@ -62,6 +69,9 @@ class Solver(Protocol):
             usage: (R, L, P) float64, R >= 0 resources; may be negative, may oppose each other; read-only.
             limits: (R,) float64; a choice is feasible when `math.fsum(usage[r, l, options[l]] over l) <= limits[r]`
                 for every r.
+
+        Returns:
+            The column of each row, or None; how the solve ended, and what is proven.
         """
         ...
 

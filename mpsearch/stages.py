@@ -60,6 +60,7 @@ class Stages:
         spending: passes.
         seed: of all draws.
         estimators: instead of the default ones.
+        one_output: the model gives one number a prediction.
         taken: passes that each stage took.
     """
 
@@ -71,6 +72,7 @@ class Stages:
     spending: Spending
     seed: int
     estimators: Sequence[Estimator] | None
+    one_output: bool = False
     taken: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,11 +132,14 @@ class Stages:
     def result(self) -> SearchResult:
         """All stages."""
         share = self.share["score"]
-        named_estimators, members = starting(self.setting, share, self.spending.limit, self.estimators, self.seed)
+        named_estimators, members = starting(
+            self.setting, share, self.spending.limit, self.estimators, self.seed, one_output=self.one_output
+        )
         self._check_passes(share * forecast(self.setting, members))
         with self._stage("tables"):
             self.scores = scores(self.setting, self.base, self.rows, share, self.spending, named_estimators, members)
         self._check_passes(0.0)  # estimators that do not tell what they take
+        earlier = self.select.recall()
         if self.goal.tolerance is not None:
             with self._stage("plans"):
                 hunt, chosen = self._least(self.goal.tolerance)
@@ -144,6 +149,8 @@ class Stages:
         else:
             with self._stage("plans"):
                 hunt = self._hunt(self.goal.budget or Budget())
+                if earlier:
+                    hunt.adopt([options for options in earlier if hunt.record.fits(options)])
                 hunt = self._fill(hunt)
             with self._stage("finalists"):
                 chosen = self._final(hunt)
@@ -289,7 +296,10 @@ class Stages:
             raise InfeasibleError(
                 f"no measured plan stays within the tolerance of {tolerance:.6g}: the least damage measured is {least:.6g}"
             )
-        return last, min(self._within_tolerance(tolerance), key=lambda options: self._use(over, options))
+        known = self.select.known  # of the cheapest plans that which does the least damage
+        return last, min(
+            self._within_tolerance(tolerance), key=lambda o: (self._use(over, o), known[tuple(o.tolist())].value)
+        )
 
     def _within_tolerance(self, tolerance: float) -> list[Options]:
         """Plans within the rest of the budget that are known to do no more damage than is tolerated, on the whole select part."""
@@ -418,6 +428,7 @@ class Stages:
     def _verdict(self, plans: Mapping[str, tuple[str, Options]], found: Mapping[str, Measurement]) -> Verdict:
         name, uniform = plans.get("uniform", (None, None))
         chosen = plans["plan"][1]
+        same = uniform is not None and np.array_equal(uniform, chosen)
         if self.goal.tolerance is not None:
             over = self.goal.minimize
             return tolerance_verdict(
@@ -429,9 +440,9 @@ class Stages:
                 found["plan"].value,
                 found["plan"].se,
                 self.damage.unit,
+                chosen=same,
             )
         difference, se = found["uniform"].over(found["plan"]) if uniform is not None else (math.nan, math.nan)
-        same = uniform is not None and np.array_equal(uniform, chosen)
         return verdict(self.damage.unit, name, difference, se, chosen=same)
 
     def _plan(self, hunt: Hunt, chosen: Options) -> tuple[Plan, CostTable]:
@@ -446,6 +457,7 @@ class Stages:
             origin={
                 "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
                 "quantizer": repr(self.setting.quantizer),
+                "metric": self.damage.name,
             },
         )
         problem = Problem.of(table, self.goal.budget or Budget())
@@ -475,7 +487,7 @@ class Stages:
             np.array([found.value for _, found in known]),
             np.array([found.se for _, found in known]),
             self.damage.unit,
-            {"samples": sum(map(samples, self.select.batches))},
+            {"samples": sum(map(samples, self.select.batches)), "metric": self.damage.name},
         )
 
 

@@ -9,10 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from mpsearch.kv_cache import with_caches
 from mpsearch.modules import kind_of
+
+#: Hooks that make a weight anew before each call.
+_RECOMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 @contextlib.contextmanager
@@ -22,10 +27,11 @@ def unfused(model: nn.Module) -> Iterator[None]:
     - `nn.MultiheadAttention` has the linear layers `q_proj`, `k_proj`, `v_proj`, `out_proj` instead of `in_proj_weight`.
     - Experts of transformers in two tensors of shape (experts, out, in) are linear layers `0.gate_up_proj`, `0.down_proj`,
       `1.gate_up_proj`, ...
-    - A parametrized or weight-normed layer has the weight that comes out, as it will be stored.
+    - A parametrized, weight-normed, spectral-normed or pruned layer has the weight that comes out, as it will be stored; an embedding
+      with `max_norm` has its rows at that norm.
     - Keys and values go through the modules `k_cache` and `v_cache` of attention of transformers (`mpsearch.kv_cache`).
 
-    The new weights are views of the model's own, but for parametrized ones. Outputs are the same up to rounding. Outside, the
+    The new weights are views of the model's own, but for those that are computed. Outputs are the same up to rounding. Outside, the
     modules are those that they were. The model itself is never replaced, only modules in it.
 
     >>> model = nn.Sequential(nn.MultiheadAttention(4, 2))
@@ -197,9 +203,10 @@ class _Experts(_StandIn):
 
 
 def _plain(module: nn.Module) -> nn.Module | None:
-    """A parametrized or weight-normed layer with the weight that comes out as its parameter; None for another module."""
-    hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, WeightNorm)}
-    values = {}
+    """A layer with the weight that is really used as its parameter; None for a module that has it already."""
+    hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _RECOMPUTED)}
+    values: dict[str, Tensor] = {}
+    inner: set[str] = set()
     cls = type(module)
     with torch.no_grad():
         if parametrize.is_parametrized(module):
@@ -207,19 +214,41 @@ def _plain(module: nn.Module) -> nn.Module | None:
             values = {name: getattr(module, name) for name in parametrized}
             cls = cls.__bases__[0]
         for hook in hooks.values():
-            values[hook.name] = hook.compute_weight(module)
+            name, value = _recomputed(hook, module)
+            values[name] = value
+            inner |= {f"{name}_{part}" for part in ("g", "v", "u", "orig", "mask")}
+        clipped = _clipped(module)
+        if clipped is not None:
+            values["weight"] = clipped
     if not values:
         return None
     new = cls.__new__(cls)
     state = {key: value for key, value in vars(module).items() if key not in values}
     state["_modules"] = {key: child for key, child in module._modules.items() if key != "parametrizations"}
-    inner = {f"{hook.name}_{part}" for hook in hooks.values() for part in "gv"}
+    state["_buffers"] = {key: buffer for key, buffer in module._buffers.items() if key not in inner}
     state["_parameters"] = {key: parameter for key, parameter in module._parameters.items() if key not in inner}
     state["_parameters"] |= {name: nn.Parameter(value.detach().clone()) for name, value in values.items()}
     kept = [(key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks]
     state["_forward_pre_hooks"] = OrderedDict(kept)
+    if clipped is not None:
+        state["max_norm"] = None  # its forward would write into the weight
     new.__dict__ = state
-    return new if kind_of(new) is not None else None
+    return None if clipped is None and kind_of(new) is None else new
+
+
+def _clipped(module: nn.Module) -> Tensor | None:
+    """The weight of an embedding with the rows at `max_norm` that are beyond it; None where there is no such limit."""
+    if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or module.max_norm is None:
+        return None
+    return torch.renorm(module.weight, module.norm_type, 0, module.max_norm)
+
+
+def _recomputed(hook: Any, module: nn.Module) -> tuple[str, Tensor]:
+    """Name and value of the weight that a hook makes before each call in evaluation mode."""
+    if isinstance(hook, BasePruningMethod):
+        return hook._tensor_name, hook.apply_mask(module)
+    settings = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+    return hook.name, hook.compute_weight(module, **settings)
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:

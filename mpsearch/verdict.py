@@ -61,6 +61,8 @@ def tolerance_verdict(
     damage: float,
     se: float,
     unit: str,
+    *,
+    chosen: bool,
 ) -> Verdict:
     """Compare the cheapest plan within a tolerated damage with the cheapest uniform precision within it.
 
@@ -73,8 +75,9 @@ def tolerance_verdict(
         damage: of the plan on the report part.
         se: its standard error.
         unit: of the damage.
+        chosen: the plan is that uniform precision.
 
-    >>> tolerance_verdict("memory_bytes", 750.0, "w4", 1000.0, 0.1, 0.08, 0.02, "nats").text
+    >>> tolerance_verdict("memory_bytes", 750.0, "w4", 1000.0, 0.1, 0.08, 0.02, "nats", chosen=False).text
     'mixed precision takes 25.0 % less memory than uniform w4; damage 0.08 ± 0.02 nats on held-out data, 0.1 tolerated'
     """
     found = f"damage {report.damage(damage, se)} {unit} on held-out data, {report.damage(tolerance)} tolerated"
@@ -82,7 +85,9 @@ def tolerance_verdict(
         found += ": more than the tolerance; give more data, or a smaller tolerance"
     if uniform is None:
         return Verdict(True, f"no uniform precision stays within the tolerance; {found}")
-    if use >= uniform_use:
+    if chosen:
         return Verdict(False, f"uniform {uniform} is the cheapest plan found; {found}")
+    if use >= uniform_use:
+        return Verdict(None, f"mixed precision takes as much {report.label(resource)} as uniform {uniform}; {found}")
     saved = report.percent(1 - use / uniform_use)
     return Verdict(True, f"mixed precision takes {saved} less {report.label(resource)} than uniform {uniform}; {found}")

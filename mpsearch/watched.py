@@ -90,7 +90,9 @@ class Watched:
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter) and weight in weights:
                 see = self._seen(layers.get(module))
-                self._handles.append(module.register_forward_hook(see, with_kwargs=True))
+                self._handles.append(
+                    module.register_forward_hook(see, prepend=True, with_kwargs=True)
+                )  # hooks may change y
 
     def close(self) -> None:
         """Take the hooks out."""
@@ -98,13 +100,25 @@ class Watched:
             handle.remove()
 
     def _seen(self, layer: Layer | None) -> Callable[..., Any]:
-        def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> Tensor | None:
+        def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Any) -> Tensor | None:
             weight = weight_of(module)
+            if not isinstance(y, Tensor):
+                raise EstimatorError(
+                    f"layer {layer.name if layer else type(module).__name__!r} returns a {type(y).__name__}, expected a tensor: leave it "
+                    "out, or use a measured estimator"
+                )
+            if not torch.is_grad_enabled():
+                raise EstimatorError(
+                    f"layer {layer.name if layer else type(module).__name__!r} runs without gradients (torch.no_grad in the model?): use a "
+                    "measured estimator, such as KLDivergence"
+                )
             self.calls[weight] = self.calls.get(weight, 0) + 1
             fresh = None
             if not y.requires_grad:
                 self.leaves.append(y.detach().requires_grad_())
                 y = fresh = self.leaves[-1].clone()  # what follows may write into it
+            elif y._is_view():
+                y = fresh = y.clone()  # and a view that is written into loses its hooks
             made = Call(module, layer, _detached(args), _detached(keywords))
             candidates = self._candidates(made)
             if candidates in ((), ("first",)):
@@ -113,10 +127,19 @@ class Watched:
                 self._layouts[made] = self._known[module]
             else:
                 self._doubtful[made] = y
-            y.register_hook(lambda g: self.receiver(made, g.detach()) if self.receiver else None)
+            y.register_hook(lambda g: self._receive(made, g))
             return fresh
 
         return see
+
+    def _receive(self, made: Call, g: Tensor | None) -> None:
+        if g is None:
+            raise EstimatorError(
+                f"no gradient comes back to a {type(made.module).__name__} of shape {tuple(made.weight.shape)}: an operation behind it "
+                "cannot be differentiated (quantized already?); use a measured estimator, such as KLDivergence"
+            )
+        if self.receiver:
+            self.receiver(made, g.detach())
 
     def _candidates(self, made: Call) -> tuple[Layout, ...]:
         """Where the samples may lie in the input of a call, the likeliest first."""

@@ -31,7 +31,7 @@ class ActivationEntropy:
     of weight bits where p leaves inputs alone: the paper's layers have one number. From 8 bits on the score is 0. The
     second term is the share of BitOps saved, for use without a budget of BitOps; it is off by default, since a budget
     counts them better. The sensitivity is the paper's score with the sign turned round; its normalizers, weight and
-    tail are recalled from memory.
+    tail are not checked against the authors' code.
 
     Outlier class: patches of a map that hold a value further from the mean than `tail` standard deviations of a
     Gaussian fit; the paper keeps what follows them at 8 bits. Their share of the map is reported in the table's origin

@@ -21,7 +21,7 @@ class AdaPTDivergence:
 
         sensitivity(l, p) = sum over the distinct weights W of KL(h(W) || h(Q(W)))    [relative; nats a weight]
 
-    Recalled from memory in part. h is a histogram of `resolution` equal bins over the range of W, each with one count
+    Not checked against the authors' code. h is a histogram of `resolution` equal bins over the range of W, each with one count
     added so that the divergence is finite; 0 where every weight lies on its grid. AdaPT's word length is the least one
     whose fixed-point numbers, rounded to a power of two, keep the divergence below a tolerance; it is reported in the
     table's origin as `word_lengths`, and with `floor` a precision of fewer weight bits is not allowed (nan), the

@@ -116,14 +116,15 @@ class DeltaLoss:
             else:
                 logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
                 loss = kl_divergence(reference, logits).mean()
-            points = [point for _, point, _ in changes]
+            taken = tuple(changes)  # a backward pass that calls layers again adds others
+            points = [point for _, point, _ in taken]
             try:
                 gradients = torch.autograd.grad(loss, points, allow_unused=True) if points else ()
             except RuntimeError as error:
                 raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
         setting.passes.add(total, forward=1, backward=1)
         score = [0.0] * len(setting.units)
-        for (u, _, change), g in zip(changes, gradients, strict=True):
+        for (u, _, change), g in zip(taken, gradients, strict=True):
             score[u] += 0.0 if g is None else float((wide(g) * wide(change)).abs().sum())
         for unit, value in zip(setting.units, score, strict=True):
             if not math.isfinite(value):

@@ -219,7 +219,7 @@ def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tens
 
 def _recorder(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:
     def record(x: Tensor) -> Tensor:
-        x = x if x.requires_grad else x.detach().requires_grad_()
+        x = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()  # through this layer alone
         seen.append(x)
         return x
 

@@ -16,7 +16,7 @@ from mpsearch.model import call, samples
 
 @dataclass(frozen=True)
 class LayerOutputError:
-    """Squared error of a layer's own output over its size, on unquantized inputs (ExLlamaV2's and GPTQ's local error; tier C of signals).
+    """Squared error of a layer's own output over its size, on unquantized inputs (as in ExLlamaV2 and GPTQ, 2210.17323).
 
         sensitivity(l, o) = sum over samples ||y_l at o - y_l||^2 / sum over samples ||y_l||^2   [relative]
 
@@ -54,7 +54,9 @@ class LayerOutputError:
         handles = []
         try:
             for layer in layers:
-                handles.append(setting.module(layer).register_forward_hook(watch(layer), with_kwargs=True))
+                handles.append(
+                    setting.module(layer).register_forward_hook(watch(layer), prepend=True, with_kwargs=True)
+                )
             with torch.no_grad():
                 for batch in setting.progress(setting.batches, len(setting.batches), "Layer output error"):
                     size = samples(batch)

@@ -35,13 +35,16 @@ class LinearityCoefficients(OneAtATime):
         greatest: of t, the largest relative error, above 0.
         seed: of the noise.
 
-    A single weight w with logits (w, 0) at w = 0 cannot be scaled; a layer of zeros scores 0:
+    256 inputs, each with two weights of 1 to its own two logits: p = 1/2, the Hessian of a prediction has 1/4 at its two
+    weights, so tr(H) = 1/2, ||W||^2 / n = 1 and alpha = 1/4; weights that triple have the relative squared error 4:
 
     >>> import mpsearch as mps
-    >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
-    >>> _ = torch.nn.init.zeros_(model[0].weight)
-    >>> mps.profile(model, [torch.ones(1, 1)], LinearityCoefficients(), mps.precisions("w4")).sensitivity
-    array([[0.]])
+    >>> model = torch.nn.Sequential(torch.nn.Linear(256, 2, bias=False))
+    >>> _ = torch.nn.init.ones_(model[0].weight)
+    >>> triple = lambda weight, precision: 3 * weight
+    >>> table = mps.profile(model, [torch.eye(256)], LinearityCoefficients(), mps.precisions("w4"), quantizer=triple)
+    >>> table.sensitivity.round(1)    # 1/4 x 4, up to the scatter of the draws
+    array([[1.]])
     """
 
     unit: ClassVar[str] = "nats"

@@ -17,10 +17,10 @@ class SNIP:
         score(l) = sum over weights of |g w|,    g = d mean loss / d w over all data
         sensitivity(l, p) = score(l) x relative squared error of p    [relative]
 
-    The paper prunes an untrained network; here the network is the trained one, where gradients are small and the score
-    ranks weakly. EMQ multiplies the score by the bits instead of an error. A baseline: it knows neither the direction
-    of the quantization error nor curvature. The loss is the setting's; for `kl` the cross-entropy of the data's
-    labels, or of labels drawn from the model where the data has none. One forward and one backward pass.
+    The paper prunes an untrained network; here the network is the trained one. EMQ multiplies the score by the bits
+    instead of an error. A baseline: it knows neither the direction of the quantization error nor curvature. The loss is
+    the setting's; for `kl` the cross-entropy of the data's labels, or of labels drawn from the model where the data has
+    none. One forward and one backward pass.
 
     In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
     0.93, 0.76 among plans of equal size; its own plans do 1.35 times the least damage known (`KLDivergence` 0.96,

@@ -18,7 +18,7 @@ from mpsearch.relative import cells_from_scores, unit_scores
 class Synflow:
     """Synaptic flow in double precision (Synflow, 2006.05467; a proxy in EMQ, 2307.10554).
 
-        R = sum of f(1; |parameters|),    score(l) = mean (or sum) over weights of |w dR/dw|
+        R = sum of f(1; |parameters|),    score(l) = sum (or mean) over weights of |w dR/dw|
         sensitivity(l, p) = score(l) x relative squared error of p    [relative]
 
     Without data: the input is one sample of ones (token numbers stay). Batch norm keeps its scale and loses its
@@ -31,7 +31,7 @@ class Synflow:
     0.81, 1.31; uniform precision 4.34).
 
     Attributes:
-        reduction: over the weights of a layer.
+        reduction: over the weights of a layer, `sum` or `mean`.
 
     Two layers of one input and one output, weights 2 and -3: R = 6, and each score is 6; an error as large as the weight:
 

@@ -44,8 +44,7 @@ class TaskMetric(OneAtATime):
 
     Attributes:
         metric: `accuracy`, `cross-entropy`, `file.py:function`, `module:function`, or `metric(logits, labels)`, which gets (N, C) logits
-            and (N,) labels (None
-            without labels) and returns (N,) values or one number for the batch.
+            and (N,) labels (None without labels) and returns (N,) values or one number for the batch.
         higher_is_better: direction of an own metric; the named ones know theirs.
 
     >>> import torch, mpsearch as mps

@@ -73,3 +73,10 @@ def test_the_command_line_form():
             Budget.parse([text])
     with pytest.raises(BudgetError, match="twice"):
         Budget.parse(["bitops=1", "bitops=2"])
+
+
+def test_numbers_of_numpy():
+    budget = Budget(average_bits=np.int64(4), memory_bytes=np.float32(1.5))
+    assert repr(budget) == "Budget(average_bits=4.0, memory_bytes=1.5)"
+    with pytest.raises(BudgetError, match="got list"):
+        Budget(average_bits=[4])

@@ -351,6 +351,29 @@ def test_mistakes_in_a_search(wide, capsys, arguments, status, words):
     assert out == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("-o table.csv", "table.csv: Not a directory"),
+        ("-o table.csv/out", "table.csv: Not a directory"),
+        ("-o out --plot nowhere/x.png", "nowhere: No such file or directory"),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_told_before_any_work(wide, capsys, monkeypatch, arguments, words):
+    import mpsearch as mps
+
+    monkeypatch.setattr(mps, "search", lambda *_, **__: pytest.fail("it searched"))
+    status, out, err = run(capsys, *SEARCH[:-4], "--budget", "average_bits=3", *arguments.split())
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.endswith(f"{words}\n")
+    assert not (wide / "out").exists()
+
+
+def test_a_missing_folder_is_named(here, capsys):
+    status, _, err = run(capsys, "solve", "table.csv", "--budget", "memory_bytes=50", "-o", "nowhere/plan.json")
+    assert (status, err) == (2, "mpsearch: error: nowhere: No such file or directory\n")
+
+
 def test_an_interrupt_is_one_line(here, capsys, monkeypatch):
     import mpsearch as mps
 
@@ -402,7 +425,7 @@ def test_the_demo_as_a_user_runs_it(here):
     start = time.perf_counter()
     first, second = (
         subprocess.run(
-            [sys.executable, "-m", "mpsearch.cli", "demo", "--json"], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "mpsearch", "demo", "--json"], capture_output=True, text=True, check=True
         ).stdout
         for _ in range(2)
     )

@@ -1,5 +1,7 @@
 """Data dealt out to parts: disjoint, complete, and each part with its share."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
@@ -101,3 +103,30 @@ def test_cut(sizes, pieces):
     assert max(samples(part) for part in parts) <= min(max(sizes), -(-sum(sizes) // pieces))
     assert len(parts) >= min(pieces, sum(sizes))
     assert all(torch.equal(y, x * 10) for x, y in parts)
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+def test_batches_with_names():
+    """As a `DataLoader` makes them of a data set of named tuples."""
+    x = torch.arange(20)
+    for part in split([Pair(x, x * 10)], SHARES, 0).values():
+        for inputs, labels in part:
+            assert torch.equal(labels, inputs * 10)
+
+
+@pytest.mark.parametrize("labels", [lambda x: x.numpy() * 10, lambda x: (x * 10).tolist(), lambda x: x * 10])
+@pytest.mark.parametrize("size", [2, 20])
+@pytest.mark.parametrize("inputs", [lambda x: x, lambda x: {"x": x}, lambda x: (x, x)])
+def test_labels_of_any_kind_stay_with_their_samples(labels, size, inputs):
+    batches = [(inputs(x), labels(x)) for x in torch.arange(40).split(size)]
+    found = []
+    for part in split(batches, SHARES, 0).values():
+        for given, told in part:
+            x = given["x"] if isinstance(given, dict) else given[0] if isinstance(given, tuple) else given
+            assert torch.as_tensor(told).tolist() == (x * 10).tolist()
+            found += x.tolist()
+    assert sorted(found) == list(range(40))

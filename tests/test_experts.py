@@ -60,6 +60,17 @@ def test_routers_are_left_alone_unless_asked_for():
     assert routers(model, {"gate": model.gate, "head": model.head}) == ["gate"]
 
 
+def test_a_router_beside_experts_that_are_no_layers():
+    class Stack(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 4, 4))
+
+    model = nn.Module()
+    model.experts, model.router, model.up = Stack(), nn.Linear(4, 3), nn.Linear(4, 8)
+    assert routers(model, {"router": model.router, "up": model.up}) == ["router"]
+
+
 def test_activity_is_counted_in_macs():
     found = {layer.name: layer.macs for layer in mps.layers(Mixture(), tokens(0, 0, 0, 1))}
     assert found["experts.0.w1"] == 24 * 3 // 4

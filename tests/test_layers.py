@@ -7,7 +7,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.modules import canonical, restore
 from mpsearch.resources import MemoryBytes
-from mpsearch.sensitivity import FisherProjection
+from mpsearch.sensitivity import FisherProjection, KLDivergence
 
 
 @pytest.mark.parametrize(
@@ -195,3 +195,53 @@ class Alias(nn.Module):
 def test_another_name_of_a_decided_weight_is_no_warning(recwarn):
     assert [layer.name for layer in mps.layers(Alias(), torch.tensor([[1]]))] == ["embed"]
     assert not recwarn.list
+
+
+def test_a_model_that_is_a_layer_itself_is_told_to_wrap_it():
+    with pytest.raises(mps.TableError, match=r"the model itself is a Linear: put it into nn.Sequential"):
+        mps.layers(nn.Linear(2, 2), torch.ones(1, 2))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_layer_without_weights_is_no_decision():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nothing, self.head = nn.Linear(4, 0), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.head(x) + self.nothing(x).sum()
+
+    assert [layer.name for layer in mps.layers(Wide(), torch.ones(1, 4))] == ["head"]
+
+
+def test_a_weight_that_is_more_than_a_tensor_is_refused_unless_excluded():
+    """As those that tools have quantized in place."""
+
+    class Packed(torch.Tensor):
+        pass
+
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), torch.ones(1, 4)
+    model[0].weight = nn.Parameter(model[0].weight.detach().as_subclass(Packed))
+    with pytest.raises(mps.TableError, match=r"the weight of '0' is a Packed, quantized already\? exclude it"):
+        mps.layers(model, x)
+    assert [layer.name for layer in mps.layers(model, x, exclude=["0"])] == ["1"]
+
+
+def test_a_layer_may_return_more_than_its_output():
+    class Scored(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), x.argmax(-1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.head = Scored(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.first(x)[0])
+
+    found = mps.layers(Net(), torch.ones(5, 2, 4))
+    assert [(layer.name, layer.macs) for layer in found] == [("first", 2 * 12), ("head", 2 * 6)]
+    table = mps.profile(Net(), [torch.randn(5, 4)], KLDivergence(), mps.precisions("w2 w16"), progress=False)
+    assert (table.sensitivity[:, 0] > 0).all()

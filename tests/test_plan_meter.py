@@ -307,3 +307,58 @@ def test_missing_labels_are_refused():
     meter = meter_of(data=[x for x, _ in batches()], damage=Damage("loss"))
     with pytest.raises(mps.EstimatorError, match="the loss needs labels"):
         meter.measure(np.array([0, 0, 0]))
+
+
+def test_data_that_is_not_finite_is_told_from_plans_that_are_not():
+    meter = meter_of()
+    meter.batches[2][0][4, 1] = math.nan
+    with pytest.raises(mps.EstimatorError, match=r"the unquantized model is not finite \(select part, batch 2\)"):
+        meter.measure(np.array([0, 2, 2]))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("metric", ["kl", "loss", "accuracy"])
+def test_a_batch_without_any_prediction_counts_for_nothing(metric):
+    data = batches()
+    empty = [(data[0][0], torch.full_like(data[0][1], -100)), *data[1:]]
+    with_it, without = meter_of(data=empty, damage=Damage(metric)), meter_of(data=data[1:], damage=Damage(metric))
+    seen = []
+    with_it.measure(np.array([0, 2, 2]), lambda found: bool(seen.append((found.value, found.se))))
+    assert all(math.isnan(value) for value in seen[0])
+    found, expected = (meter.measure(np.array([0, 2, 2])) for meter in (with_it, without))
+    assert found.value == pytest.approx(expected.value, abs=1e-12)
+    assert found.se == pytest.approx(expected.se, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [
+        (lambda model, batch: batch["x"], "TypeError"),
+        (lambda model, batch: model(batch[0]), "one number"),
+        (lambda model, batch: None, "NoneType"),
+    ],
+)
+def test_a_metric_that_fails_is_told(metric, words):
+    with pytest.raises(mps.EstimatorError, match="the metric fails, expected metric") as caught:
+        meter_of(damage=Damage(metric)).measure(np.array([0, 2, 2]))
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("shift", [2, -1])
+def test_labels_that_are_no_output_are_refused(shift):
+    data = [(x, y + shift) for x, y in batches()]
+    with pytest.raises(mps.EstimatorError, match="but the model has 3 outputs: expected 0 to 2"):
+        meter_of(data=data, damage=Damage("loss")).measure(np.array([0, 2, 2]))
+
+
+def test_plans_of_an_earlier_search_are_recalled_at_no_cost_but_not_those_that_it_dropped():
+    first = meter_of()
+    whole = first.measure(np.array([0, 2, 2]))
+    first.measure(np.array([1, 1, 1]), lambda found: True)
+    kept = first.setting.checkpoint
+    second = meter_of(checkpoint=kept, spending=Spending(100.0, free=kept.rows()))
+    runs = Runs(second.setting.model)
+    assert [options.tolist() for options in second.recall()] == [[0, 2, 2]]
+    assert second.known[0, 2, 2].sums.tolist() == whole.sums.tolist()
+    assert (second.spending.used, runs.count, len(second.known)) == (0.0, 0, 1)
+    assert meter_of(checkpoint=kept).recall() == []  # its own work, not that of an earlier search

@@ -510,3 +510,20 @@ def test_nothing_is_clipped(count):
 def test_a_notebook_shows_a_picture_by_itself():
     figure = empty(2.0, 1.0)
     assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("unit", "origin", "label"),
+    [
+        ("nats", {}, "measured damage, KL to the unquantized model [nats]"),
+        ("nats", {"metric": "kl"}, "measured damage, KL to the unquantized model [nats]"),
+        ("nats", {"metric": "loss"}, "measured damage, rise of the loss [nats]"),
+        ("relative", {"metric": "accuracy"}, "measured damage, drop of the accuracy"),
+        ("relative", {"metric": "own"}, "measured damage [relative]"),
+        ("relative", {}, "measured damage [relative]"),
+    ],
+)
+def test_a_damage_is_called_what_was_measured(unit, origin, label):
+    plans = dataclasses.replace(measured_plans(table()), unit=unit, origin=origin)
+    figure = plot.measured_front_figure(measured_front(plans, "memory_bytes"))
+    assert figure.axes[0].get_ylabel() == label

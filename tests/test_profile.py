@@ -148,13 +148,20 @@ def test_an_estimator_that_changes_the_model_is_caught():
     with pytest.raises(mps.EstimatorError, match="changed the model's parameters"):
         mps.profile(net(), batches(), Vandal(), OPTIONS)
 
+
+def test_what_an_estimator_writes_beside_the_parameters_is_taken_back():
     class Scribbler:
         def estimate(self, setting):
             setting.model.fc.note = 1
-            return Estimate(np.zeros((3, 3)))
+            setting.model.norm.momentum = None
+            setting.model.conv.register_forward_hook(lambda *_: None)
+            return Estimate(np.zeros((3, 3)), unit="relative")
 
-    with pytest.raises(mps.EstimatorError, match="changed the attributes note of module 'fc'"):
-        mps.profile(net(), batches(), Scribbler(), OPTIONS)
+    model = marked()
+    before = everything(model)
+    mps.profile(model, batches(), Scribbler(), OPTIONS)
+    assert_same(before, everything(model))
+    assert model.norm.momentum == 0.1
 
 
 @pytest.mark.parametrize(
@@ -296,3 +303,39 @@ def test_tied_layers_are_one_unit_and_a_dict_is_a_batch():
     assert table.sensitivity[:, 0].sum() == pytest.approx(measured.kl, rel=1e-12)
     with pytest.raises(mps.PlanError, match="share a weight"):
         mps.evaluate(model, [batch], mps.Plan({"embed": mps.Precision("2"), "head": mps.Precision("4")}))
+
+
+class TwoEnds(nn.Module):
+    """Two heads, one of which is compared; the body can be cut off from gradients."""
+
+    def __init__(self, cut=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.boxes, self.cut = nn.Linear(4, 4), nn.Linear(4, 3), nn.Linear(4, 2), cut
+
+    def forward(self, x):
+        x = torch.tanh(self.body(x))
+        return {"logits": self.head(x.detach() if self.cut else x), "boxes": self.boxes(x)}
+
+
+@pytest.mark.parametrize("estimator", [KLDivergence(), ESTIMATORS["fisher-projection"]()])
+def test_layers_that_the_loss_does_not_see_are_told(estimator):
+    data = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0))]
+    with pytest.warns(UserWarning, match="the loss does not depend on boxes: plans give them the fewest bits"):
+        table = mps.profile(TwoEnds(), data, estimator, OPTIONS, progress=False)
+    assert (table.sensitivity[2] == 0).all()
+
+
+def test_gradients_that_are_cut_off_are_told():
+    data = [torch.randn(5, 4, generator=torch.Generator().manual_seed(0))]
+    with pytest.warns(UserWarning, match="the loss does not depend on body, boxes"):
+        mps.profile(TwoEnds(cut=True), data, ESTIMATORS["fisher-projection"](), OPTIONS, progress=False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_that_lie_on_their_grid_already_are_no_surprise():
+    model = nn.Sequential(nn.Linear(4, 3))
+    table = mps.profile(
+        model, [torch.randn(5, 4)], KLDivergence(), OPTIONS[::2], quantizer=lambda w, p: w, progress=False
+    )
+    assert (table.sensitivity == 0).all()

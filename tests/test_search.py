@@ -22,6 +22,7 @@ from mpsearch.data_split import split
 from mpsearch.estimator import Estimate
 from mpsearch.model import state_fingerprint
 from mpsearch.quantize import RoundToNearest
+from mpsearch.sensitivity import FisherProjection, OutputGradient
 from mpsearch.vicinal import mixed
 
 PRECISIONS = "w2 w3 w4"
@@ -286,6 +287,7 @@ def test_an_impossible_budget_is_refused_before_any_pass():
         ({"budget": None, "tolerance": -0.1}, mps.BudgetError, "tolerance -0.1"),
         ({"budget": None, "tolerance": 0.1, "minimize": "memory"}, mps.BudgetError, "did you mean 'memory_bytes'"),
         ({"budget": mps.Budget(memory=1)}, mps.BudgetError, "memory"),
+        ({"budget": {"average_bits": 3}}, mps.BudgetError, "expected mps.Budget(average_bits=4) or the like, got {'average_bits': 3}"),
         ({"batches": [x for x, _ in data()], "metric": "loss"}, mps.EstimatorError, "the loss needs labels, batch 0 of batches"),
         ({"report": [x for x, _ in data()], "metric": "accuracy"}, mps.EstimatorError, "batch 0 of report"),
         ({"report": [(x[:1], y[:1]) for x, y in data()[:2]]}, mps.EstimatorError, "2 to report"),
@@ -329,6 +331,75 @@ def test_a_metric_that_changes_the_model_is_found_out():
 
     with pytest.raises(mps.EstimatorError, match="changed the model"):
         find(metric=spoils)
+
+
+@pytest.mark.parametrize("options", [{}, {"layers": True, "resources": (), "budget": BUDGET}])
+def test_a_model_of_one_output_is_refused_before_any_pass(options):
+    """Its softmax is 1, so that every plan would be called perfect."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 1))
+    if "layers" in options:
+        options["layers"] = mps.layers(model, data()[0])
+    runs = Runs(model, 160, last="2")
+    with pytest.raises(mps.EstimatorError, match=r"one output \(shape \(.*, 1\)\), so its KL is always 0; give metric"):
+        find(model, **options)
+    assert runs.forward <= 2 * 32
+    assert runs.backward == 0
+
+
+@pytest.mark.parametrize("limit", [8.0, 20.0])
+def test_a_regression_with_a_metric_of_its_own(limit):
+    """The best of all plans by squared error, each measured by `evaluate`."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    with torch.no_grad():
+        batches = [(x, model(x) + 0.01 * x[:, :1]) for x, _ in data()]
+
+    def squared(model, batch):
+        return float((model(batch[0]) - batch[1]).square().mean())
+
+    runs = Runs(model, 160, last="4")
+    result = find(model, batches, metric=squared, max_passes=limit)
+    assert list(result.tables) == ["relative-weight-error" if limit == 8.0 else "output-mse", "posterior"]
+    assert result.passes <= limit
+    if limit == 8.0:  # no partial runs
+        assert runs.passes <= result.passes
+    assert math.isnan(result.measured.kl)
+    assert result.measured.metric is not None
+    seen = [*split(batches, SHARES, 0)["select"], *split(batches, SHARES, 0)["score"]]
+    sizes = np.array([48, 64, 8])
+    found = {}
+    for bits in itertools.product((2, 3, 4), repeat=3):
+        if (sizes * bits).sum() <= 3 * sizes.sum():
+            plan = mps.Plan({name: mps.Precision(str(b)) for name, b in zip(("0", "2", "4"), bits, strict=True)})
+            found[bits] = mps.evaluate(model, seen, plan, metric=squared).metric
+    if limit == 20.0:
+        assert found[tuple(precision.weight_bits for precision in result.plan.values())] <= 1.1 * min(found.values())
+
+
+@pytest.mark.parametrize("metric", ["kl", "loss"])
+def test_a_part_whose_labels_are_all_ignored_is_refused(metric):
+    batches = [(x, torch.full_like(y, -100)) for x, y in data()]
+    with pytest.raises(mps.EstimatorError, match="every label of the score part is -100"):
+        find(batches=batches, metric=metric)
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    result = find(budget=None, tolerance=np.float32(0.5), seed=np.int64(3), max_passes=np.int64(14))
+    result.save(tmp_path)
+    found = mps.SearchResult.load(tmp_path)
+    assert (found.settings["seed"], found.settings["tolerance"], found.settings["max_passes"]) == (3, 0.5, 14.0)
+
+
+@pytest.mark.parametrize("kind", [list, np.asarray])
+def test_labels_that_are_no_tensors_count_too(kind):
+    expected = find(metric="loss")
+    result = find(batches=[(x, kind(y.tolist())) for x, y in data()], metric="loss")
+    assert result.plans.damage.tolist() == expected.plans.damage.tolist()
+    assert result.measured == expected.measured
+    other = [(x, kind((3 - y).tolist())) for x, y in data()]
+    with pytest.raises(mps.EstimatorError, match="other data"):
+        find(batches=other, metric="loss", previous=result)
 
 
 # ------------------------------------------------------------------------------------------------ goals
@@ -580,6 +651,35 @@ def test_another_budget_pays_only_for_what_is_new(tmp_path):
     same(second, find(budget=mps.Budget(average_bits=2.5), max_passes=20.0, previous=tmp_path))
     again = find(max_passes=20.0, previous=second)
     assert again.passes < 0.5 * first.passes
+
+
+@pytest.mark.parametrize(("before", "limit"), [(18.0, 10.0), (60.0, 30.0)])
+@pytest.mark.parametrize("options", [{}, {"front": True}, {"budget": None, "tolerance": 0.05}])
+def test_no_plan_that_is_known_is_forgotten(before, limit, options):
+    """A second search measures few plans, and is no worse than any that the first one measured within the budget."""
+    first = find(max_passes=before, precisions="w2 w3 w4 w6", **options)
+    second = find(budget=mps.Budget(average_bits=2.8), max_passes=limit, precisions="w2 w3 w4 w6", previous=first)
+    known, found = (
+        {tuple(plan.items()): damage for plan, damage in zip(one.plans.plans, one.plans.damage.tolist(), strict=True)}
+        for one in (first, second)
+    )
+    assert known.items() <= found.items()
+    fitting = [known[tuple(plan.items())] for plan in first.plans.plans if plan.usage["average_bits"] <= 2.8]
+    if limit > 20 and second.wins is not False:
+        best = min(fitting)
+        assert damage_of(second, second.plan) <= best + 0.1 * best  # as good, and better between the samples
+
+
+def test_tables_that_were_filled_are_free_where_fewer_are_asked_for():
+    first = find(max_passes=60.0)
+    model = net()
+    layers = mps.layers(model, data()[0])
+    runs = Runs(model, 160)
+    second = find(
+        model, max_passes=21.0, layers=layers, previous=first, estimators=[FisherProjection(8), OutputGradient(8)]
+    )
+    assert second.settings["stages"]["tables"] == 0
+    assert runs.backward == 0
 
 
 def test_an_earlier_search_for_something_else_is_refused_with_what_differs():

@@ -1,6 +1,9 @@
 """The folder that keeps a result: all of it comes back, and damage is told."""
 
+import dataclasses
 import json
+import math
+import sqlite3
 
 import numpy as np
 import pytest
@@ -8,6 +11,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.checkpoint import Checkpoint
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.search_result import measured_front
 
@@ -118,3 +122,80 @@ def test_a_picture(result, tmp_path, kind):
     path = tmp_path / f"front.{kind}"
     result.front.plot(path, mark=result.plan, title="A net")
     assert path.stat().st_size > 5000
+
+
+def test_a_folder_that_may_only_be_read(result, tmp_path, monkeypatch):
+    """Such as a colleague's; root may write everywhere, so what is opened is looked at too."""
+    folder = tmp_path / "result"
+    result.save(folder)
+    opened = []
+    connect = sqlite3.connect
+
+    def recorded(path, *args, **options):
+        opened.append(str(path))
+        return connect(path, *args, **options)
+
+    monkeypatch.setattr(sqlite3, "connect", recorded)
+    folder.chmod(0o555)
+    try:
+        assert mps.SearchResult.load(folder).finished == result.finished
+    finally:
+        folder.chmod(0o755)
+    assert {path.partition("passes.db")[2] for path in opened if path != ":memory:"} == {"?immutable=1"}
+
+
+def test_saving_that_is_cut_short_leaves_the_passes_of_before(result, tmp_path, monkeypatch):
+    result.save(tmp_path)
+
+    def killed(self, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "fill", killed)
+    with pytest.raises(KeyboardInterrupt):
+        result.save(tmp_path)
+    monkeypatch.undo()
+    assert mps.SearchResult.load(tmp_path).finished == result.finished
+
+
+@pytest.mark.parametrize(
+    ("over", "settings", "header", "above"),
+    [
+        ("average_bits", {"budget": {"average_bits": 3}}, "bits  memory  ", "w4 (over budget)"),
+        ("bitops", {"budget": {"bitops": "50%"}}, "bits  memory  bitops  ", "w4 (over budget)"),
+        ("memory_bytes", {"budget": {}}, "bits  memory  ", "w4 (larger)"),
+    ],
+)
+def test_the_text_tells_what_was_limited(result, over, settings, header, above):
+    shown = dataclasses.replace(result, front=dataclasses.replace(result.front, over=over), settings=settings)
+    assert header in str(shown)
+    assert above in str(shown)
+    assert "metric" not in str(shown)
+    assert max(map(len, shown.text(80).splitlines())) <= 100
+
+
+def test_the_text_tells_a_metric_of_ones_own_and_leaves_out_what_there_is_not(result):
+    def own(found):
+        rest = None if found.reference is None else own(found.reference)
+        return dataclasses.replace(
+            found, kl=math.nan, kl_se=math.nan, loss=None, accuracy=None, metric=0.125, metric_se=0.5, reference=rest
+        )
+
+    rows = [dataclasses.replace(one, evaluation=own(one.evaluation)) for one in result.comparison]
+    lines = dataclasses.replace(result, measured=own(result.measured), comparison=rows).text().splitlines()
+    header = next(line for line in lines if line.startswith("held-out"))
+    assert header.split()[-3:] == ["KL", "[nats]", "metric"]
+    assert "loss" not in header
+    assert [line.split()[-2:] for line in lines if line.startswith("unquantized")] == [["-", "0.125"]]
+
+
+def test_the_text_fits_narrow_terminals(result):
+    """Columns go where there is no room, from the loss on; bits and KL stay."""
+    left = []
+    for width in (80, 70, 60, 50, 40):
+        table = result.text(width).split("\n\n")[1].splitlines()
+        assert max(map(len, table)) <= width
+        assert len(table) == 2 + len(result.comparison) + 1
+        left.append(table[0].split()[2:])
+    assert left[0] == ["bits", "memory", "KL", "[nats]", "loss", "right"]
+    assert left[-1] == ["bits", "KL", "[nats]"]
+    assert [len(one) for one in left] == sorted((len(one) for one in left), reverse=True)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, jvp
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mpsearch as mps
 from mpsearch import sweep
@@ -137,6 +138,26 @@ class Twice(nn.Module):
         return self.head(F.relu(z, inplace=True))
 
 
+class InPlace(nn.Module):
+    """Layers of tokens whose outputs, views of a product, are written into."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = F.relu(self.second(F.relu(self.first(x), inplace=True)), inplace=True)
+        return self.head(y.mean(1))
+
+
+def hooked():
+    """Hooks of the user's own change what goes into a layer and what comes out."""
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[0].register_forward_hook(lambda module, args, output: 3 * output)
+    model[2].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    return model
+
+
 def cnn(transposed=False):
     model = nn.Sequential(
         nn.Conv2d(2, 4, 3, padding=1, bias=False),
@@ -195,6 +216,8 @@ MODELS = {
     "sequence first": (SequenceFirst, lambda: [numbered(4, 6), numbered(3, 5)]),
     "sequence first, as many tokens as samples": (SequenceFirst, lambda: [numbered(5, 5), numbered(5, 5)]),
     "sequence first, twice as many tokens": (SequenceFirst, lambda: [numbered(3, 6)]),
+    "tokens written into": (InPlace, lambda: [labelled(4, 6, 4), labelled(3, 5, 4)]),
+    "hooks of the user": (hooked, lambda: [labelled(4, 4), labelled(3, 4)]),
     "windows in the first dimension": (
         functools.partial(Folded, False),
         lambda: [labelled(4, 6, 4), labelled(4, 4, 4)],
@@ -436,6 +459,70 @@ def test_a_weight_that_does_more_than_its_layer_shows(estimator, weighted):
     for held in (False, True):
         with pytest.raises(mps.EstimatorError, match=r"layer 'body' is .* outside the layer's own forward"):
             profile(Borrowed(held), [labelled(4, 4)], estimator, loss=loss)
+
+
+class Undifferentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, g):
+        return None
+
+
+class Behind(nn.Module):
+    """A layer behind which something happens."""
+
+    def __init__(self, then, first=None):
+        super().__init__()
+        self.first, self.head, self.then = first or nn.Linear(4, 4), nn.Linear(4, 3), then
+
+    def forward(self, x):
+        return self.head(self.then(self.first(x)))
+
+
+class Pair(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+def without_gradients(x):
+    torch.set_grad_enabled(False)
+    return x
+
+
+@pytest.mark.parametrize("estimator", ALL, ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (lambda: Behind(Undifferentiable.apply), r"no gradient comes back to a Linear of shape \(4, 4\)"),
+        (lambda: Behind(without_gradients), "layer 'head' runs without gradients"),
+        (lambda: Behind(lambda both: both[0], Pair(4, 4)), "layer 'first' returns a tuple, expected a tensor"),
+    ],
+    ids=["undifferentiable", "no_grad", "pair"],
+)
+def test_what_gradients_cannot_see(estimator, model, words):
+    torch.manual_seed(0)
+    enabled = torch.is_grad_enabled()
+    try:
+        with pytest.raises(mps.EstimatorError, match=words):
+            profile(model(), [labelled(4, 4)], estimator)
+    finally:
+        torch.set_grad_enabled(enabled)
+
+
+@pytest.mark.parametrize("estimator", ALL, ids=lambda one: type(one).__name__)
+def test_checkpoints_of_activations_change_nothing(estimator):
+    class Again(Behind):
+        def forward(self, x):
+            return self.head(checkpoint(lambda y: torch.tanh(self.first(y)), x, use_reentrant=False))
+
+    tables = []
+    for make in (Behind, Again):
+        torch.manual_seed(0)
+        tables.append(profile(make(torch.tanh), [labelled(4, 4), labelled(3, 4)], estimator).sensitivity)
+    assert (tables[0] == tables[1]).all()
 
 
 def test_gradients_that_cancel_over_the_batch_are_no_reason_to_refuse():

@@ -54,6 +54,13 @@ MODELS = {
         "text",
         [QKV, GATE_UP],
     ),
+    "phimoe": (  # its router is a linear layer that returns a tuple
+        "PhimoeForCausalLM",
+        "PhimoeConfig",
+        {**GROUPED, "head_dim": 4, "num_local_experts": 4},
+        "text",
+        [QKV],
+    ),
     "gpt-oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
@@ -90,6 +97,21 @@ MODELS = {
         {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 4], "image_size": 16, "patch_size": 2, "window_size": 2},
         "image",
         [QKV, QKV],
+    ),
+    "swin-v2": (  # writes into what layers of one input for all samples return
+        "Swinv2ForImageClassification",
+        "Swinv2Config",
+        {"embed_dim": 8, "depths": [1], "num_heads": [2], "image_size": 16, "patch_size": 4, "window_size": 2},
+        "image",
+        [{"query", "key", "value"}],
+    ),
+    "segformer": (  # hooks itself in its first run
+        "SegformerForImageClassification",
+        "SegformerConfig",
+        {"hidden_sizes": [8], "depths": [1], "num_attention_heads": [2], "sr_ratios": [2], "num_encoder_blocks": 1}
+        | {"patch_sizes": [3], "strides": [2], "mlp_ratios": [2]},
+        "image",
+        [{"k_proj", "v_proj"}],
     ),
     "mobilenet-v2": (
         "MobileNetV2ForImageClassification",

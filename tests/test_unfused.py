@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, weight_norm
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import mpsearch as mps
 from mpsearch.modules import canonical
@@ -124,6 +124,9 @@ def test_hooks_of_the_user_still_run():
         lambda: parametrizations.spectral_norm(nn.Linear(4, 4)),
         lambda: parametrizations.orthogonal(nn.Linear(4, 4)),
         lambda: weight_norm(nn.Linear(4, 4)),
+        lambda: spectral_norm(nn.Linear(4, 4)),
+        lambda: prune.l1_unstructured(nn.Linear(4, 4), "weight", 0.5),
+        lambda: prune.random_unstructured(prune.l1_unstructured(nn.Linear(4, 4), "weight", 2), "weight", 2),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
@@ -141,6 +144,26 @@ def test_a_parametrized_weight_is_decided_on_as_it_comes_out(make):
     assert table.sensitivity[0, 0] > 0
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_an_embedding_of_limited_norm_is_not_written_into(bag):
+    """Rows beyond the norm are looked up at the norm; the weight itself stays, unlike in a run of the model."""
+    torch.manual_seed(0)
+    table = nn.EmbeddingBag(6, 4, max_norm=1.0) if bag else nn.Embedding(6, 4, max_norm=1.0)
+    model = nn.Sequential(table, nn.Flatten(), nn.Linear(4 if bag else 12, 2)).eval()
+    tokens = torch.tensor([[0, 1, 2], [3, 3, 1]])
+    before = table.weight.detach().clone()
+    clipped = before / before.norm(dim=1, keepdim=True).clamp(min=1)
+    with unfused(model):
+        inside = model(tokens)
+        torch.testing.assert_close(model[0].weight, clipped)
+    names = [layer.name for layer in mps.layers(model, tokens)]
+    assert names == (["2"] if bag else ["0", "2"])
+    mps.profile(model, [tokens], KLDivergence(), mps.precisions("w2 w16"), progress=False)
+    assert torch.equal(table.weight, before)
+    assert table.max_norm == 1
+    torch.testing.assert_close(model(tokens), inside)
 
 
 def test_attention_is_profiled_and_evaluated_as_four_linear_layers():

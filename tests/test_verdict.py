@@ -33,15 +33,16 @@ def test_uniform_chosen_and_none_that_fits():
 
 
 @pytest.mark.parametrize(
-    ("use", "uniform", "wins", "words"),
+    ("use", "uniform", "chosen", "wins", "words"),
     [
-        (750.0, "w4", True, "takes 25.0 % less memory than uniform w4"),
-        (1000.0, "w4", False, "uniform w4 is the cheapest plan found"),
-        (1000.0, None, True, "no uniform precision stays within the tolerance"),
+        (750.0, "w4", False, True, "takes 25.0 % less memory than uniform w4"),
+        (1000.0, "w4", True, False, "uniform w4 is the cheapest plan found"),
+        (1000.0, "w4", False, None, "mixed precision takes as much memory as uniform w4"),
+        (1000.0, None, False, True, "no uniform precision stays within the tolerance"),
     ],
 )
-def test_the_cheapest_plan_within_a_tolerance(use, uniform, wins, words):
-    found = tolerance_verdict("memory_bytes", use, uniform, 1000.0, 0.1, 0.08, 0.02, "nats")
+def test_the_cheapest_plan_within_a_tolerance(use, uniform, chosen, wins, words):
+    found = tolerance_verdict("memory_bytes", use, uniform, 1000.0, 0.1, 0.08, 0.02, "nats", chosen=chosen)
     assert found.wins is wins
     assert words in found.text
     assert "more than the tolerance" not in found.text
@@ -49,5 +50,5 @@ def test_the_cheapest_plan_within_a_tolerance(use, uniform, wins, words):
 
 @pytest.mark.parametrize(("damage", "over"), [(0.14, False), (0.15, True)])
 def test_a_plan_over_the_tolerance_on_other_data_is_said(damage, over):
-    found = tolerance_verdict("memory_bytes", 1.0, "w4", 2.0, 0.1, damage, 0.02, "nats")
+    found = tolerance_verdict("memory_bytes", 1.0, "w4", 2.0, 0.1, damage, 0.02, "nats", chosen=False)
     assert ("more than the tolerance; give more data" in found.text) is over

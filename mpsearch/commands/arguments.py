@@ -1,6 +1,9 @@
 """Arguments that several commands take, and what they name."""
 
 import argparse
+import errno
+import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
@@ -32,15 +35,34 @@ def add_budget(parser: argparse.ArgumentParser, *, required: bool, about: str) -
 def add_solver(parser: argparse.ArgumentParser, about: str) -> None:
     """--solver and its settings."""
     parser.add_argument("--solver", help=about)
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the solver")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --solver; may be repeated"
+    )
 
 
 def add_layers(parser: argparse.ArgumentParser) -> None:
     """Which layers are decided on, and how they are grouped."""
-    parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN", help="layers to leave alone")
-    parser.add_argument("--cut", action="append", default=[], metavar="PATTERN", help="layers to take out of groups")
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers to leave alone, by name or 'encoder.*'; may be repeated",
+    )
+    parser.add_argument(
+        "--cut",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers to take out of their groups; may be repeated",
+    )
     parser.add_argument("--target", help="tool that will carry the plan out: groups and options that it has")
-    parser.add_argument("--experts", default="each", choices=["each", "block"], help="decide on each expert or block")
+    parser.add_argument(
+        "--experts",
+        default="each",
+        choices=["each", "block"],
+        help="decide on each expert (default), or on a block of them at once",
+    )
     parser.add_argument("--kv-cache", action="store_true", help="decide on keys and values of attention too")
 
 
@@ -64,7 +86,35 @@ def _picture(path: str) -> str:
     from mpsearch.plot import check_ending
 
     check_ending(path)
+    return file(path)
+
+
+def file(path: str) -> str:
+    """A file to write, whose folder is there before any work.
+
+    Raises:
+        OSError: with the folder.
+    """
+    _check_folder(Path(path).parent)
     return path
+
+
+def folder(path: str) -> str:
+    """A folder to write to, which is there before any work, or can be made.
+
+    Raises:
+        OSError: with what is in its place.
+    """
+    _check_folder(next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists()))
+    return path
+
+
+def _check_folder(path: Path) -> None:
+    code = 0 if path.is_dir() else errno.ENOTDIR if path.exists() else errno.ENOENT
+    if not code and not os.access(path, os.W_OK):
+        code = errno.EACCES
+    if code:
+        raise OSError(code, os.strerror(code), str(path))
 
 
 def model(spec: str) -> "nn.Module":

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mpsearch import report
+from mpsearch.commands import arguments
 from mpsearch.commands.command import Answer, Command
 from mpsearch.commands.plan_text import plan_text
 from mpsearch.commands.screen import Screen
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument(
-        "-o", "--out", default="mpsearch-demo", metavar="DIR", help="folder for the results (default: %(default)s)"
+        "-o",
+        "--out",
+        default="mpsearch-demo",
+        metavar="DIR",
+        type=arguments.folder,
+        help="folder for the results (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="of training and probes (default: %(default)s)")
 

@@ -30,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", help="the same, returning batches: the first one traces the model, where the target needs it"
     )
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the target")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the target; may be repeated"
+    )
     parser.add_argument(
         "--snap", action="store_true", help="move what the target lacks to the nearest at no more bytes"
     )

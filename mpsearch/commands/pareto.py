@@ -17,8 +17,14 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("table", help="cost table, .csv or .npz")
     parser.add_argument("--over", default="memory_bytes", help="resource (default: %(default)s)")
     arguments.add_budget(parser, required=False, about="further limit of every point")
-    parser.add_argument("--method", default="auto", choices=["auto", "exact", "epsilon", "hull", "sweep"])
-    arguments.add_solver(parser, "sweep this solver")
+    parser.add_argument(
+        "--method",
+        default="auto",
+        choices=["auto", "exact", "epsilon", "hull", "sweep"],
+        help="exact: every point; epsilon: every point within 0.1 %% of damage; hull: the convex part, at any size; "
+        "sweep: 64 limits; auto (default): exact for small tables, else hull",
+    )
+    arguments.add_solver(parser, "sweep this solver, by name or module:Class, instead of computing the curve")
     parser.add_argument("-o", "--out", metavar="FILE", help="points, .csv")
     arguments.add_plot(parser, "the curve")
 

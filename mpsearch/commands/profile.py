@@ -16,7 +16,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
     parser.add_argument("--estimator", default="kl-divergence", help="by name, or module:Class (default: %(default)s)")
-    parser.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the estimator")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --estimator; may be repeated"
+    )
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
     parser.add_argument("--loss", help="kl (default), cross-entropy, or file.py:function(model, batch)")
     arguments.add_layers(parser)

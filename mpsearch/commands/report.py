@@ -4,6 +4,7 @@ import argparse
 
 from mpsearch.commands.command import Answer, Command
 from mpsearch.commands.screen import Screen
+from mpsearch.loading import UsageError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -16,6 +17,8 @@ def run(options: argparse.Namespace) -> Answer:
     """Write the page."""
     from mpsearch.search_result import SearchResult
 
+    if not options.out.lower().endswith((".html", ".htm")):
+        raise UsageError(f"{options.out}: expected a name that ends with .html")
     result = SearchResult.load(options.result)
     result.report(options.out)
 

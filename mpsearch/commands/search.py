@@ -17,7 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_model_and_data(parser)
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
     arguments.add_budget(parser, required=False, about="upper limit; may be repeated")
-    parser.add_argument("--effort", default="default", choices=["fast", "default", "thorough"], help="passes to spend")
+    parser.add_argument(
+        "--effort",
+        default="default",
+        choices=["fast", "default", "thorough"],
+        help="passes to spend: 8, 40 + one a layer and precision (default), or four times that",
+    )
     parser.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
     parser.add_argument(
         "--metric", default="kl", help="kl (default), loss, accuracy, or file.py:function(model, batch)"
@@ -26,8 +31,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--tolerance", type=float, metavar="DAMAGE", help="find the least --minimize with at most this damage"
     )
-    parser.add_argument("--minimize", default="memory_bytes", help="resource, with --tolerance (default: %(default)s)")
-    parser.add_argument("--front", action="store_true", help="measure a whole Pareto curve")
+    parser.add_argument(
+        "--minimize", default="memory_bytes", help="resource, with --tolerance or --front (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--front", action="store_true", help="measure a whole Pareto curve, over the first --budget or --minimize"
+    )
     parser.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
     parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
     arguments.add_layers(parser)
@@ -40,7 +49,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--out",
         required=True,
         metavar="DIR",
-        help="folder for plan.json, tables, plans.csv, front.csv, front.png, summary.json",
+        type=arguments.folder,
+        help="folder for plan.json, tables/, plans.csv, front.csv, front.png, summary.json and passes.db",
     )
     arguments.add_plot(parser, "the measured front, besides the one in the folder")
 

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    parser.add_argument("file", metavar="FILE|MODEL", help="plan (.json), cost table (.csv, .npz), or file.py:function")
+    parser.add_argument(
+        "file", metavar="FILE|MODEL", help="plan (.json), cost table (.csv, .npz), or model: file.py:function, hf:DIR"
+    )
     parser.add_argument("--data", help="with a model: file.py:function or package.module:function returning batches")
     parser.add_argument(
         "--precisions", default="w2 w3 w4 w8 w16", help="with a model: options of every layer (default: %(default)s)"

@@ -18,8 +18,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("table", help="cost table, .csv or .npz")
     arguments.add_budget(parser, required=True, about="upper limit; may be repeated")
-    parser.add_argument("--minimize", default="sensitivity", help="a resource instead of the damage")
-    arguments.add_solver(parser, "by name, or module:Class")
+    parser.add_argument(
+        "--minimize", default="sensitivity", help="a resource instead of the damage, within --budget sensitivity=DAMAGE"
+    )
+    arguments.add_solver(
+        parser,
+        "exact (default), ilp, greedy, dynamic-programming, annealing, evolutionary, bisection, brute-force, or module:Class",
+    )
     parser.add_argument("-o", "--out", metavar="FILE", help="plan, .json")
     arguments.add_plot(parser, "the plan")
 

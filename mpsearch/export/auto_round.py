@@ -4,11 +4,13 @@ import json
 import os
 from typing import Any
 
+import torch
 from torch import nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
 from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
@@ -26,7 +28,8 @@ def auto_round(
 ) -> dict[str, dict[str, Any]]:
     """`layer_config` of `auto_round.AutoRound`, by full names (auto-round 0.16).
 
-    Names are not escaped: AutoRound escapes them itself. Layers of the model that the plan leaves alone are set to 16 bits.
+    Names are not escaped: AutoRound escapes them itself. Layers of the model that the plan leaves alone are set to 16 bits. It takes
+    experts in one tensor apart, gate and up too.
 
     Args:
         plan: the plan.
@@ -51,14 +54,16 @@ def auto_round(
             raise ExportError(
                 f"auto-round cannot express {precision} for {name!r}: it writes that layer in float; plan w16"
             )
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if model else []
     content: dict[str, dict[str, Any]] = {
         name: {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True}
         if precision.quantizes_weight
         else {"bits": 16}
         for name, precision in plan.items()
     }
-    content |= {name: {"bits": 16} for name in linear if name not in plan}
+    if model is not None:
+        apart = names_apart(model)
+        content |= {name: {"bits": 16} for name in linear_layers(model) if name not in plan}
+        content = {part: settings for name, settings in content.items() for part in apart.get(name, (name,))}
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
@@ -68,7 +73,8 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str
     """Round to nearest with AutoRound, without tuning; every layer that it gave bits below 16."""
     tool, tokenizers = package("auto_round", "auto-round"), package("tokenizers", "auto-round")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-    originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    weights, apart = layer_weights(model), names_apart(model)
+    originals = {name: weights[name].clone() for name in linear_layers(model)}
     rounding = tool.AutoRound(
         model,
         package("transformers", "auto-round").PreTrainedTokenizerFast(tokenizer_object=words),
@@ -81,14 +87,14 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str
     quantized, _ = rounding.quantize()
     found = {}
     for name, original in originals.items():
-        layer = quantized.get_submodule(name)
-        if getattr(layer, "bits", 16) >= 16:
+        layers = [quantized.get_submodule(part) for part in apart.get(name, (name,))]
+        if getattr(layers[0], "bits", 16) >= 16:
             continue
-        size = layer.group_size if layer.group_size > 0 else None
-        values = layer.weight.detach().to(original.dtype)
-        scales = layer.scale.to(original.dtype).reshape(-1, 1)
+        size = layers[0].group_size if layers[0].group_size > 0 else None
+        values = torch.cat([layer.weight.detach() for layer in layers]).to(original.dtype)
+        scales = torch.cat([layer.scale.reshape(-1, 1) for layer in layers]).to(original.dtype)
         found[name] = Stored(
-            Precision(str(layer.bits), "16", size),
+            Precision(str(layers[0].bits), "16", size),
             values,
             (values.reshape(len(scales), -1) / scales).round(),
             None,  # kept in float until it is saved

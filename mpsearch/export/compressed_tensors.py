@@ -3,6 +3,8 @@
 import copy
 import json
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,6 +14,14 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import (
+    checkpoint_names,
+    checkpoint_parts,
+    experts_apart,
+    linear_layers,
+    renamed,
+    targets,
+)
 from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
@@ -33,6 +43,10 @@ def compressed_tensors(
     Symmetric integers of 2 to 8 bits, a scale an output channel or group; `w8a8` is int8 with a scale a token. The codes in the
     folder are those of `quantizer`, so what vLLM runs is bit for bit what `evaluate` measured.
 
+    The experts of a block that agree are one target, a pattern of their names; in the folder each has matrices of its own, named as in
+    checkpoints of the model. vLLM has 4 and 8 bits for them, one precision a block. transformers takes one precision for the experts of
+    all blocks, and misreads or refuses others, which a warning says.
+
     Args:
         plan: the plan.
         model: checks names, shapes and shared weights; its other linear layers are listed as ignored.
@@ -52,11 +66,15 @@ def compressed_tensors(
     if not quantizer.symmetric or quantizer.granularity != "channel":
         raise ExportError("compressed-tensors is written with symmetric codes and a scale a channel or group")
     plan = fitted(plan, model, "compressed-tensors", snap=snap, vllm=vllm)
+    if model is not None:
+        _check_experts(plan, model)
     config = _config(plan, model)
     if path is not None and model is None:
         write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     elif path is not None and model is not None:
-        _save(_compressed(plan, copy.deepcopy(model), config, quantizer), Path(path))
+        copied, known = copy.deepcopy(model), checkpoint_names(model)
+        with experts_apart(copied, plan):
+            _save(_compressed(plan, copied, config, quantizer), Path(path), known, config.ignore)
     return config
 
 
@@ -64,6 +82,11 @@ def read_compressed_tensors(
     plan: Plan, model: nn.Module, *, quantizer: RoundToNearest = REFERENCE
 ) -> dict[str, Stored]:
     """Compress the model; every layer whose weight lies packed in its state."""
+    with experts_apart(model, plan):
+        return _read(plan, model, quantizer)
+
+
+def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> dict[str, Stored]:
     helpers = package("compressed_tensors.compressors", "compressed-tensors")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _compressed(plan, model, _config(plan, model), quantizer)
@@ -107,20 +130,38 @@ def config_groups(plan: Plan, model: nn.Module | None) -> dict[str, Any]:
             names.setdefault(precision, []).append(name)
     common = {"type": "int", "symmetric": True}
     groups: dict[str, Any] = {}
-    for precision, targets in sorted(names.items(), key=lambda item: str(item[0])):
+    linear = linear_layers(model) if model else list(plan)
+    every = dict.fromkeys([*linear, *plan])
+    for precision, members in sorted(names.items(), key=lambda item: str(item[0])):
         size = precision.group_size
         scales = {"strategy": "channel"} if size is None else {"strategy": "group", "group_size": size}
         groups[f"group_{precision}"] = {
-            "targets": targets,
+            "targets": targets(members, every),
             "weights": {"num_bits": precision.weight_bits, **common, **scales},
         }
         if precision.quantizes_activation:
             inputs = {"num_bits": precision.activation_bits, **common, "strategy": "token", "dynamic": True}
             groups[f"group_{precision}"]["input_activations"] = inputs
-    quantized = {name for targets in names.values() for name in targets}
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if model else list(plan)
+    quantized = {name for members in names.values() for name in members}
     ignored = [name for name in linear if name not in quantized]  # vLLM refuses a linear layer that is in neither list
-    return {"config_groups": groups, "ignore": ignored}
+    return {"config_groups": groups, "ignore": targets(ignored, every)}
+
+
+def _check_experts(plan: Plan, model: nn.Module) -> None:
+    own, known = dict(model.named_modules()), checkpoint_names(model)
+    stacked = {name: plan.get(name, Precision("16")) for name in linear_layers(model) if name not in own}
+    for name, precision in stacked.items():
+        if precision.quantizes_weight and name not in known:
+            raise ExportError(
+                f"compressed-tensors cannot express {precision} for {name!r}: checkpoints of the model keep its experts in one tensor; "
+                "plan w16, or leave it out"
+            )
+    found = {str(precision) if precision.quantizes_weight else "w16" for precision in stacked.values()}
+    if len(found) > 1:
+        warnings.warn(
+            f"experts have {', '.join(sorted(found))}: vLLM reads them, transformers misreads or refuses all but one precision",
+            stacklevel=3,
+        )
 
 
 def _config(plan: Plan, model: nn.Module | None) -> Any:
@@ -145,14 +186,21 @@ def _compressed(plan: Plan, model: nn.Module, config: Any, quantizer: RoundToNea
     return model
 
 
-def _save(model: nn.Module, folder: Path) -> None:
-    """A folder in the layout of transformers."""
+def _save(model: nn.Module, folder: Path, known: Mapping[str, tuple[str, ...]], ignored: list[str]) -> None:
+    """A folder in the layout of transformers, experts by their names in checkpoints."""
     compressor = package("compressed_tensors.compressors", "compressed-tensors").ModelCompressor
     folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        name: part for key, value in model.state_dict().items() for name, part in checkpoint_parts(key, value, known)
+    }
     if hasattr(model, "save_pretrained"):
-        cast(Any, model).save_pretrained(folder)
+        cast(Any, model).save_pretrained(folder, state_dict=state)
     else:
-        state = {name: value.contiguous() for name, value in model.state_dict().items()}
         package("safetensors.torch", "compressed-tensors").save_file(state, folder / "model.safetensors")
         write_atomically(folder / "config.json", "{}\n")
-    compressor.from_pretrained_model(model).update_config(folder)
+    made = compressor.from_pretrained_model(model)
+    if made.quantization_config is not None:  # None where nothing is quantized
+        for group in made.quantization_config.config_groups.values():
+            group.targets = renamed(group.targets, known)
+        made.quantization_config.ignore = renamed([*made.quantization_config.ignore, *ignored], known)
+    made.update_config(folder)

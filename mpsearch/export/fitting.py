@@ -10,9 +10,10 @@ from torch import nn
 
 from mpsearch import ggml
 from mpsearch.errors import EstimatorError, ExportError, nearest
-from mpsearch.export.targets import Fused, Target, fused_groups, rules
+from mpsearch.experts import place_of
+from mpsearch.export.targets import TARGETS, Fused, Target, fused_groups, rules
 from mpsearch.layer import Layer
-from mpsearch.modules import canonical, kind_of, storage_of, weight_of
+from mpsearch.modules import canonical, holds_weight, kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
@@ -152,7 +153,8 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
             raise ExportError(
                 f"the plan names {name!r}, which is no quantizable layer of the model{nearest(name, known)}"
             )
-        reason = None if target is None else _out_of_reach(name, kind, own)
+        stacked = target is not None and TARGETS[target].stacked and name not in own and place_of(name) is not None
+        reason = None if target is None or stacked else _out_of_reach(name, kind, own)
         if reason is not None:
             if _effect(plan, name):
                 raise ExportError(f"{target} cannot express {plan[name]} for {name!r}: {reason}")
@@ -181,9 +183,10 @@ def _out_of_reach(name: str, kind: str, own: Mapping[str, nn.Module]) -> str | N
     if name not in own or isinstance(
         own[whole], nn.MultiheadAttention
     ):  # which reads the weight of its out_proj itself
+        takers = ", ".join(target for target, rule in TARGETS.items() if rule.stacked)
         return (
             f"it is a part of {whole!r}, a {type(own[whole]).__name__}, which is one module to other tools; leave it out, as "
-            "layers(..., target=...) (--target) does"
+            f"layers(..., target=...) (--target) does{f', or take one of {takers}' if place_of(name) else ''}"
         )
     if kind_of(own[name]) is None:
         return (
@@ -209,7 +212,9 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
     names = list(plan)
     found: list[tuple[str, tuple[str, ...]]] = []
     if model is not None:
-        modules = {n: m for n, m in model.named_modules(remove_duplicate=False) if kind_of(m) is not None}
+        with unfused(model):
+            every = dict(model.named_modules(remove_duplicate=False))
+        modules = {n: m for n, m in every.items() if kind_of(m) is not None and holds_weight(m)}
         names = list(modules)
         holders: dict[tuple[torch.device, int, int], list[str]] = {}
         for name, module in modules.items():

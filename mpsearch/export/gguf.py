@@ -11,16 +11,21 @@ from torch import Tensor, nn
 
 from mpsearch import ggml
 from mpsearch.errors import ExportError
+from mpsearch.experts import place_of
 from mpsearch.export.fitting import fitted
-from mpsearch.export.llama_quantize import tensor_name
+from mpsearch.export.llama_quantize import tensor_name, tensor_names
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.export.verification import REFERENCE, Stored
-from mpsearch.modules import kind_of, storage_of, weight_of
+from mpsearch.modules import storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.unfused import unfused
 
 _KEPT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
+#: Architectures whose queries and keys rotate by halves, as in transformers; the others keep their rows in pairs.
+_HALVES = ("qwen3", "qwen3moe")
 
 
 def gguf(
@@ -31,10 +36,11 @@ def gguf(
     path: str | os.PathLike[str] | None = None,
     architecture: str = "llama",
 ) -> dict[str, str]:
-    """Write a Llama-like model of transformers as a GGUF file (gguf 0.19); without a path, only tell the types.
+    """Write a model of transformers (Llama, Mixtral, Qwen3, Qwen3-MoE) as a GGUF file (gguf 0.19); without a path, only tell the types.
 
     The bytes are those of `RoundToNearest` at `wq4_k`, `wq8_0`, ..., so what llama.cpp runs is what `evaluate` measured. What
-    the plan leaves alone keeps its dtype; norms are float32. A vocabulary is not written: llama.cpp runs the file on token numbers, and
+    the plan leaves alone keeps its dtype; norms and routers are float32. The experts of a block are one tensor a matrix, so they
+    agree; gate and up are two. A vocabulary is not written: llama.cpp runs the file on token numbers, and
     its converter brings the words.
 
     Args:
@@ -42,7 +48,7 @@ def gguf(
         model: with a `config` that tells heads, sizes and the rotary base.
         snap: move what cannot be expressed to the nearest instead of refusing it.
         path: of the file.
-        architecture: as in `gguf.MODEL_ARCH_NAMES`; those that rotate like Llama.
+        architecture: as in `gguf.MODEL_ARCH_NAMES`: `llama` (Mixtral too), `qwen3`, `qwen3moe`.
 
     Returns:
         Tensor name -> type.
@@ -53,6 +59,10 @@ def gguf(
     """
     if model is None:
         raise ExportError("gguf needs the model: what it writes is the model itself")
+    if architecture == "qwen3moe" and not _config(model).norm_topk_prob:
+        raise ExportError(
+            "llama.cpp scales the weights of the chosen experts to a sum of 1 in qwen3moe, and the model has norm_topk_prob=False"
+        )
     plan = fitted(plan, model, "gguf", snap=snap)
     tensors = _tensors(plan, model, architecture)
     if path is not None:
@@ -74,23 +84,23 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> d
         file = library.GGUFReader(path)
         kept = {tensor.name: tensor for tensor in file.tensors}
         found = {}
-        for name, module in model.named_modules(remove_duplicate=False):
-            if kind_of(module) is None:
-                continue
-            weight = weight_of(module).detach()
-            tensor = kept.get(tensor_name(name, architecture)) or kept[_name_of_tied(model, name, architecture)]
-            kind = tensor.tensor_type.name
-            format_name = {cast: known for known, cast in _CASTS.items()}.get(kind, kind.lower())
+        for name, weight in layer_weights(model).items():
+            names = tensor_names(name, architecture)
+            tensors = [kept.get(one) or kept[_name_of_tied(model, name, architecture)] for one in names]
+            place = place_of(name)
+            parts = [tensor.data if place is None else tensor.data[place.number] for tensor in tensors]
+            kind = tensors[0].tensor_type
+            format_name = {cast: known for known, cast in _CASTS.items()}.get(kind.name, kind.name.lower())
             if format_name == _KEPT[weight.dtype]:
                 continue
-            values = torch.from_numpy(library.dequantize(tensor.data, tensor.tensor_type).copy()).reshape(weight.shape)
+            values = torch.from_numpy(np.concatenate([library.dequantize(part, kind) for part in parts]))
             precision = Precision(format_name)
-            block, size = library.GGML_QUANT_SIZES[tensor.tensor_type]
+            block, size = library.GGML_QUANT_SIZES[kind]
             found[name] = Stored(
                 precision,
-                _unrotated(name, values, model),
+                _unrotated(name, values.reshape(weight.shape), model, architecture),
                 None,
-                int(tensor.n_bytes),
+                sum(part.nbytes for part in parts),
                 weight.numel() // block * size,
                 REFERENCE(weight, precision),
                 tolerance=1e-6 * float(weight.abs().max()),
@@ -99,25 +109,28 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> d
 
 
 def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple[str, Tensor]]:
-    """Tensor name -> its type and value, rows in the order of llama.cpp."""
-    owners = {
-        f"{name}.weight": name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if kind_of(module) is not None
-    }
+    """Tensor name -> its type and value: rows in the order of llama.cpp, experts of a block in one tensor (experts, out, in)."""
+    layers = layer_weights(model)
+    with unfused(model):
+        parameters = dict(model.named_parameters())  # shared weights once, as llama.cpp reads them
     found: dict[str, tuple[str, Tensor]] = {}
-    for name, parameter in model.named_parameters():  # shared weights once, as llama.cpp reads them
+    experts: dict[str, list[Tensor]] = {}
+    for name, parameter in parameters.items():
         value = parameter.detach()
         layer, _, last = name.rpartition(".")
         if last != "weight":
             raise ExportError(f"{architecture!r} has no tensor for {name!r}")
-        if name in owners:
+        if layer in layers:
             precision = plan.layers.get(layer, Precision("16"))
             wanted = precision.weight if precision.quantizes_weight else _KEPT[value.dtype]
         else:
             wanted = "fp32"
-        found[tensor_name(layer, architecture)] = (_CASTS.get(wanted, wanted.upper()), _rotated(layer, value, model))
-    return found
+        kind, names = _CASTS.get(wanted, wanted.upper()), tensor_names(layer, architecture)
+        for tensor, rows in zip(names, _rotated(layer, value, model, architecture).chunk(len(names)), strict=True):
+            found[tensor] = (kind, rows)
+            if place_of(layer) is not None:
+                experts.setdefault(tensor, []).append(rows)
+    return found | {tensor: (found[tensor][0], torch.stack(parts)) for tensor, parts in experts.items()}
 
 
 def _write(path: Path, tensors: dict[str, tuple[str, Tensor]], model: nn.Module, architecture: str) -> None:
@@ -144,22 +157,24 @@ def _name_of_tied(model: nn.Module, name: str, architecture: str) -> str:
     )
 
 
-def _heads(name: str, model: nn.Module) -> int | None:
+def _heads(name: str, model: nn.Module, architecture: str) -> int | None:
     """Heads of a projection whose rows llama.cpp keeps in pairs; None for other layers."""
+    if architecture in _HALVES:
+        return None
     last = name.rpartition(".")[2]
     config = _config(model)
     return {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(last)
 
 
-def _rotated(name: str, weight: Tensor, model: nn.Module) -> Tensor:
-    heads = _heads(name, model)
+def _rotated(name: str, weight: Tensor, model: nn.Module, architecture: str) -> Tensor:
+    heads = _heads(name, model, architecture)
     if heads is None:
         return weight
     return weight.reshape(heads, 2, -1, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
-def _unrotated(name: str, weight: Tensor, model: nn.Module) -> Tensor:
-    heads = _heads(name, model)
+def _unrotated(name: str, weight: Tensor, model: nn.Module, architecture: str) -> Tensor:
+    heads = _heads(name, model, architecture)
     if heads is None:
         return weight
     return weight.reshape(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
@@ -173,7 +188,7 @@ def _data(value: Tensor, kind: str) -> tuple[np.ndarray[Any, Any], tuple[int, ..
     if kind in ("F16", "F32"):
         data = value.to(torch.float16 if kind == "F16" else torch.float32).contiguous().numpy()
         return data, data.shape
-    data = ggml.quantize(value, kind.lower()).numpy()
+    data = ggml.quantize(value.flatten(0, -2), kind.lower()).unflatten(0, value.shape[:-1]).numpy()
     return data, data.shape
 
 
@@ -186,6 +201,8 @@ def _config(model: nn.Module) -> Any:
 
 def _describe(writer: Any, model: nn.Module) -> None:
     config = _config(model)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    experts = getattr(config, "num_local_experts", None)
     rotary = getattr(config, "rope_parameters", None) or {}
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -195,6 +212,12 @@ def _describe(writer: Any, model: nn.Module) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(float(rotary.get("rope_theta", getattr(config, "rope_theta", 10000.0))))
-    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    if experts is not None:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")

@@ -13,11 +13,11 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
-from mpsearch.export.targets import FUSED, fused_groups
+from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
+from mpsearch.export.targets import VLLM, fused_groups
 from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
-from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -34,7 +34,8 @@ def gptqmodel(
 ) -> dict[str, Any]:
     r"""Keywords of `gptqmodel.QuantizeConfig`: one anchored pattern a layer, the rest of the model excluded (GPTQModel 7.7).
 
-    Patterns are disjoint, so that the order, in which the first match wins, does not matter.
+    Patterns are disjoint, so that the order, in which the first match wins, does not matter. It takes experts in one tensor apart, gate
+    and up too.
 
     Args:
         plan: the plan.
@@ -55,16 +56,19 @@ def gptqmodel(
     """
     plan = fitted(plan, model, "gptqmodel", snap=snap, vllm=vllm)
     quantized = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
-    fused = {part: name for name, parts in fused_groups(plan, FUSED).items() for part in parts} if vllm else {}
+    fused = fused_groups(plan, VLLM) if vllm else {}
+    joined = {whole: members for whole, members in fused.items() if members[0] in quantized}
+    alone = quantized.keys() - {name for members in joined.values() for name in members}
+    apart = names_apart(model) if model else {}
     dynamic: dict[str, dict[str, Any]] = {}
     for name, precision in quantized.items():
-        if name not in fused:
-            dynamic[f"+:^{re.escape(name)}$"] = _settings(precision)
-        else:
-            names = [part for part, whole in fused.items() if whole == fused[name]] + [fused[name]]
-            dynamic[f"+:^(?:{'|'.join(re.escape(part) for part in names)})$"] = _settings(precision)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)] if model else list(plan)
-    dynamic |= {f"-:^{re.escape(name)}$": {} for name in linear if name not in quantized}
+        if name in alone:
+            dynamic |= {f"+:^{re.escape(part)}$": _settings(precision) for part in apart.get(name, (name,))}
+    for whole, members in joined.items():
+        names = [*(part for name in members for part in apart.get(name, (name,))), whole]
+        dynamic[f"+:^(?:{'|'.join(re.escape(name) for name in names)})$"] = _settings(quantized[members[0]])
+    left = [name for name in (linear_layers(model) if model else plan) if name not in quantized]
+    dynamic |= {f"-:^{re.escape(part)}$": {} for name in left for part in apart.get(name, (name,))}
     content = {
         "bits": 4,  # of a layer that no pattern names; there is none
         "group_size": 128,
@@ -97,22 +101,22 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str,
         made = Path(folder) / "quantized"
         loaded.save(made)
         loaded = tool.GPTQModel.load(made, backend=tool.BACKEND.TORCH, device="cpu", dtype=torch.float16)
-    found = {}
-    for name, module in loaded.model.named_modules():
-        if not hasattr(module, "qweight"):
+    found, apart = {}, names_apart(model)
+    for name, weight in layer_weights(model).items():
+        modules = [loaded.model.get_submodule(part) for part in apart.get(name, (name,))]
+        if not hasattr(modules[0], "qweight"):
             continue
-        weight, bits = weight_of(model.get_submodule(name)).detach(), int(module.bits)
-        groups, columns = len(module.scales), weight.shape[1]
+        groups, columns, bits = len(modules[0].scales), weight.shape[1], int(modules[0].bits)
         size = group_size(columns // groups, columns, plan.layers.get(name, Precision("16")))
-        values = module.dequantize_weight().detach().to(weight.dtype)  # (in, out)
-        scales = module.scales.detach()[module.g_idx.long()].to(weight.dtype)
-        parts = (module.qweight, module.qzeros, module.scales, module.g_idx)
+        values = torch.cat([m.dequantize_weight().detach().to(weight.dtype) for m in modules], 1)  # (in, out)
+        scales = torch.cat([m.scales.detach()[m.g_idx.long()].to(weight.dtype) for m in modules], 1)
+        parts = [part for m in modules for part in (m.qweight, m.qzeros, m.scales, m.g_idx)]
         found[name] = Stored(
             Precision(str(bits), "16", size),
             values.T,
             (values / scales).round(),
             sum(part.numel() * part.element_size() for part in parts),
-            weight.numel() * bits // 8 + groups * len(weight) * (16 + bits) // 8 + 4 * columns,
+            weight.numel() * bits // 8 + groups * len(weight) * (16 + bits) // 8 + 4 * columns * len(modules),
         )
     return found
 

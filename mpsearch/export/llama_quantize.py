@@ -1,17 +1,20 @@
 """llama.cpp: the arguments of `llama-quantize` that give every tensor its type."""
 
+import functools
 import os
 import re
 
 from torch import nn
 
 from mpsearch.errors import ExportError
+from mpsearch.experts import place_of
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.files import write_atomically
 from mpsearch.modules import holds_weight, kind_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.unfused import unfused
 
 _TYPES = {"fp16": "f16", "fp32": "f32"}
 
@@ -29,7 +32,7 @@ def llama_quantize(
 
     The command is `llama-quantize <options but the last> in.gguf out.gguf <last option>`. The base type is a quantized one:
     llama.cpp ignores every other option beside a base type of 16 or 32 bits. Widths that a type's blocks do not divide, where it
-    would take another type, are refused.
+    would take another type, are refused. The experts of a block are one tensor a matrix, so they agree.
 
     Args:
         plan: of GGUF types (`wq4_k`, `wq8_0`, ...).
@@ -44,10 +47,11 @@ def llama_quantize(
         MissingPackage: without gguf, which knows the names.
     """
     plan = fitted(plan, model, "llama-quantize", snap=snap)
-    named = model.named_modules(remove_duplicate=False) if model else ()
-    others = [name for name, m in named if kind_of(m) is not None and holds_weight(m) and name not in plan]
-    types = {tensor_name(name, architecture): type_name(precision, left_alone) for name, precision in plan.items()}
-    types |= {tensor_name(name, architecture): left_alone for name in others}
+    others = [name for name in _layers(model) if name not in plan] if model else []
+    kinds = {name: type_name(precision, left_alone) for name, precision in plan.items()} | dict.fromkeys(
+        others, left_alone
+    )
+    types = {tensor: kind for name, kind in kinds.items() for tensor in tensor_names(name, architecture)}
     lines = [f"^{re.escape(name)}$={kind}" for name, kind in types.items()]
     if path is not None:
         write_atomically(path, "".join(f"{line}\n" for line in lines))
@@ -63,8 +67,28 @@ def type_name(precision: Precision, left_alone: str) -> str:
     return _TYPES.get(precision.weight, precision.weight) if precision.quantizes_weight else left_alone
 
 
+def _layers(model: nn.Module) -> list[str]:
+    with unfused(model):
+        named = list(model.named_modules(remove_duplicate=False))
+    return [name for name, module in named if kind_of(module) is not None and holds_weight(module)]
+
+
+def tensor_names(layer: str, architecture: str) -> tuple[str, ...]:
+    """Names of the tensors of a GGUF file that hold a layer's weight: gate and up of an expert, one matrix, are two of them.
+
+    Raises:
+        ExportError: where the architecture is unknown or has no such tensor.
+    """
+    place = place_of(layer)
+    if place is None:
+        return (tensor_name(layer, architecture),)
+    parts = ("gate_proj", "up_proj") if place.part == "gate_up_proj" else (place.part,)
+    return tuple(tensor_name(f"{place.block}.{part}", architecture) for part in parts)
+
+
+@functools.cache
 def tensor_name(layer: str, architecture: str) -> str:
-    """Name of a layer's weight in a GGUF file: `blk.0.attn_q.weight`.
+    """Name of a layer's weight in a GGUF file: `blk.0.attn_q.weight`; experts of a block go without their numbers.
 
     Raises:
         ExportError: where the architecture is unknown or has no such tensor.

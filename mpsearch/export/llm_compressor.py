@@ -5,16 +5,17 @@ import tempfile
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.compressed_tensors import config_groups
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
 from mpsearch.export.verification import Stored
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
-from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -33,6 +34,8 @@ def llm_compressor(
 ) -> dict[str, Any]:
     """Recipe for `llmcompressor.oneshot(model=..., recipe=path)`, by full names (llm-compressor 0.14).
 
+    It takes experts in one tensor apart; those of a block that agree are one target, a pattern of their names.
+
     Args:
         plan: the plan.
         model: checks names and shapes; its other linear layers are listed as ignored.
@@ -45,7 +48,13 @@ def llm_compressor(
         ExportError: for what cannot be expressed.
     """
     plan = fitted(plan, model, "llm-compressor", snap=snap, vllm=vllm)
-    content = {"quant_stage": {"quant_modifiers": {modifier: config_groups(plan, model)}}}
+    groups = config_groups(plan, model)
+    if model is not None:
+        known = names_apart(model)
+        for part in (*groups["config_groups"].values(), groups):
+            key = "ignore" if "ignore" in part else "targets"
+            part[key] = renamed(part[key], known)
+    content = {"quant_stage": {"quant_modifiers": {modifier: groups}}}
     if path is not None:
         write_atomically(path, yaml_text(content))
     return content
@@ -71,18 +80,24 @@ def read_llm_compressor(
         package("transformers", _EXTRA).PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
         llm_compressor(plan, model, path=folder / "recipe.yaml", vllm=False)
         made = tool.oneshot(model=place, recipe=str(folder / "recipe.yaml"))
-    found = {}
-    for name, module in made.named_modules():
-        scheme = getattr(module, "quantization_scheme", None)
+    found, apart = {}, names_apart(model)
+    for name, weight in layer_weights(model).items():
+        modules = [made.get_submodule(part) for part in apart.get(name, (name,))]
+        scheme = getattr(modules[0], "quantization_scheme", None)
         if scheme is None:
             continue
-        weight, scale = weight_of(model.get_submodule(name)).detach(), module.weight_scale.detach()
+        scale = torch.cat([module.weight_scale.detach() for module in modules])
         columns = weight.shape[1]
         planned = plan.layers.get(name, Precision("16"))
         activation = "16" if scheme.input_activations is None else str(scheme.input_activations.num_bits)
         size = group_size(columns // scale.shape[1], columns, planned)
         precision = Precision(str(scheme.weights.num_bits), activation, size)
-        values = forward.fake_quantize(module.weight.detach(), scale, module.weight_zero_point, scheme.weights)
+        values = torch.cat(
+            [
+                forward.fake_quantize(m.weight.detach(), m.weight_scale.detach(), m.weight_zero_point, scheme.weights)
+                for m in modules
+            ]
+        )
         found[name] = Stored(
             precision,
             values,

@@ -2,15 +2,18 @@
 
 import json
 import os
+from collections.abc import Container
 from typing import Any
 
 from torch import nn
 
+from mpsearch.errors import ExportError
+from mpsearch.experts import place_of
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import layer_weights, linear_layers
 from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
-from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
@@ -26,7 +29,8 @@ def modelopt(
     """Configuration for `modelopt.torch.quantization.quantize(model, config, forward_loop)` (ModelOpt 0.47).
 
     Everything is switched off first, then one entry a quantizer by full name; the last match wins, and no two names match the same
-    quantizer. Symmetric integers of 2 to 8 bits, `RoundToNearest(scale="max")`; inputs of 2 to 8 bits with one calibrated range.
+    quantizer. Symmetric integers of 2 to 8 bits, `RoundToNearest(scale="max")`; inputs of 2 to 8 bits with one calibrated range. Experts in
+    one tensor have a quantizer each for their weights, and share one for their inputs.
 
     Args:
         plan: the plan.
@@ -41,16 +45,21 @@ def modelopt(
     [{'quantizer_name': 'fc.weight_quantizer', 'cfg': {'num_bits': 4, 'axis': 0}}]
     """
     plan = fitted(plan, model, "modelopt", snap=snap)
+    own = {name for name, _ in model.named_modules()} if model else set(plan)
+    inputs: dict[str, str] = {}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-    for name, precision in plan.items():
-        if not precision.quantizes_weight:
-            continue
-        scales = {"axis": 0} if precision.group_size is None else {"block_sizes": {-1: precision.group_size}}
-        settings = {"num_bits": precision.weight_bits, **scales}
-        entries.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": settings})
-        if precision.quantizes_activation:
-            settings = {"num_bits": precision.activation_bits}
-            entries.append({"quantizer_name": f"{name}.input_quantizer", "cfg": settings})
+    for name in dict.fromkeys([*plan, *(linear_layers(model) if model else ())]):
+        precision = plan.get(name, Precision("16"))
+        weight_name, input_name = _quantizers(name, own)
+        if inputs.setdefault(input_name, precision.activation) != precision.activation:
+            told = f"{inputs[input_name]} and {precision.activation} bits"
+            raise ExportError(f"modelopt has one {input_name!r} for the experts, the plan has inputs of {told}")
+        if precision.quantizes_weight:
+            scales = {"axis": 0} if precision.group_size is None else {"block_sizes": {-1: precision.group_size}}
+            entries.append({"quantizer_name": weight_name, "cfg": {"num_bits": precision.weight_bits, **scales}})
+    entries += [
+        {"quantizer_name": name, "cfg": {"num_bits": int(bits)}} for name, bits in inputs.items() if bits != "16"
+    ]
     content = {"quant_cfg": entries, "algorithm": "max"}
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -60,21 +69,24 @@ def modelopt(
 def read_modelopt(plan: Plan, model: nn.Module) -> dict[str, Stored]:
     """Quantize the model; every layer whose weight quantizer is on."""
     quantization: Any = package("modelopt.torch.quantization", "modelopt")
-    originals = {name: weight_of(m).detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
+    originals = {name: weight.clone() for name, weight in layer_weights(model).items()}
+    own = {name for name, _ in model.named_modules()}
     quantization.quantize(
         model, modelopt(plan, model), lambda _model: None
     )  # inputs are not calibrated to read weights
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
     found = {}
     for name, original in originals.items():
-        layer: Any = model.get_submodule(name)
-        if not getattr(getattr(layer, "weight_quantizer", None), "is_enabled", False):
+        weight_name, input_name = _quantizers(name, own)
+        if weight_name not in modules or not modules[weight_name].is_enabled:
             continue
-        blocks = layer.weight_quantizer.block_sizes or {}
-        activation = str(layer.input_quantizer.num_bits) if layer.input_quantizer.is_enabled else "16"
-        precision = Precision(str(layer.weight_quantizer.num_bits), activation, blocks.get(-1))
+        of_weight, of_input = modules[weight_name], modules[input_name]
+        blocks = of_weight.block_sizes or {}
+        activation = str(of_input.num_bits) if of_input.is_enabled else "16"
+        precision = Precision(str(of_weight.num_bits), activation, blocks.get(-1))
         found[name] = Stored(
             precision,
-            layer.weight_quantizer(layer.weight).detach(),
+            of_weight(original).detach(),
             None,
             None,
             None,
@@ -82,3 +94,12 @@ def read_modelopt(plan: Plan, model: nn.Module) -> dict[str, Stored]:
             tolerance=1e-6 * float(original.abs().max()),
         )
     return found
+
+
+def _quantizers(name: str, own: Container[str]) -> tuple[str, str]:
+    """Full names of the quantizers of a layer's weight and input; `own` has the names of the modules of the model."""
+    place = place_of(name)
+    if place is None or name in own:
+        return f"{name}.weight_quantizer", f"{name}.input_quantizer"
+    head = f"{place.block}.{place.part}"
+    return f"{head}_weight_quantizers.{place.number}", f"{head}_input_quantizer"

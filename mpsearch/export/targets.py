@@ -3,15 +3,16 @@
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
 
 #: Group sizes that kernels are written for; a target that takes any size is offered these when a plan is snapped.
 USUAL_GROUPS = (16, 32, 64, 128, 256)
-#: Name of a joined matrix -> last parts of the names of the layers in it.
+#: Name of a joined matrix -> ends of the names of the layers in it, experts without their numbers; `*` is any part, and the same in both.
 Fused = Mapping[str, tuple[str, ...]]
-#: What vLLM and its kin join at run time.
+#: What engines join at run time.
 FUSED: Fused = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -19,6 +20,10 @@ FUSED: Fused = {
     "qkv": ("query", "key", "value"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
+#: vLLM and its kin: the same, and one scheme for all matrices of all experts of a block.
+VLLM: Fused = {"experts": ("experts.*",), **FUSED}
+#: llama.cpp: a tensor for each matrix of the experts of a block.
+GGML: Fused = {"experts.*": ("experts.*",)}
 _ANY = range(1, 1 << 31)
 _EXPERT = re.compile(r"(?<=\bexperts)\.\d+\b")  # the experts of a layer are one matrix
 
@@ -44,6 +49,7 @@ class Scheme:
         kinds: kinds of layer, as in `Layer.kind`.
         columns: the columns of the weight must be a multiple of it.
         pointwise: of convolutions, only those with a kernel of one position.
+        experts: for layers of experts too.
     """
 
     weights: tuple[str, ...]
@@ -53,6 +59,11 @@ class Scheme:
     kinds: tuple[str, ...] = ("linear",)
     columns: int = 1
     pointwise: bool = False
+    experts: bool = True
+
+    def takes(self, layer: Layer) -> bool:
+        """True for the kind of the layer; an unknown kind may be any."""
+        return (not layer.kind or layer.kind in self.kinds) and (self.experts or not _EXPERT.search(layer.name))
 
     def takes_group(self, size: int | None) -> bool:
         """True where there is such a group size; None = a scale an output channel."""
@@ -82,11 +93,13 @@ class Target:
         name: as in `export.EXPORTERS`.
         schemes: what it can express; `w16` (left alone) can always be expressed.
         fused: groups of layers that it, or the engine that reads its files, joins at run time: one precision a group.
+        stacked: it reaches the layers of experts that the model keeps in one tensor of shape (experts, out, in).
     """
 
     name: str
     schemes: tuple[Scheme, ...]
     fused: Fused = field(default_factory=dict)
+    stacked: bool = False
 
     def refusal(self, layer: Layer, precision: Precision) -> str | None:
         """Why the target cannot give a layer a precision, and what it can; None where it can.
@@ -98,7 +111,7 @@ class Target:
         if not precision.quantizes_weight and not precision.quantizes_activation:
             return None
         head = f"{self.name} cannot express {precision} for {layer.name!r}: "
-        found = [s for s in self.schemes if not layer.kind or layer.kind in s.kinds]
+        found = [s for s in self.schemes if s.takes(layer)]
         if not found:
             kinds = sorted({kind for s in self.schemes for kind in s.kinds})
             return f"{head}it quantizes {', '.join(kinds)}, not {layer.kind}"
@@ -127,7 +140,7 @@ class Target:
         """Every precision that the target can give a layer, with these group sizes and the usual ones."""
         found = {Precision("16")}
         for scheme in self.schemes:
-            if layer.kind in scheme.kinds:
+            if scheme.takes(layer):
                 found.update(scheme.precisions(layer, sizes))
         return found
 
@@ -137,15 +150,26 @@ def fused_groups(names: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...
 
     >>> fused_groups(["a.q_proj", "a.k_proj", "a.o_proj"], {"qkv_proj": ("q_proj", "k_proj", "v_proj")})
     {'a.qkv_proj': ('a.q_proj', 'a.k_proj')}
+    >>> fused_groups(["a.experts.0.w2", "a.experts.1.w2"], GGML)
+    {'a.experts.w2': ('a.experts.0.w2', 'a.experts.1.w2')}
     """
-    members: dict[str, tuple[str, ...]] = {}
+    members: dict[str, list[str]] = {}
     for name in names:
-        parent, _, last = name.rpartition(".")
-        for title, parts in fused.items():
-            if last in parts:
-                whole = f"{_EXPERT.sub('', parent)}.{title}".lstrip(".")
-                members[whole] = (*members.get(whole, ()), name)
-    return members
+        whole = _joined(_EXPERT.sub("", name), fused)
+        if whole is not None:
+            members.setdefault(whole, []).append(name)
+    return {whole: tuple(names) for whole, names in members.items()}
+
+
+def _joined(name: str, fused: Fused) -> str | None:
+    """Full name of the matrix that a layer is joined in, the first that takes it; None where there is none."""
+    path = name.split(".")
+    for title, ends in fused.items():
+        for end in ends:
+            parent, tail = path[: -1 - end.count(".")], path[-1 - end.count(".") :]
+            if fnmatchcase(".".join(tail), end):
+                return ".".join((*parent, title.replace("*", tail[-1])))
+    return None
 
 
 def _groups_text(schemes: list[Scheme]) -> str:
@@ -160,7 +184,15 @@ def _groups_text(schemes: list[Scheme]) -> str:
 
 _CONVS = ("conv1d", "conv2d", "conv3d")
 _GPTQ_GROUPS = (16, 32, 64, 128, 256, 512, 1024)
-_VLLM = (Scheme(integers(2, 8), group_sizes=_ANY), Scheme(("8",), ("8",)))
+_VLLM = (
+    Scheme(integers(2, 8), group_sizes=_ANY, experts=False),
+    Scheme(("4", "8"), group_sizes=_ANY),
+    Scheme(("8",), ("8",)),
+)
+_AUTO_ROUND = (
+    Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32, experts=False),
+    Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),
+)
 _BLOCKS_OF_32 = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
 _BLOCKS_OF_256 = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0")
 _GGUF = tuple(
@@ -183,17 +215,17 @@ TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
         Target("torchao", _TORCHAO),
-        Target("torchao-vllm", _TORCHAO, FUSED),
-        Target("compressed-tensors", _VLLM, FUSED),
-        Target("vllm", _VLLM, FUSED),  # by way of compressed-tensors
-        Target("llm-compressor", _VLLM, FUSED),
+        Target("torchao-vllm", _TORCHAO, VLLM),
+        Target("compressed-tensors", _VLLM, VLLM, stacked=True),
+        Target("vllm", _VLLM, VLLM, stacked=True),  # by way of compressed-tensors
+        Target("llm-compressor", _VLLM, VLLM, stacked=True),
         Target("onnxruntime", (Scheme(("2", "4", "8"), per_channel=False, group_sizes=USUAL_GROUPS),)),
         Target("onnxruntime-static", (Scheme(integers(2, 8), ("8",), kinds=("linear", "conv1d", "conv2d")),)),
-        Target("gguf", _GGUF),
-        Target("llama-quantize", _GGUF),
-        Target("gptqmodel", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),)),
-        Target("gptqmodel-vllm", (Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),), FUSED),
-        Target("auto-round", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),), FUSED),
+        Target("gguf", _GGUF, GGML, stacked=True),
+        Target("llama-quantize", _GGUF, GGML, stacked=True),
+        Target("gptqmodel", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),), stacked=True),
+        Target("gptqmodel-vllm", (Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),), VLLM, stacked=True),
+        Target("auto-round", _AUTO_ROUND, VLLM, stacked=True),
         Target("hqq", (_HQQ,)),
         Target("mlx", (_MLX,)),
         Target("pt2e", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
@@ -202,7 +234,9 @@ TARGETS: dict[str, Target] = {
         Target("exllamav3", (Scheme(integers(1, 8)),)),
         Target("aimet", (Scheme(integers(2, 16), kinds=("linear", *_CONVS)),)),
         Target("mct", (Scheme(("2", "4", "8"), ("8",), kinds=("linear", *_CONVS)),)),
-        Target("modelopt", (Scheme(integers(2, 8), _ANY_INPUT, group_sizes=_ANY, kinds=("linear", *_CONVS)),)),
+        Target(
+            "modelopt", (Scheme(integers(2, 8), _ANY_INPUT, group_sizes=_ANY, kinds=("linear", *_CONVS)),), stacked=True
+        ),
         Target("nncf", (Scheme(("2", "3", "4"), group_sizes=_ANY), Scheme(("8",)))),
         Target("quanto", (Scheme(("2", "4"), per_channel=False, group_sizes=(128,)), Scheme(("8",)))),
         Target("bitsandbytes", (Scheme(("nf4",), group_sizes=(64,)), Scheme(("8",), ("8",)))),
@@ -218,8 +252,9 @@ def rules(target: str, vllm: bool | None = None) -> Target:
         vllm: its files are for vLLM, or they are not; None: the exporter has no such option, or it is left as it is.
 
     >>> [len(rules(*asked).fused) for asked in (("torchao",), ("torchao", True), ("llm-compressor",), ("llm-compressor", False))]
-    [0, 5, 5, 0]
+    [0, 6, 6, 0]
     """
     if vllm is False:
-        return replace(TARGETS[target], fused={})
+        found = TARGETS[target]
+        return replace(found, fused={}, schemes=tuple(replace(scheme, experts=True) for scheme in found.schemes))
     return TARGETS.get(f"{target}-vllm", TARGETS[target]) if vllm else TARGETS[target]

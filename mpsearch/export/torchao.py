@@ -12,7 +12,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.min_max import MinMax
 from mpsearch.export.package import package
-from mpsearch.export.targets import FUSED, fused_groups
+from mpsearch.export.targets import VLLM, fused_groups
 from mpsearch.export.verification import Stored
 from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of
@@ -56,7 +56,7 @@ def torchao(
         raise ExportError(f"torchao cannot express w1 for {name!r} without zero-points: its codes would be -1 and 0")
     entries = {name: p for name, p in plan.items() if p.quantizes_weight}
     if vllm:
-        entries |= {name: plan[parts[0]] for name, parts in fused_groups(plan, FUSED).items() if parts[0] in entries}
+        entries |= {name: plan[parts[0]] for name, parts in fused_groups(plan, VLLM).items() if parts[0] in entries}
     configs = OrderedDict((name, _config(precision, symmetric)) for name, precision in entries.items())
     config = package("torchao.quantization", "torchao").FqnToConfig(configs)
     if path is not None:

@@ -15,6 +15,7 @@ from mpsearch.modules import canonical
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.unfused import unfused
 
 #: The quantizer that `evaluate` measures with by default.
 REFERENCE = RoundToNearest()
@@ -109,7 +110,8 @@ def verified(target: str, version: str, read: Reader, plan: Plan, model: nn.Modu
         ExportError: with every difference.
     """
     copied = copy.deepcopy(model)
-    weights = {name: canonical(model.get_submodule(name)).detach() for name in plan}
+    with unfused(model):
+        weights = {name: canonical(model.get_submodule(name)).detach() for name in plan}
     found = dict(read(plan, copied, **options))
     wanted = {name: p for name, p in plan.items() if p.quantizes_weight or p.quantizes_activation}
     wrong = [f"{name!r} was left alone, the plan says {wanted[name]}" for name in wanted if name not in found]

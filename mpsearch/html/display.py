@@ -194,7 +194,7 @@ def comparison(shown: "SearchResult") -> str:
     header = ["held-out data", "average bits", *map(report.label, resources), "KL [nats]", *(kind[0] for kind in kept)]
     rows = [
         [
-            _row_name(one),
+            _row_name(one, shown.beyond),
             report.amount("average_bits", one.usage.get("average_bits", math.nan)),
             *(report.amount(name, one.usage[name]) for name in resources),
             report.damage(one.evaluation.kl, one.evaluation.kl_se),
@@ -219,8 +219,8 @@ def comparison(shown: "SearchResult") -> str:
     return table([*header, f"damage above the plan's [{unit}]"], rows)
 
 
-def _row_name(one: "Compared") -> str:
-    return {"plan": "plan", "uniform": f"uniform {one.name}", "uniform above": f"uniform {one.name} (over budget)"}.get(
+def _row_name(one: "Compared", beyond: str) -> str:
+    return {"plan": "plan", "uniform": f"uniform {one.name}", "uniform above": f"uniform {one.name} ({beyond})"}.get(
         one.role, one.name
     )
 

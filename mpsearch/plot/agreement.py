@@ -100,8 +100,8 @@ def cells_figure(
             a.sensitivity[:, column], other[:, column], xerr=se_a, yerr=se_b, fmt=style.marker, color=style.colour, markersize=4.5,
             elinewidth=0.6, alpha=0.8, label=str(precision),
         )  # fmt: skip
-    damage_axis(axes.xaxis, a.sensitivity, a.unit, f"{names[0]}: damage")
-    damage_axis(axes.yaxis, other, b.unit, f"{names[1]}: damage")
+    damage_axis(axes.xaxis, a.sensitivity, a.unit, a.origin, f"{names[0]}: damage")
+    damage_axis(axes.yaxis, other, b.unit, b.origin, f"{names[1]}: damage")
     said = f"Spearman {cells['spearman']:.2f}, Kendall {cells['kendall']:.2f} over {cells['count']} cells"
     tidy(axes, f"{title}: {said}" if title else said)
     legend(figure, [axes], "layers at")

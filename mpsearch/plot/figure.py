@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ _LABELS = {
     "energy_j": "energy (one sample)",
     "average_bits": "average weight bits",
 }
-_DAMAGE = {"nats": "KL to the unquantized model [nats]", "relative": "[relative]"}
+_DAMAGE = {
+    "kl": "KL to the unquantized model [nats]",
+    "loss": "rise of the loss [nats]",
+    "accuracy": "drop of the accuracy",
+}
 #: Damages below this share of the largest are drawn as if near zero, where a logarithmic axis has to hold zero too.
 _NEAR_ZERO = 1e-6
 
@@ -113,10 +117,10 @@ def resource_axis(axis: Axis, resource: str, what: str = "") -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: report.tick(resource, value) if value >= 0 else ""))
 
 
-def damage_axis(axis: Axis, values: Any, unit: str, what: str = "damage") -> None:
+def damage_axis(axis: Axis, values: Any, unit: str, origin: Mapping[str, Any], what: str = "damage") -> None:
     """Label and scale of a damage: logarithmic, with zero and negative values on it where there are some."""
-    label = _DAMAGE[unit]
-    axis.set_label_text(f"{what}{' ' if label.startswith('[') else ', '}{label}")
+    metric = origin.get("metric", "kl" if unit == "nats" else "own")
+    axis.set_label_text(f"{what}, {_DAMAGE[metric]}" if metric in _DAMAGE else f"{what} [{unit}]")
     found = np.asarray(values, np.float64)
     found = found[np.isfinite(found)]
     sizes = np.abs(found[found != 0])

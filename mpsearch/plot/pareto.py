@@ -146,7 +146,13 @@ def fronts_figure(
         everything.append(np.asarray(series.damage, np.float64))
     if mark is not None:
         everything.append(np.array([_draw_mark(axes, mark, over)]))
-    damage_axis(axes.yaxis, np.concatenate(everything), unit, "predicted damage" if not measured else "damage")
+    damage_axis(
+        axes.yaxis,
+        np.concatenate(everything),
+        unit,
+        drawn[0].table.origin,
+        "predicted damage" if not measured else "damage",
+    )
     resource_axis(axes.xaxis, over)
     axes.margins(x=0.07, y=0.08)
     tidy(axes, title)
@@ -190,7 +196,7 @@ def measured_front_figure(
         damage = mark.origin["search"]["select"]["damage"]
         axes.plot([mark.usage[over]], [damage], "*", color=BLACK, markersize=15, label="chosen plan", zorder=5)
         everything.append(np.array([damage]))
-    damage_axis(axes.yaxis, np.concatenate(everything), best.unit, "measured damage")
+    damage_axis(axes.yaxis, np.concatenate(everything), best.unit, best.origin, "measured damage")
     resource_axis(axes.xaxis, over)
     axes.margins(x=0.07, y=0.08)
     tidy(axes, title)

@@ -44,8 +44,8 @@ def prediction_figure(table: CostTable, measured: MeasuredPlans, *, title: str =
         name = str(next(iter(measured.plans[number].values())))
         at = (predicted[number], measured.damage[number])
         axes.annotate(name, at, xytext=(6, -10), textcoords="offset points", fontsize=8, color="#8a5f00")
-    damage_axis(axes.xaxis, predicted, table.unit, "predicted damage")
-    damage_axis(axes.yaxis, measured.damage, measured.unit, "measured damage")
+    damage_axis(axes.xaxis, predicted, table.unit, table.origin, "predicted damage")
+    damage_axis(axes.yaxis, measured.damage, measured.unit, measured.origin, "measured damage")
     if table.unit == measured.unit == "nats":
         low = min(predicted.min(), measured.damage.min())
         high = max(predicted.max(), measured.damage.max())

@@ -52,7 +52,7 @@ def sensitivity_figure(table: CostTable, *, title: str = "") -> Figure:
             places, values, yerr=whiskers(se), fmt=f"{style.marker}-", color=style.colour, markersize=5, linewidth=0.8, capsize=2.5,
             elinewidth=1, label=str(precision),
         )  # fmt: skip
-    damage_axis(axes.yaxis, table.sensitivity, table.unit)
+    damage_axis(axes.yaxis, table.sensitivity, table.unit, table.origin)
     layer_axis(axes, found)
     groups = len({layer.group for layer in table.layers if layer.group})
     if brackets:

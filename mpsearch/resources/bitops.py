@@ -1,6 +1,7 @@
 """Bit operations."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,14 +56,26 @@ def count_macs(model: nn.Module, example: Batch) -> int:
     >>> count_macs(nn.Linear(3, 2), torch.ones(5, 3))
     30
     """
+    with preserved(model), torch.no_grad(), _in_the_open(), sdpa_kernel(SDPBackend.MATH), _Products() as products:
+        call(model, example)
+    return int(products.macs)
+
+
+@contextlib.contextmanager
+def _in_the_open() -> Iterator[None]:
+    """Attention and recurrent layers by the products that they are made of, instead of one opaque operation."""
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # one opaque operation otherwise
+    libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+    enabled = [library.enabled for library in libraries]
+    torch.backends.mha.set_fastpath_enabled(False)
+    for library in libraries:
+        library.enabled = False
     try:
-        with preserved(model), torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _Products() as products:
-            call(model, example)
+        yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return int(products.macs)
+        for library, value in zip(libraries, enabled, strict=True):
+            library.enabled = value
 
 
 class _Products(TorchDispatchMode):

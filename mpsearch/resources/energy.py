@@ -67,7 +67,7 @@ def _power_law(x: float, low: tuple[float, float], high: tuple[float, float]) ->
 
 @dataclass(frozen=True)
 class Energy:
-    """Joules for one sample: MACs x energy of a multiply-accumulate + bytes moved x energy of a byte.
+    """Joules for one sample: MACs x energy of a multiply-accumulate + bytes moved x energy of a byte (Horowitz, ISSCC 2014).
 
     Weights are read once a call, inputs once, outputs written once, keys and values written and read once, all in memory outside the
     chip. Numbers tell layers and formats apart; a device of today needs less. What no decision touches is not counted.

@@ -94,7 +94,7 @@ def on_terminal(arguments, columns, **environ):
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 50, columns, 0, 0))
     kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
     process = subprocess.Popen(
-        [sys.executable, "-m", "mpsearch.cli", *arguments.split()],
+        [sys.executable, "-m", "mpsearch", *arguments.split()],
         stdin=follower, stdout=follower, stderr=follower, env={**kept, "TERM": "xterm", **environ},
     )  # fmt: skip
     os.close(follower)
@@ -166,12 +166,12 @@ def test_the_verdict_says_it_in_words_and_in_colour():
 
 def test_a_stream_without_blocks_gets_question_marks(here):
     environ = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
-    done = subprocess.run([sys.executable, "-m", "mpsearch.cli", "show", "6.json"], capture_output=True, env=environ)
+    done = subprocess.run([sys.executable, "-m", "mpsearch", "show", "6.json"], capture_output=True, env=environ)
     assert done.returncode == 0
     assert b"????" in done.stdout
 
 
 def test_a_closed_pipe_is_no_error(here):
-    command = f"{sys.executable} -m mpsearch.cli show 1000.csv | head -1"
+    command = f"{sys.executable} -m mpsearch show 1000.csv | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpsearch as mps
+from mpsearch.unfused import unfused
 
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 4, 96
 
@@ -91,6 +92,34 @@ def transformers_llama():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
+
+
+@pytest.fixture
+def transformers_mixtral():
+    """Its experts lie in two tensors a block."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 4, "num_local_experts": 2, "num_experts_per_tok": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformers.MixtralForCausalLM(transformers.MixtralConfig(vocab_size=64, **sizes)).eval()
+
+
+@pytest.fixture
+def experts_plan():
+    """A plan of text: `experts_plan(model, text, others)` asks `text(block, number, part)` of every layer of an expert."""
+
+    def make(model, text, others):
+        with unfused(model):
+            names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
+        chosen = dict.fromkeys(names, others)
+        for name in names:
+            if "experts" in name:
+                _, _, block, *_, number, part = name.split(".")
+                chosen[name] = text(int(block), int(number), part)
+        return mps.Plan({name: mps.Precision.parse(precision) for name, precision in chosen.items() if precision})
+
+    return make
 
 
 @pytest.fixture

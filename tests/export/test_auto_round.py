@@ -46,3 +46,23 @@ def test_auto_round_carries_the_plan_out(transformers_llama, plan_of, tmp_path, 
     )
     found = export.verify(plan, transformers_llama, "auto-round", example=torch.zeros(1, 16, dtype=torch.long))
     assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if n != "lm_head"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_carried_out(transformers_mixtral, experts_plan, monkeypatch, tmp_path):
+    """It takes them apart, gate and up too."""
+    model = transformers_mixtral
+    plan = experts_plan(model, lambda block, number, part: "w4g32" if block == 0 else None, "w8")
+    content = export.auto_round(plan, model)
+    for number in range(2):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            assert content[f"model.layers.0.mlp.experts.{number}.{part}"] == {"bits": 4, "group_size": 32, "sym": True}
+            assert content[f"model.layers.1.mlp.experts.{number}.{part}"] == {"bits": 16}
+    assert not [name for name in content if "gate_up" in name]
+    with pytest.raises(mps.ExportError, match=r"cannot express w3g32 .*: it takes weights of 4, 8 there"):
+        export.auto_round(experts_plan(model, lambda block, number, part: "w3g32", "w8"), model)
+    pytest.importorskip("auto_round")
+    monkeypatch.chdir(tmp_path)
+    example = torch.randint(64, (4, 32), generator=torch.Generator().manual_seed(0))
+    checks = export.verify(plan, model, "auto-round", example=example).layers
+    assert {check.name: check.precision for check in checks} == dict(plan)

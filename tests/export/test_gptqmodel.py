@@ -78,3 +78,25 @@ def test_carried_out(transformers_llama, plan_of, monkeypatch, tmp_path):
             "gptqmodel",
             example=example,
         )
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_carried_out(transformers_mixtral, experts_plan, monkeypatch, tmp_path):
+    """It takes them apart, gate and up too; vLLM asks for the block."""
+    model = transformers_mixtral
+    plan = experts_plan(model, lambda block, number, part: "w4g32" if block == 0 else f"w{number + 3}g64", "w8g32")
+    dynamic = export.gptqmodel(plan, model)["dynamic"]
+    for number in range(2):
+        for part in ("gate_proj", "up_proj", "down_proj"):
+            assert decided(dynamic, f"model.layers.0.mlp.experts.{number}.{part}")["bits"] == 4
+            assert decided(dynamic, f"model.layers.1.mlp.experts.{number}.{part}")["bits"] == number + 3
+    same = experts_plan(model, lambda block, number, part: "w4g32" if block == 0 else "w16", "w8g32")
+    dynamic = export.gptqmodel(same, model, vllm=True)["dynamic"]
+    assert decided(dynamic, "model.layers.0.mlp.experts")["bits"] == 4
+    assert decided(dynamic, "model.layers.0.mlp.experts.1.up_proj")["bits"] == 4
+    assert decided(dynamic, "model.layers.1.mlp.experts.1.up_proj") is None
+    pytest.importorskip("gptqmodel")
+    monkeypatch.chdir(tmp_path)
+    example = torch.randint(64, (16, 64), generator=torch.Generator().manual_seed(0))
+    checks = export.verify(plan, model, "gptqmodel", example=example).layers
+    assert {check.name: check.precision for check in checks} == dict(plan)

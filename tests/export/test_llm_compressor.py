@@ -1,5 +1,7 @@
 """llm-compressor's recipe; carried out where it is installed."""
 
+import re
+
 import pytest
 import yaml
 from torch import nn
@@ -39,3 +41,23 @@ def test_carried_out(transformers_llama, plan_of, tmp_path, monkeypatch):
         export.verify(plan, transformers_llama, "llm-compressor", modifier="GPTQModifier")
     found = export.verify(plan, transformers_llama, "llm-compressor")
     assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if n != "lm_head"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_carried_out(transformers_mixtral, experts_plan, tmp_path, monkeypatch):
+    """A block that agrees is one pattern, one that does not, names."""
+    model = transformers_mixtral
+    plan = experts_plan(model, lambda block, number, part: "w4g32" if block == 0 else f"w{4 * number + 4}", "w6")
+    groups = export.llm_compressor(plan, model, vllm=False)["quant_stage"]["quant_modifiers"]["QuantizationModifier"]
+    found = [target for group in groups["config_groups"].values() for target in group["targets"] if "experts" in target]
+    pattern, *names = sorted(found, reverse=True)
+    block = "model.layers.1.mlp.experts"
+    assert set(names) == {f"{block}.{n}.{part}_proj" for n in range(2) for part in ("gate", "up", "down")}
+    assert re.match(pattern[3:], "model.layers.0.mlp.experts.1.up_proj")
+    assert not re.match(pattern[3:], f"{block}.1.up_proj")
+    with pytest.raises(mps.ExportError, match="fused at run time"):
+        export.llm_compressor(plan, model)
+    pytest.importorskip("llmcompressor")
+    monkeypatch.chdir(tmp_path)
+    checks = export.verify(plan, model, "llm-compressor").layers
+    assert {check.name: check.precision for check in checks} == dict(plan)

@@ -45,3 +45,34 @@ def test_carried_out(llama):
     plan = mixed(llama)
     found = export.verify(plan, llama, "modelopt")
     assert {check.name: check.precision for check in found.layers} == {n: p for n, p in plan.items() if str(p) != "w16"}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_carried_out(transformers_mixtral, experts_plan):
+    """Each has a quantizer of its own for its weight; inputs have one a block."""
+    model = transformers_mixtral
+    text = lambda block, number, part: f"w{number + 3 + block}" + ("a8" if "down" in part else "")  # noqa: E731
+    plan = experts_plan(model, text, "w4")
+    names = [entry["quantizer_name"] for entry in export.modelopt(plan, model)["quant_cfg"]]
+    assert len(names) == len(set(names))
+    block = "model.layers.1.mlp.experts"
+    assert {name for name in names if name.startswith(block)} == {
+        *(
+            f"{block}.{part}_weight_quantizers.{number}"
+            for part in ("gate_up_proj", "down_proj")
+            for number in range(2)
+        ),
+        f"{block}.down_proj_input_quantizer",
+    }
+    odd = mps.Plan({**plan, f"{block}.1.gate_up_proj": mps.Precision("4", "8")})
+    with pytest.raises(
+        mps.ExportError,
+        match=r"modelopt has one '.*gate_up_proj_input_quantizer' for the experts, .* inputs of 16 and 8",
+    ):
+        export.modelopt(odd, model)
+    some = {name: precision for name, precision in plan.items() if name != f"{block}.1.down_proj"}
+    with pytest.raises(mps.ExportError, match="inputs of 8 and 16"):
+        export.modelopt(mps.Plan(some), model)
+    pytest.importorskip("modelopt")
+    checks = export.verify(plan, model, "modelopt").layers
+    assert {check.name: check.precision for check in checks} == dict(plan)

@@ -296,6 +296,12 @@ def test_the_command_tells_what_is_missing(tmp_path, capsys):
     assert not (tmp_path / "report.html").exists()
 
 
+def test_the_command_writes_no_page_under_another_name(searched, tmp_path, capsys):
+    assert cli.main(["report", str(searched), "-o", str(tmp_path / "report.png")]) == 2
+    assert "expected a name that ends with .html" in capsys.readouterr().err
+    assert not (tmp_path / "report.png").exists()
+
+
 @pytest.mark.skipif(not (ROOT / "pyproject.toml").exists(), reason="needs a checkout, not an installed package")
 def test_the_template_is_in_the_wheel():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -111,6 +111,16 @@ def test_products_of_activations_and_layers_left_alone_are_fixed_at_16_bits(fuse
     assert found.reference == (attention + 5 * 8 * 8 + 5 * 8 * 24) * 256
 
 
+@pytest.mark.parametrize(("cell", "gates"), [(nn.LSTM, 4), (nn.GRU, 3), (nn.RNN, 1)], ids=["lstm", "gru", "rnn"])
+def test_recurrent_layers_are_seen_inside(cell, gates):
+    """Two layers in two directions; each gate reads the input and the state."""
+    model = cell(6, 8, num_layers=2, bidirectional=True, batch_first=True).eval()
+    enabled = torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled
+    steps, first, second = 5, 6 + 8, 16 + 8
+    assert count_macs(model, torch.randn(3, steps, 6)) == 3 * steps * 2 * gates * 8 * (first + second)
+    assert (torch.backends.mkldnn.enabled, torch.backends.cudnn.enabled) == enabled
+
+
 def test_torch_attention_is_seen_inside():
     model, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
     before = torch.backends.mha.get_fastpath_enabled()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import mpsearch as mps
 from mpsearch.sensitivity import DeltaLoss
@@ -77,6 +78,23 @@ def test_autograd_at_the_quantized_model(loss):
         se = np.sqrt(2 / 1 * (share**2) @ (truth - mean) ** 2)
         np.testing.assert_allclose(table.sensitivity_se[:, column], se, rtol=1e-6)
     assert table.unit == "relative"
+
+
+def test_checkpoints_of_activations_change_nothing():
+    class Again(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.model = model
+
+        def forward(self, x):
+            return self.model[2](checkpoint(self.model[:2], x, use_reentrant=False))
+
+    model, batches = made()
+    plain, again = (
+        mps.profile(one, batches, DeltaLoss(), mps.precisions("w2a3"), quantizer=shifted, progress=False).sensitivity
+        for one in (model, Again(model))
+    )
+    np.testing.assert_allclose(again, plain, rtol=1e-12)
 
 
 def test_what_is_not_quantized_costs_nothing():

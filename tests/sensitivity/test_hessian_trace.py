@@ -198,6 +198,47 @@ def test_inputs_against_a_loop_over_samples():
         assert abs(table.sensitivity[row, 0] - expected) < 4 * table.sensitivity_se[row, 0] + 1e-3 * abs(expected)
 
 
+class Fork(nn.Module):
+    """A tensor that two layers read, that is added to their outputs, and that a third reads in vain."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.body, self.left, self.right, self.idle = (nn.Linear(3, 3) for _ in range(4))
+
+    def forward(self, x):
+        return self.behind(*[torch.tanh(self.body(x))] * 3)
+
+    def behind(self, left, right, skip):
+        self.idle(skip)
+        return self.left(left).square() + self.right(right).exp() + skip
+
+
+def test_the_input_of_a_layer_counts_as_far_as_it_goes_through_the_layer():
+    """Against the dense Hessian of what one of the readers is given, sample by sample."""
+    model, x, labels = Fork(), torch.randn(5, 3), torch.tensor([0, 1, 2, 0, 1])
+    table = mps.profile(
+        model, [(x, labels)], HessianTrace(200), mps.precisions("w16a3"), loss=cross_entropy, progress=False
+    )
+    read = torch.tanh(model.body(x)).detach()
+    step = (read.max() - read.min()) / 7
+    zero = (-read.min() / step).round()
+    noise = ((read / step).round().clamp(-zero, 7 - zero) * step - read).square().sum() / len(x)
+
+    def trace(layer, n):
+        def loss(z):
+            given = {"left": read[n], "right": read[n], "skip": read[n], layer: z}
+            return nn.functional.cross_entropy(model.behind(**given), labels[n])
+
+        return torch.autograd.functional.hessian(loss, read[n]).trace() / len(x)
+
+    rows = {layer.name: row for row, layer in enumerate(table.layers)}
+    for layer in ("left", "right"):
+        expected = 0.5 * float(sum(trace(layer, n) for n in range(len(x)))) / 3 * float(noise)
+        assert abs(table.sensitivity[rows[layer], 0] - expected) < 4 * table.sensitivity_se[rows[layer], 0]
+    assert table.sensitivity[rows["idle"], 0] == 0
+
+
 def test_it_predicts_the_measured_rise_of_small_random_errors():
     """The promise of the unit: for errors without preferred direction the mean measured KL is the prediction."""
     model, batches = net(), data(sizes=(64,))

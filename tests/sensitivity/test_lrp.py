@@ -959,6 +959,20 @@ def test_the_model_is_as_it_was_after_ctrl_c(settings, where):
     assert torch._C._len_torch_function_stack() == 0
 
 
+def test_checkpoints_of_activations_are_refused():
+    class Again(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            inner = torch.utils.checkpoint.checkpoint(lambda y: torch.relu(self.first(y)), x, use_reentrant=False)
+            return self.last(inner)
+
+    with pytest.raises(mps.EstimatorError, match=r"cannot go through torch\.utils\.checkpoint: turn it off"):
+        mps.profile(Again(), [torch.randn(5, 3)], LRP(), mps.precisions("w4"), progress=False)
+
+
 def test_a_recurrent_layer_is_refused_by_name():
     class Recurrent(nn.Module):
         def __init__(self):

@@ -18,6 +18,7 @@ import torch
 from aimet_torch.amp.mixed_precision_algo import EvalCallbackFactory
 from aimet_torch.common.defs import CallbackFunc, QuantizationDataType, QuantScheme
 from aimet_torch.mixed_precision import choose_mixed_precision
+from aimet_torch.nn import QuantizationMixin
 from aimet_torch.quantsim import QuantizationSimModel
 from exchange import BITS, Task, Work, task
 from torch import Tensor, nn
@@ -29,6 +30,7 @@ INPUT_BITS = 16  # of the candidates; no input is quantized
 
 def simulation(model: nn.Module, inputs: Tensor) -> QuantizationSimModel:
     """The network with quantizers of weights alone."""
+    QuantizationMixin.ignore(nn.RMSNorm)  # which it does not know; nothing but weights is quantized here
     sim = QuantizationSimModel(
         model,
         inputs,

@@ -1,0 +1,114 @@
+"""Writes `names.md`, what can be named on the command line, from the code: `python docs/names.py`."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from mpsearch.export import EXPORTERS, READERS
+from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
+from mpsearch.resources import DEVICES, KINDS
+from mpsearch.sensitivity import ESTIMATORS
+from mpsearch.solvers import SOLVERS
+
+PAGE = """# Names
+
+What can be named on the command line, with the settings that `--option NAME=VALUE` gives and their defaults. Where no default is
+told, the value is a path, a precision, `file.py:function`, or an object that only Python can give. In Python the same parts are classes
+and functions, with formula, unit and source in their docstrings: `help(mpsearch.sensitivity.Fisher)`.
+
+This page is written by `python docs/names.py`.
+
+## Estimators
+
+`mpsearch profile --estimator NAME`, `mpsearch.sensitivity`. [What each is worth](../benchmarks/results/sensitivity_table.md) was
+measured on three networks. Numbers such as 2001.00281 are arXiv papers; a *unit* is a layer, or a group of layers that share a precision.
+
+| name | what it scores | settings |
+| --- | --- | --- |
+{estimators}
+
+## Solvers
+
+`mpsearch solve --solver NAME`, `mpsearch.solvers`. The default is `exact`; for a table with interactions it is `ilp` up to 24 rows, and
+`annealing` beyond.
+
+| name | method | settings |
+| --- | --- | --- |
+{solvers}
+
+## Resources
+
+`--resources LIST`, `mpsearch.resources`. The columns `memory_bytes`, `bitops`, `latency_s` (measured), `activation_bytes`,
+`kv_cache_bytes` and `energy_j` go by their own names; `COLUMN=NAME` puts any of these into a column of your choice:
+`memory_bytes,latency_s=roofline:device=t4`. Settings stand behind colons. `COLUMN=file.py:function` is one of your own.
+
+| name | what it counts | settings |
+| --- | --- | --- |
+{resources}
+
+Devices of `roofline`: {devices}. `DEVICES[name].source` says where their numbers come from, and which are assumed.
+
+## Tools to export to
+
+`mpsearch export --to NAME`, `mpsearch.export`. "Read back": `--verify` carries the plan out with the real tool and compares every layer.
+
+| name | what is written | settings | read back |
+| --- | --- | --- | --- |
+{exporters}
+
+## Tools to import from
+
+`mpsearch import --from NAME`, `mpsearch.imports`.
+
+| name | what is read |
+| --- | --- |
+{importers}
+"""
+
+
+def page() -> str:
+    """The page, with the first line of each docstring."""
+    exporters = _rows(EXPORTERS.items(), lambda name: _keywords(EXPORTERS[name]), lambda name: _yes(name in READERS))
+    return PAGE.format(
+        estimators=_rows(ESTIMATORS.items(), lambda name: _fields(ESTIMATORS[name])),
+        solvers=_rows(SOLVERS.items(), lambda name: _fields(SOLVERS[name])),
+        resources=_rows(KINDS.items(), lambda name: _fields(KINDS[name])),
+        devices=", ".join(f"`{name}`" for name in DEVICES),
+        exporters=exporters,
+        importers=_rows((*IMPORTERS.items(), *TABLE_IMPORTERS.items())),
+    )
+
+
+def _rows(parts: Iterable[tuple[str, Any]], *columns: Callable[[str], str]) -> str:
+    lines = []
+    for name, part in parts:
+        about = (inspect.getdoc(part) or "").split("\n")[0].replace("|", r"\|")
+        lines.append(" | ".join([f"| `{name}`", about, *(column(name) for column in columns)]) + " |")
+    return "\n".join(lines)
+
+
+def _fields(cls: Any) -> str:
+    return _settings({field.name: field.default for field in dataclasses.fields(cls)})
+
+
+def _keywords(exporter: Callable[..., Any]) -> str:
+    """All but what other options of the command give."""
+    found = inspect.signature(exporter).parameters.values()
+    return _settings(
+        {x.name: x.default for x in found if x.kind is x.KEYWORD_ONLY and x.name not in ("snap", "path", "example")}
+    )
+
+
+def _settings(defaults: Mapping[str, Any]) -> str:
+    told = {name: f"={x}" if isinstance(x, int | float | str) else "" for name, x in defaults.items()}
+    return ", ".join(f"`{name}{default}`" for name, default in told.items())
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+if __name__ == "__main__":
+    Path(__file__).with_suffix(".md").write_text(page())
