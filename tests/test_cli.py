@@ -369,6 +369,15 @@ def test_a_place_that_cannot_be_written_is_told_before_any_work(wide, capsys, mo
     assert not (wide / "out").exists()
 
 
+def test_a_table_that_cannot_be_written_is_told_before_any_work(here, capsys, monkeypatch):
+    import mpsearch as mps
+
+    monkeypatch.setattr(mps, "profile", lambda *_, **__: pytest.fail("it profiled"))
+    line = "profile nets.py:net --data nets.py:batches --precisions w4 -o nowhere/table.csv"
+    status, out, err = run(capsys, *line.split())
+    assert (status, out, err) == (2, "", "mpsearch: error: nowhere: No such file or directory\n")
+
+
 def test_a_missing_folder_is_named(here, capsys):
     status, _, err = run(capsys, "solve", "table.csv", "--budget", "memory_bytes=50", "-o", "nowhere/plan.json")
     assert (status, err) == (2, "mpsearch: error: nowhere: No such file or directory\n")

@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     arguments.add_layers(parser)
     parser.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
     arguments.add_resources(parser, "columns")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="table, .csv or .npz")
+    parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="table, .csv or .npz")
     arguments.add_plot(parser, "the table")
 
 
