@@ -344,8 +344,9 @@ class SearchResult:
         plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
         gap = self.plan.predicted.get("gap")
         proof = (
-            "no bound is known" if gap is None else "the plan is the optimum of the table learned from them" if gap <= 0 else
-            f"the plan is within {100 * gap:.2g} % of the optimum of the table learned from them"
+            "no bound on the plan's damage is known" if gap is None else
+            "the plan is the optimum of the table learned from these plans" if gap <= 0 else
+            f"the plan is within {100 * gap:.2g} % of the optimum of the table learned from these plans"
         )  # fmt: skip
         return "\n".join(
             [
@@ -353,7 +354,8 @@ class SearchResult:
                 "",
                 shown,
                 "",
-                f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s; {proof}",
+                f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s",
+                proof,
             ]
         )
 

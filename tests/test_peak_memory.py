@@ -18,10 +18,10 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs /
 @linux
 def test_a_large_tensor_is_seen_also_when_it_is_gone():
     with peak_memory(CPU) as peak:
-        held = torch.ones(32 * 2**20, dtype=torch.uint8)
+        held = torch.ones(256 * 2**20, dtype=torch.uint8)  # more than an allocator keeps of earlier work
         del held
         assert peak.bytes is None  # filled when the work is over
-    assert 30 * 2**20 < peak.bytes < 64 * 2**20
+    assert 250 * 2**20 < peak.bytes < 300 * 2**20
 
 
 @linux
