@@ -174,6 +174,12 @@ class SearchResult:
         return self.plan.predicted
 
     @property
+    def spent(self) -> str:
+        """What the search took, in words."""
+        plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
+        return f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s"
+
+    @property
     def beyond(self) -> str:
         """What a uniform precision is that uses more than was allowed."""
         return "over budget" if self.settings["budget"] else "larger"
@@ -341,7 +347,6 @@ class SearchResult:
                 place = header.index(title)
                 header, *rows = ([*line[:place], *line[place + 1 :]] for line in [header, *rows])
                 shown = report.table(header, rows, width)
-        plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
         gap = self.plan.predicted.get("gap")
         proof = (
             "no bound on the plan's damage is known" if gap is None else
@@ -354,7 +359,7 @@ class SearchResult:
                 "",
                 shown,
                 "",
-                f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s",
+                self.spent,
                 proof,
             ]
         )

@@ -82,17 +82,15 @@ class Watched:
         self._layouts: dict[Call, Layout] = {}
         self._known = known
         self._doubtful: dict[Call, Tensor] = {}
-        self._flat = any(
-            isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch))
-        )  # a number a sample
+        #: a number a sample
+        self._flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch)))
         self._handles = []
         for module in model.modules():
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter) and weight in weights:
                 see = self._seen(layers.get(module))
-                self._handles.append(
-                    module.register_forward_hook(see, prepend=True, with_kwargs=True)
-                )  # hooks may change y
+                # first, since the user's hooks may change y
+                self._handles.append(module.register_forward_hook(see, prepend=True, with_kwargs=True))
 
     def close(self) -> None:
         """Take the hooks out."""

@@ -10,11 +10,10 @@ from mpsearch.errors import ExportError
 from mpsearch.experts import place_of
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
+from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.files import write_atomically
-from mpsearch.modules import holds_weight, kind_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-from mpsearch.unfused import unfused
 
 _TYPES = {"fp16": "f16", "fp32": "f32"}
 
@@ -47,7 +46,7 @@ def llama_quantize(
         MissingPackage: without gguf, which knows the names.
     """
     plan = fitted(plan, model, "llama-quantize", snap=snap)
-    others = [name for name in _layers(model) if name not in plan] if model else []
+    others = [name for name in layer_weights(model) if name not in plan] if model else []
     kinds = {name: type_name(precision, left_alone) for name, precision in plan.items()} | dict.fromkeys(
         others, left_alone
     )
@@ -65,12 +64,6 @@ def type_name(precision: Precision, left_alone: str) -> str:
     ('q4_k', 'f16', 'f32')
     """
     return _TYPES.get(precision.weight, precision.weight) if precision.quantizes_weight else left_alone
-
-
-def _layers(model: nn.Module) -> list[str]:
-    with unfused(model):
-        named = list(model.named_modules(remove_duplicate=False))
-    return [name for name, module in named if kind_of(module) is not None and holds_weight(module)]
 
 
 def tensor_names(layer: str, architecture: str) -> tuple[str, ...]:

@@ -172,10 +172,7 @@ def evaluation(shown: "Evaluation") -> str:
 
 def search_result(shown: "SearchResult") -> str:
     """Verdict, comparison, plan."""
-    tail = (
-        f"{shown.passes:.4g} forward-pass equivalents, {len(shown.plans)} plans measured, {shown.seconds:.1f} s; "
-        f"± one standard error"
-    )
+    tail = f"{shown.spent}; ± one standard error"
     head = f"<p><strong>{escape(shown.verdict)}</strong></p>"
     return head + _block(comparison(shown), tail) + plan(shown.plan)
 

@@ -37,13 +37,13 @@ class Posterior:
     row: float = 0.5
     cell: float = 0.35
     misfit: float = 0.1
-    plans: list[Options] = field(default_factory=list)
+    plans: Options = field(init=False)
     damage: list[float] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rows = np.arange(len(self.mean))
-        self._chosen = np.zeros((0, len(self.mean)), np.int64)
+        self.plans = np.zeros((0, len(self.mean)), np.int64)
         self._factor = np.zeros((0, 0))  # Cholesky, of the covariance of what was measured
         self._expected: Floats | None = None
 
@@ -61,8 +61,7 @@ class Posterior:
         grown[size, :size] = below
         grown[size, size] = max(variance - float(below @ below), noise**2) ** 0.5
         self._factor = grown
-        self._chosen = np.vstack([self._chosen, options])
-        self.plans.append(np.asarray(options))
+        self.plans = np.vstack([self.plans, options])
         self.damage.append(damage)
         self.noise.append(noise)
         self._expected = None
@@ -93,12 +92,12 @@ class Posterior:
 
     def _corrected(self, prior: Floats, misfit: Floats) -> Floats:
         """A draw of the prior, moved so that it agrees with what was measured."""
-        if not self.plans:
+        if not len(self.plans):
             return np.maximum(prior, 0.0)
-        residual = np.array(self.damage) - prior[self._rows, self._chosen].sum(1) - misfit
+        residual = np.array(self.damage) - prior[self._rows, self.plans].sum(1) - misfit
         weights = cho_solve((self._factor, True), residual, check_finite=False)
-        values = self.mean[self._rows, self._chosen] * weights[:, None]  # (N, U)
-        cells = self._rows * self.mean.shape[1] + self._chosen
+        values = self.mean[self._rows, self.plans] * weights[:, None]  # (N, U)
+        cells = self._rows * self.mean.shape[1] + self.plans
         sums = np.bincount(cells.ravel(), values.ravel(), self.mean.size).reshape(self.mean.shape)
         shift = self.cell**2 * sums + self.row**2 * values.sum(0)[:, None]
         found: Floats = np.maximum(prior + self.mean * shift, 0.0)
@@ -110,6 +109,6 @@ class Posterior:
 
     def _overlap(self, options: Options) -> Floats:
         """(N,) prior covariance of a plan's damage with that of each measured plan."""
-        same = self.row**2 + self.cell**2 * (self._chosen == options)
-        found: Floats = (self.mean[self._rows, self._chosen] * same) @ self._values(options)
+        same = self.row**2 + self.cell**2 * (self.plans == options)
+        found: Floats = (self.mean[self._rows, self.plans] * same) @ self._values(options)
         return found
