@@ -36,10 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(error, 1)
     except mps.MpsearchError as error:
         return _fail(error, 2)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and not error.filename:  # nobody reads the answer any more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)

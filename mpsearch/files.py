@@ -1,42 +1,222 @@
-"""Writing files so that a killed run leaves either the old file or the new one, and JSON that every reader takes."""
+"""Writing files so that a killed run leaves either the old file or the new one, and text that every reader takes."""
 
+import contextlib
+import csv
 import errno
+import io
 import json
 import math
 import os
+import re
+import shutil
+import stat
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+#: Where systems list the open files of a process.
+_DESCRIPTORS = re.compile(r"/dev/fd|/proc/(?P<process>\d+)(/task/\d+)?/fd")
+
 
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Write `data` to a temporary file beside `path`, then rename it over `path`.
+    """Write a file whole or not at all.
 
     Raises:
-        OSError: where the folder does not exist or cannot be written.
+        OSError: as `replacing`.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    with replacing(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary file to be written inside; afterwards it is renamed over `path`, once it is on the disk.
+
+    A link is followed: the file that it leads to is replaced. What is no file but takes bytes (a device, a pipe, an open file such as
+    `/dev/stdout`) is written to.
+
+    Raises:
+        OSError: names `path`, where its folder does not exist, it is a folder itself, or it cannot be written whole.
+    """
+    check_writable(path)
+    target = Path(os.path.realpath(path))
+    streams = _is_stream(path)
+    part: Path | None = None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask()
-        Path(name).chmod(mode)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        handle, name = tempfile.mkstemp(
+            dir=None if streams else target.parent, prefix=f".{target.name[:40]}.", suffix=".part"
+        )
+        os.close(handle)
+        part = Path(name)
+        yield part
+        if streams:
+            with _stream(path) as stream, part.open("rb") as file:
+                shutil.copyfileobj(file, stream)
+        else:
+            sync(part)
+            part.chmod(target.stat().st_mode & 0o777 if target.exists() else 0o666 & ~_umask())
+            part.replace(target)
+    except OSError as error:
+        if error.filename not in (None, str(path), str(part), str(target)):
+            raise
+        raise _named(error, path) from None
+    finally:
+        if part is not None:
+            part.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk.
+
+    Raises:
+        OSError: where the disk is full or fails.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Refuse what `write_atomically` cannot write, before any work.
+
+    Raises:
+        OSError: for an empty name, a folder, a ring of links, or a file whose folder is not there or may not be written to.
+    """
+    _check_name(path)
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        mode = 0
+    except OSError as error:  # a ring of links, a file in place of a folder
+        raise _named(error, path) from None
+    if stat.S_ISDIR(mode) or (not mode and os.fspath(path).endswith(os.sep)):
+        raise _error(errno.EISDIR, path)
+    if mode and (not stat.S_ISREG(mode) or _descriptor(path)):
+        return
+    _check_folder(Path(os.path.realpath(path) if os.path.islink(path) else path).parent)
+
+
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse a folder that cannot be written to, or made, before any work.
+
+    Raises:
+        OSError: for an empty name, or with what is in the place of a folder.
+    """
+    _check_name(path)
+    place = Path(path)
+    if place.is_symlink() and not place.exists():
+        raise _error(errno.ENOENT, path)
+    _check_folder(next(part for part in (place, *place.absolute().parents) if part.exists()))
+
+
+def _check_name(path: str | os.PathLike[str]) -> None:
+    if not os.fspath(path):
+        raise FileNotFoundError(errno.ENOENT, "an empty name, expected one to write to", "''")
+
+
+def _check_folder(path: Path) -> None:
+    if not path.is_dir():
+        raise _error(errno.ENOTDIR if path.exists() else errno.ENOENT, path)
+    if not os.access(path, os.W_OK):
+        raise _error(errno.EACCES, path)
+
+
+def _is_stream(path: str | os.PathLike[str]) -> bool:
+    """True for what is there to be written to, and not to be replaced."""
+    return bool(_descriptor(path)) or (os.path.exists(path) and not stat.S_ISREG(os.stat(path).st_mode))
+
+
+def _stream(path: str | os.PathLike[str]) -> io.BufferedWriter:
+    found = _descriptor(path)
+    if found is None or found[0] not in ("", str(os.getpid())):
+        return open(path, "wb")
+    sys.stdout.flush()
+    return open(os.dup(found[1]), "wb")  # opened by its name, a file would be written from its start again
+
+
+def _descriptor(path: str | os.PathLike[str]) -> tuple[str, int] | None:
+    """Process and number of the open file that a path such as `/dev/stdout` stands for, or None."""
+    place = os.path.abspath(path)
+    for _ in range(40):  # as many links as systems follow
+        folder, name = os.path.realpath(os.path.dirname(place)), os.path.basename(place)
+        found = _DESCRIPTORS.fullmatch(folder)
+        if found is not None and name.isdigit():
+            return found["process"] or "", int(name)
+        if not os.path.islink(place):
+            return None
+        place = os.path.join(folder, os.readlink(place))
+    return None
+
+
+def _error(code: int, path: str | os.PathLike[str]) -> OSError:
+    return OSError(code, os.strerror(code), os.fspath(path))
+
+
+def _named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The same error, of the file that was asked for: a full disk names none, a temporary file is not the user's."""
+    code = error.errno or errno.EIO
+    return OSError(code, error.strerror or os.strerror(code), os.fspath(path))
 
 
 def _umask() -> int:
     mask = os.umask(0)  # the only way to read it
     os.umask(mask)
     return mask
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    r"""Rows as CSV with lines ended by `\n`; a cell with a line break of any kind is quoted, so that every reader sees one cell.
+
+    >>> csv_text([["layer", "bits"], ["a\rb", 4], ["c, d", 8]])
+    'layer,bits\n"a\rb",4\n"c, d",8\n'
+    """
+    text = io.StringIO(newline="")
+    csv.writer(_Lines(text), lineterminator="\r\n").writerows(rows)  # what ends lines is quoted in cells
+    return text.getvalue()
+
+
+class _Lines:
+    r"""Takes rows that end in `\r\n`, and ends them in `\n`."""
+
+    def __init__(self, text: io.StringIO) -> None:
+        self._text = text
+
+    def write(self, row: str) -> None:
+        self._text.write(row[:-2] + "\n")
+
+
+def csv_rows(text: str) -> list[list[str]]:
+    r"""Rows of CSV; only `\n`, `\r\n` and `\r` outside quotes end one.
+
+    Raises:
+        csv.Error: for a quote that is not closed.
+
+    >>> csv_rows('a,b\n"1\u2028","2\n3"\n')
+    [['a', 'b'], ['1\u2028', '2\n3']]
+    """
+    return list(csv.reader(io.StringIO(text, newline=""), strict=True))
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a JSON file (`json.loads(..., object_pairs_hook=unique_keys)`), of which no key may occur twice.
+
+    Raises:
+        ValueError: names the key.
+
+    >>> json.loads('{"a": 1, "b": {"c": 1, "c": 2}}', object_pairs_hook=unique_keys)
+    Traceback (most recent call last):
+    ValueError: the key 'c' occurs twice
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key {key!r} occurs twice")
+        content[key] = value
+    return content
 
 
 def json_text(content: Any) -> str:

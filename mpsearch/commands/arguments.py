@@ -1,12 +1,12 @@
 """Arguments that several commands take, and what they name."""
 
 import argparse
-import errno
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
+from mpsearch.files import check_folder, check_writable
 from mpsearch.loading import UsageError, call, part
 
 if TYPE_CHECKING:
@@ -90,12 +90,12 @@ def _picture(path: str) -> str:
 
 
 def file(path: str) -> str:
-    """A file to write, whose folder is there before any work.
+    """A file to write, which can be written before any work.
 
     Raises:
-        OSError: with the folder.
+        OSError: with what is in its way.
     """
-    _check_folder(Path(path).parent)
+    check_writable(path)
     return path
 
 
@@ -103,18 +103,20 @@ def folder(path: str) -> str:
     """A folder to write to, which is there before any work, or can be made.
 
     Raises:
-        OSError: with what is in its place.
+        OSError: with what is in its way.
     """
-    _check_folder(next(part for part in (Path(path), *Path(path).absolute().parents) if part.exists()))
+    check_folder(path)
     return path
 
 
-def _check_folder(path: Path) -> None:
-    code = 0 if path.is_dir() else errno.ENOTDIR if path.exists() else errno.ENOENT
-    if not code and not os.access(path, os.W_OK):
-        code = errno.EACCES
-    if code:
-        raise OSError(code, os.strerror(code), str(path))
+def file_or_folder(path: str) -> str:
+    """What an exporter writes: by its ending a file, or a folder, as the target has it.
+
+    Raises:
+        OSError: with what is in its way.
+    """
+    is_folder = os.path.isdir(path) or not (Path(path).suffix or os.path.exists(path))
+    return folder(path) if is_folder else file(path)
 
 
 def model(spec: str) -> "nn.Module":

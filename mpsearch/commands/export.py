@@ -37,7 +37,14 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--snap", action="store_true", help="move what the target lacks to the nearest at no more bytes"
     )
     parser.add_argument("--verify", action="store_true", help="carry the plan out with the real tool and read it back")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="the target's own file or folder")
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        type=arguments.file_or_folder,
+        metavar="FILE",
+        help="the target's own file or folder",
+    )
 
 
 def run(options: argparse.Namespace) -> Answer:

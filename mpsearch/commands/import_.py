@@ -22,7 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model", help="file.py:function or package.module:function returning a module: names the layers"
     )
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="plan, .json; or table, .csv or .npz")
+    parser.add_argument(
+        "-o", "--out", required=True, type=arguments.file, metavar="FILE", help="plan, .json; or table, .csv or .npz"
+    )
 
 
 def run(options: argparse.Namespace) -> Answer:

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "sweep: 64 limits; auto (default): exact for small tables, else hull",
     )
     arguments.add_solver(parser, "sweep this solver, by name or module:Class, instead of computing the curve")
-    parser.add_argument("-o", "--out", metavar="FILE", help="points, .csv")
+    parser.add_argument("-o", "--out", type=arguments.file, metavar="FILE", help="points, .csv")
     arguments.add_plot(parser, "the curve")
 
 

@@ -22,7 +22,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
     parser.add_argument("--loss", help="kl (default), cross-entropy, or file.py:function(model, batch)")
     arguments.add_layers(parser)
-    parser.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
+    parser.add_argument(
+        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+    )
     arguments.add_resources(parser, "columns")
     parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="table, .csv or .npz")
     arguments.add_plot(parser, "the table")

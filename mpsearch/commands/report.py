@@ -2,6 +2,7 @@
 
 import argparse
 
+from mpsearch.commands import arguments
 from mpsearch.commands.command import Answer, Command
 from mpsearch.commands.screen import Screen
 from mpsearch.loading import UsageError
@@ -10,7 +11,7 @@ from mpsearch.loading import UsageError
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("result", metavar="RESULT_DIR", help="folder that a search wrote")
-    parser.add_argument("-o", "--out", required=True, metavar="FILE", help="page, .html")
+    parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="page, .html")
 
 
 def run(options: argparse.Namespace) -> Answer:

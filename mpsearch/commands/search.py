@@ -41,7 +41,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
     arguments.add_layers(parser)
     arguments.add_resources(parser, "to count")
-    parser.add_argument("--checkpoint", metavar="FILE", help="keep finished work here, and go on from it")
+    parser.add_argument(
+        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+    )
     parser.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
     parser.add_argument("--seed", type=int, default=0, help="of the split and all draws (default: %(default)s)")
     parser.add_argument(

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "exact (default), ilp, greedy, dynamic-programming, annealing, evolutionary, bisection, brute-force, or module:Class",
     )
-    parser.add_argument("-o", "--out", metavar="FILE", help="plan, .json")
+    parser.add_argument("-o", "--out", type=arguments.file, metavar="FILE", help="plan, .json")
     arguments.add_plot(parser, "the plan")
 
 

@@ -17,6 +17,7 @@ from mpsearch.export.llama_quantize import tensor_name, tensor_names
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.files import replacing
 from mpsearch.modules import storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -66,12 +67,8 @@ def gguf(
     plan = fitted(plan, model, "gguf", snap=snap)
     tensors = _tensors(plan, model, architecture)
     if path is not None:
-        part = Path(path).with_name(f".{Path(path).name}.part")
-        try:
+        with replacing(path) as part:
             _write(part, tensors, model, architecture)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
     return {name: kind for name, (kind, _) in tensors.items()}
 
 
