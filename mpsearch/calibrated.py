@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.formats import Grid, round_to_grid
+from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, preserved
 from mpsearch.modules import canonical, channel_axis, holds_weight, kind_of, weight_of
 from mpsearch.perturb import Quantizer, inputs
@@ -133,6 +134,10 @@ class _OfLayers:
     def _with(self, found: InputStatistics) -> Quantizer:
         """The quantizer of a layer with such inputs."""
         raise NotImplementedError
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """As of `quantizer`: factors of input channels go into what makes the inputs."""
+        return self.quantizer.stored_bytes(layer, precision)
 
     def of_layer(self, name: str) -> Quantizer:
         """The quantizer of one layer; `quantizer` where its statistics are None.

@@ -18,7 +18,8 @@ from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
 #: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first. It may also have
-#: `activation_values(x, format, low, high)` for inputs, channels last, and `of_layer(name)`, the quantizer of one layer.
+#: `activation_values(x, format, low, high)` for inputs, channels last, `of_layer(name)`, the quantizer of one layer, and
+#: `stored_bytes(layer, precision)` where it stores more than `RoundToNearest` does (`quantize.StoresBytes`).
 Quantizer = Callable[[Tensor, Precision], Tensor]
 #: Least and greatest input of each layer over the calibration data.
 Ranges = Mapping[str, tuple[float, float]]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from mpsearch.formats import (
     quantize_blocks,
     round_to_grid,
 )
+from mpsearch.layer import Layer
 from mpsearch.precision import Precision, format_bits
 
 #: Shrink factors of the largest value that the search for the scale tries; 1 first, so that ties keep the full range.
@@ -84,6 +85,11 @@ class RoundToNearest:
         if not precision.quantizes_weight:
             return weight
         return self._codes(weight, precision, weight.dtype).values()
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """Bytes of the packed weight of a layer; see `packed_bytes`."""
+        outputs = layer.weight_shape[0] if len(layer.weight_shape) > 1 else 1
+        return packed_bytes(layer.numel, outputs, layer.dtype_bytes, precision, self)
 
     def codes(self, weight: Tensor, precision: Precision) -> "Codes":
         """Codes, scales and zero-points of a weight; see `__call__`."""
@@ -465,6 +471,52 @@ class Packed:
         return (values * steps[place, 0]).reshape(shape).to(self.dtype)
 
 
+@runtime_checkable
+class StoresBytes(Protocol):
+    """A quantizer that tells the bytes of what it stores: codes, scales, and all else that its weight is made of again."""
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """Bytes of the weight of a layer (its `weight_shape`, `dtype`) at a precision."""
+        ...
+
+
+def stored_bytes(quantizer: Any, layer: Layer, precision: Precision) -> int:
+    """Bytes of the weight of a layer as a quantizer stores it; as `RoundToNearest` does where it does not tell.
+
+    Args:
+        quantizer: any; `StoresBytes` tells.
+        layer: with the shape and dtype of its weight.
+        precision: w16 is the weight as it is.
+
+    Raises:
+        EstimatorError: where the format cannot hold such rows, or the quantizer tells no whole number of bytes.
+
+    >>> stored_bytes(RoundToNearest(symmetric=False), Layer("fc", "linear", (8, 4)), Precision("4"))   # 16 + 8 x 4 + 8 / 2
+    52
+    """
+    if not precision.quantizes_weight or not isinstance(quantizer, StoresBytes):
+        return RoundToNearest(symmetric=is_symmetric(quantizer)).stored_bytes(layer, precision)
+    size: Any = quantizer.stored_bytes(layer, precision)
+    try:
+        whole = int(size)
+    except (TypeError, ValueError, OverflowError):
+        whole = -1
+    if whole < 0 or whole != size:
+        raise EstimatorError(
+            f"{type(quantizer).__name__}.stored_bytes returned {size!r}, expected a whole number of bytes, 0 or more"
+        )
+    return whole
+
+
+def is_symmetric(quantizer: Any) -> bool:
+    """False for a quantizer with zero-points; True where it does not tell.
+
+    >>> is_symmetric(RoundToNearest(symmetric=False)), is_symmetric(None)
+    (False, True)
+    """
+    return bool(getattr(getattr(quantizer, "quantizer", quantizer), "symmetric", True))
+
+
 def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precision, quantizer: object) -> int:
     """Bytes of a packed weight, from numbers alone: codes padded to whole bytes, scales, zero-points.
 
@@ -486,7 +538,6 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
     name = precision.weight
     if not precision.quantizes_weight:
         return numel * dtype_bytes
-    quantizer = getattr(quantizer, "quantizer", quantizer)
     size = group_of(precision)
     if name in ggml.TYPES:
         ggml.check_width(numel // outputs, name)
@@ -498,10 +549,11 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
     if size is not None:
         scales = outputs * -(-(numel // outputs) // size)
     else:
-        scales = outputs if getattr(quantizer, "granularity", "channel") == "channel" else 1
+        inner = getattr(quantizer, "quantizer", quantizer)
+        scales = outputs if getattr(inner, "granularity", "channel") == "channel" else 1
     if element_of(name) is not None:
         return codes + scales + (4 if name == "nvfp4" else 0)  # one byte a block; a float32 for the tensor
-    asymmetric = is_integer(name) and not getattr(quantizer, "symmetric", True)
+    asymmetric = is_integer(name) and not is_symmetric(quantizer)
     return codes + scales * dtype_bytes + (-(-scales * bits // 8) if asymmetric else 0)
 
 

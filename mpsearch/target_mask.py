@@ -12,6 +12,7 @@ from mpsearch.errors import TableError
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
+from mpsearch.quantize import stored_bytes
 
 
 def refused_by_target(layers: Sequence[Layer], options: Sequence[Precision]) -> NDArray[np.bool_]:
@@ -61,6 +62,10 @@ class OnlyAllowed:
         of_layer = getattr(self.quantizer, "of_layer", None)
         inner = self.quantizer if of_layer is None else of_layer(name)
         return _OfLayer(inner, self.refused.get(name, frozenset()))
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """As the quantizer within."""
+        return stored_bytes(self.quantizer, layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """As the quantizer within."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
+from mpsearch.layer import Layer
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
@@ -31,6 +32,10 @@ class PercentileClip:
     def __post_init__(self) -> None:
         if not 0 < self.percentile <= 100:
             raise EstimatorError(f"percentile={self.percentile}: expected a number above 0 and up to 100")
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """As of `quantizer`."""
+        return self.quantizer.stored_bytes(layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """The weight after clipping, quantization and back; see `RoundToNearest`."""
@@ -67,6 +72,10 @@ class HadamardRotation:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise EstimatorError(f"block={self.block}: expected 1 or more")
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """As of `quantizer`: the signs come from the seed."""
+        return self.quantizer.stored_bytes(layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """The weight after rotation, quantization and back; see `RoundToNearest`."""

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsearch.layer import Layer
 from mpsearch.precision import Precision
+from mpsearch.quantize import RoundToNearest
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class MinMax:
     """
 
     symmetric: bool = False
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """Bytes of packed codes, scales and zero-points; torchao itself keeps codes in int8, `TARGETS["torchao"]` counts that."""
+        return RoundToNearest(symmetric=self.symmetric).stored_bytes(layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """The weight after quantization and back; (out, ...), same shape, dtype and device."""

@@ -5,6 +5,9 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
+from mpsearch.experts import place_of
+from mpsearch.export import storage as stored
+from mpsearch.export.storage import Storage
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
 
@@ -94,12 +97,40 @@ class Target:
         schemes: what it can express; `w16` (left alone) can always be expressed.
         fused: groups of layers that it, or the engine that reads its files, joins at run time: one precision a group.
         stacked: it reaches the layers of experts that the model keeps in one tensor of shape (experts, out, in).
+        storage: the bytes of what it stores.
     """
 
     name: str
     schemes: tuple[Scheme, ...]
     fused: Fused = field(default_factory=dict)
     stacked: bool = False
+    storage: Storage = stored.PACKED
+
+    def stored_bytes(self, layer: Layer, precision: Precision, *, symmetric: bool = True) -> int:
+        """Bytes of a layer's weight as the target stores it, with scales, zero-points and ids; of one that is left alone with w16.
+
+        Args:
+            layer: its shape and dtype count; a part of the experts in one tensor is known by its name.
+            precision: one that the target can give it.
+            symmetric: the quantizer has no zero-points; for the targets that leave that open.
+
+        Raises:
+            EstimatorError: where the format cannot hold such rows.
+
+        8192 codes of 4 bits lie in int8, and each of 128 groups has a float32 scale and an int8 zero-point.
+
+        >>> TARGETS["torchao"].stored_bytes(Layer("fc", "linear", (64, 128)), Precision.parse("w4g64"))
+        8832
+        """
+        place = place_of(layer.name) if self.stacked else None
+        return self.storage.stored_bytes(
+            layer.weight_shape,
+            layer.dtype,
+            precision,
+            symmetric=symmetric,
+            in_experts=place is not None,
+            gate_and_up=place is not None and place.part == "gate_up_proj",
+        )
 
     def refusal(self, layer: Layer, precision: Precision) -> str | None:
         """Why the target cannot give a layer a precision, and what it can; None where it can.
@@ -214,32 +245,66 @@ _ANY_INPUT = ("16", *integers(2, 8))
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("torchao", _TORCHAO),
-        Target("torchao-vllm", _TORCHAO, VLLM),
-        Target("compressed-tensors", _VLLM, VLLM, stacked=True),
-        Target("vllm", _VLLM, VLLM, stacked=True),  # by way of compressed-tensors
-        Target("llm-compressor", _VLLM, VLLM, stacked=True),
-        Target("onnxruntime", (Scheme(("2", "4", "8"), per_channel=False, group_sizes=USUAL_GROUPS),)),
-        Target("onnxruntime-static", (Scheme(integers(2, 8), ("8",), kinds=("linear", "conv1d", "conv2d")),)),
-        Target("gguf", _GGUF, GGML, stacked=True),
-        Target("llama-quantize", _GGUF, GGML, stacked=True),
-        Target("gptqmodel", (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),), stacked=True),
-        Target("gptqmodel-vllm", (Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),), VLLM, stacked=True),
-        Target("auto-round", _AUTO_ROUND, VLLM, stacked=True),
-        Target("hqq", (_HQQ,)),
-        Target("mlx", (_MLX,)),
-        Target("pt2e", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
-        Target("executorch", (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),)),
-        Target("brevitas", (Scheme(integers(2, 8), _ANY_INPUT, kinds=("linear", *_CONVS)),)),
-        Target("exllamav3", (Scheme(integers(1, 8)),)),
-        Target("aimet", (Scheme(integers(2, 16), kinds=("linear", *_CONVS)),)),
-        Target("mct", (Scheme(("2", "4", "8"), ("8",), kinds=("linear", *_CONVS)),)),
+        Target("torchao", _TORCHAO, storage=stored.TORCHAO),
+        Target("torchao-vllm", _TORCHAO, VLLM, storage=stored.TORCHAO),
+        Target("compressed-tensors", _VLLM, VLLM, stacked=True, storage=stored.COMPRESSED_TENSORS),
+        Target("vllm", _VLLM, VLLM, stacked=True, storage=stored.COMPRESSED_TENSORS),  # by way of compressed-tensors
+        Target("llm-compressor", _VLLM, VLLM, stacked=True, storage=stored.COMPRESSED_TENSORS),
         Target(
-            "modelopt", (Scheme(integers(2, 8), _ANY_INPUT, group_sizes=_ANY, kinds=("linear", *_CONVS)),), stacked=True
+            "onnxruntime",
+            (Scheme(("2", "4", "8"), per_channel=False, group_sizes=USUAL_GROUPS),),
+            storage=stored.ONNXRUNTIME,
         ),
-        Target("nncf", (Scheme(("2", "3", "4"), group_sizes=_ANY), Scheme(("8",)))),
-        Target("quanto", (Scheme(("2", "4"), per_channel=False, group_sizes=(128,)), Scheme(("8",)))),
-        Target("bitsandbytes", (Scheme(("nf4",), group_sizes=(64,)), Scheme(("8",), ("8",)))),
+        Target(
+            "onnxruntime-static",
+            (Scheme(integers(2, 8), ("8",), kinds=("linear", "conv1d", "conv2d")),),
+            storage=stored.ONNXRUNTIME_STATIC,
+        ),
+        Target("gguf", _GGUF, GGML, stacked=True, storage=stored.GGUF),
+        Target("llama-quantize", _GGUF, GGML, stacked=True, storage=stored.LLAMA_QUANTIZE),
+        Target(
+            "gptqmodel",
+            (Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32),),
+            stacked=True,
+            storage=stored.GPTQMODEL,
+        ),
+        Target(
+            "gptqmodel-vllm",
+            (Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32),),
+            VLLM,
+            stacked=True,
+            storage=stored.GPTQMODEL,
+        ),
+        Target("auto-round", _AUTO_ROUND, VLLM, stacked=True, storage=stored.AUTO_ROUND),
+        Target("hqq", (_HQQ,), storage=stored.HQQ),
+        Target("mlx", (_MLX,), storage=stored.MLX),
+        Target(
+            "pt2e",
+            (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),),
+            storage=stored.INT8_GRAPH,
+        ),
+        Target(
+            "executorch",
+            (Scheme(integers(2, 8), ("8", "16"), kinds=("linear", "conv1d", "conv2d")),),
+            storage=stored.INT8_GRAPH,
+        ),
+        Target("brevitas", (Scheme(integers(2, 8), _ANY_INPUT, kinds=("linear", *_CONVS)),), storage=stored.SIMULATED),
+        Target("exllamav3", (Scheme(integers(1, 8)),), storage=stored.EXLLAMAV3),
+        Target("aimet", (Scheme(integers(2, 16), kinds=("linear", *_CONVS)),), storage=stored.SIMULATED),
+        Target("mct", (Scheme(("2", "4", "8"), ("8",), kinds=("linear", *_CONVS)),), storage=stored.SIMULATED),
+        Target(
+            "modelopt",
+            (Scheme(integers(2, 8), _ANY_INPUT, group_sizes=_ANY, kinds=("linear", *_CONVS)),),
+            stacked=True,
+            storage=stored.SIMULATED,
+        ),
+        Target("nncf", (Scheme(("2", "3", "4"), group_sizes=_ANY), Scheme(("8",))), storage=stored.NNCF),
+        Target(
+            "quanto", (Scheme(("2", "4"), per_channel=False, group_sizes=(128,)), Scheme(("8",))), storage=stored.QUANTO
+        ),
+        Target(
+            "bitsandbytes", (Scheme(("nf4",), group_sizes=(64,)), Scheme(("8",), ("8",))), storage=stored.BITSANDBYTES
+        ),
     )
 }
 

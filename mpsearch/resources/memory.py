@@ -1,41 +1,49 @@
 """Bytes of the stored model."""
 
+import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from mpsearch.errors import EstimatorError
+from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
+from mpsearch.left_alone import Place, every_tensor, left_alone_bytes
 from mpsearch.modules import canonical, storage_of, weight_of
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.quantize import RoundToNearest, StoresBytes, is_symmetric, stored_bytes
 from mpsearch.resources.resource import Resource
 
 
 @dataclass(frozen=True)
 class MemoryBytes:
-    """Bytes of the packed weights, scales and zero-points, and of everything that is left alone.
+    """Bytes of the packed weights, scales and zero-points, and of everything that is left alone, as the target stores them.
 
-    Codes are packed without gaps and padded to whole bytes a layer; a scale has the dtype of the unquantized weight, a zero-point the bits
-    of a code. A block of MX, NVFP4 and block floating point has a scale of one byte, NVFP4 a float32 more a tensor; the types of GGUF
-    have their scales inside. What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a
-    weight that several layers share counts once, in the first of them. Equal to the byte to `quantize.Codes.pack`. Keys and values are not
-    stored with the model: `KVCacheBytes` counts them, and `Total` the sum.
+    Where the layers name a target, the bytes are those of its files and objects (`export.TARGETS[...].storage`): wider codes, padding,
+    codes of its own for each layer that shares a weight, norms of another dtype. Without one, codes are packed without gaps and padded to
+    whole bytes a layer; a scale has the dtype of the unquantized weight, a zero-point the bits of a code. A block of MX, NVFP4 and block
+    floating point has a scale of one byte, NVFP4 a float32 more a tensor; the types of GGUF have their scales inside. That is equal to the
+    byte to `quantize.Codes.pack`; a quantizer of one's own that stores more has a method `stored_bytes(layer, precision)`.
+
+    What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a weight that several layers
+    share counts once, in the first of them. Keys and values are not stored with the model: `KVCacheBytes` counts them, and `Total` the sum.
 
     Attributes:
-        quantizer: tells symmetric or not, and the granularity of the scales.
+        quantizer: tells symmetric or not, and the granularity of the scales, or its bytes.
 
-    A layer of 8 x 4 weights at w4: 16 bytes of codes, 8 scales of 4 bytes; its bias takes 32 bytes whatever the plan.
+    A layer of 8 x 4 weights at w4: 16 bytes of codes, 8 scales of 4 bytes; its bias takes 32 bytes whatever the plan. torchao keeps the
+    codes in 32 bytes, and 8 zero-points.
 
     >>> from mpsearch import precisions
     >>> model = nn.Sequential(nn.Linear(4, 8))
     >>> found = MemoryBytes()(model, [Layer("0", "linear", (8, 4))], precisions("w4 w16"))
     >>> found.usage.tolist(), found.fixed, found.reference
     ([[48.0, 128.0]], 32.0, 160.0)
+    >>> MemoryBytes()(model, [Layer("0", "linear", (8, 4), target="torchao")], precisions("w4 w16")).usage.tolist()
+    [[72.0, 128.0]]
     """
 
     quantizer: Any = RoundToNearest()  # noqa: RUF009 frozen
@@ -47,30 +55,41 @@ class MemoryBytes:
             EstimatorError: where a format cannot hold the rows of a layer.
         """
         usage = np.zeros((len(layers), len(precisions)))
-        seen: set[tuple[torch.device, int, int]] = set()
+        storage = next((TARGETS[layer.target].storage for layer in layers if layer.target), None)
+        if storage is None and self.quantizer is not None and not isinstance(self.quantizer, StoresBytes):
+            warnings.warn(
+                f"memory_bytes are those of RoundToNearest: {type(self.quantizer).__name__} has no stored_bytes(layer, precision)",
+                stacklevel=2,
+            )
+        seen: set[Place] = set()
         for row, layer in enumerate(layers):
             if layer.is_cache:
                 continue
             module = model.get_submodule(layer.name)
-            weight = canonical(module)
-            if storage_of(weight_of(module)) in seen:
-                continue
-            seen.add(storage_of(weight_of(module)))
-            outputs = weight.shape[0] if weight.ndim > 1 else 1
+            place = storage_of(weight_of(module))
+            shared = place in seen
+            seen.add(place)
+            whole = _described(layer, module)
             for column, precision in enumerate(precisions):
-                try:
-                    usage[row, column] = packed_bytes(
-                        weight.numel(), outputs, weight.element_size(), precision, self.quantizer
-                    )
-                except EstimatorError as error:
-                    if layer.target:  # whose rules say so
-                        usage[row, column] = np.nan
-                        continue
-                    raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
-        everything = {
-            storage_of(tensor): tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.numel()
-        }
-        size = {place: tensor.numel() * tensor.element_size() for place, tensor in everything.items()}
-        reference = sum(size.values())
-        decided = sum(size[place] for place in seen)
-        return Resource(usage, float(reference - decided), float(reference))
+                if not shared or (storage is not None and storage.unties and precision.quantizes_weight):
+                    usage[row, column] = self._bytes(whole, precision)
+        tensors = every_tensor(model)
+        reference = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        return Resource(usage, float(left_alone_bytes(model, seen, storage)), float(reference))
+
+    def _bytes(self, layer: Layer, precision: Precision) -> float:
+        try:
+            if layer.target:
+                return TARGETS[layer.target].stored_bytes(layer, precision, symmetric=is_symmetric(self.quantizer))
+            return stored_bytes(self.quantizer, layer, precision)
+        except EstimatorError as error:
+            if layer.target:  # whose rules say so
+                return np.nan
+            raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
+
+
+def _described(layer: Layer, module: nn.Module) -> Layer:
+    """The layer with the shape and dtype of its weight."""
+    weight = weight_of(module)
+    shape = layer.weight_shape or tuple(canonical(module).shape)
+    return replace(layer, weight_shape=shape, dtype=str(weight.dtype).removeprefix("torch."))

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch import calibrated, export, transforms
 from mpsearch.modules import canonical
 from mpsearch.problem import usage_of
 from mpsearch.quantize import RoundToNearest
@@ -142,3 +143,100 @@ def test_llama_3_1_8b_at_q4_k_m_has_the_bits_that_llama_cpp_publishes():
     total = sum(row[int(types[layer.name])] for row, layer in zip(found.usage, layers, strict=True)) + found.fixed
     weights = sum(layer.numel for layer in layers) + 65 * 4096
     assert round(8 * total / weights, 4) == 4.8944
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "expected"),
+    [
+        ("torchao", "w4g32", 64 * 128 + 256 * (2 + 1)),
+        ("torchao", "w2", 64 * 128 + 64 * (2 + 1)),
+        ("hqq", "w3g64", 4 * 13 * 64 + 2 * 128 * 2),  # 128 groups, ten to a word
+        ("hqq", "w6g64", 64 * 128 + 2 * 128 * 2),
+        ("mlx", "w3g32", 64 * 48 + 2 * 256 * 2),
+        ("compressed-tensors", "w3g64", 64 * 48 + 128 * 2 + 16),
+        ("compressed-tensors", "w8a8", 64 * 128 + 64 * 2),
+        ("gptqmodel", "w3g32", 64 * 48 + 4 * 24 + 256 * 2 + 4 * 128),
+        ("auto-round", "w4g32", 64 * 64 + 4 * 32 + 256 * 2),
+        ("exllamav3", "w4", 128 * 128 // 2 + 2 * 256),  # 64 rows on 128
+        ("bitsandbytes", "wnf4g64", 64 * 64 + 128 * 4),
+        ("quanto", "w8", 64 * 128 + 64 * 2),
+        ("brevitas", "w4", 64 * 64 + 64 * 2),
+        ("hqq", "w16", 2 * 64 * 128),
+    ],
+)
+def test_a_target_counts_what_it_stores(target, text, expected):
+    model = nn.Sequential(nn.Linear(128, 64)).to(torch.bfloat16)
+    layers = mps.layers(model, torch.ones(1, 128, dtype=torch.bfloat16), target=target)
+    found = MemoryBytes()(model, layers, mps.precisions(f"{text} w16" if text != "w16" else "w16"))
+    assert (found.usage[0, 0], found.fixed, found.reference) == (expected, 128, 2 * (64 * 128 + 64))
+
+
+def test_codes_of_their_own_for_layers_that_share_a_weight():
+    model = nn.Sequential(nn.Embedding(32, 32), nn.Linear(32, 32, bias=False))
+    model[1].weight = model[0].weight
+    options, example = mps.precisions("w4g32 w16"), torch.tensor([[1, 2]])
+    own = 32 * 32 + 32 * (4 + 1)
+    for target, usage in (("torchao", [[own, 4096], [own, 0]]), (None, [[512 + 128, 4096], [0, 0]])):
+        found = MemoryBytes()(model, mps.layers(model, example, target=target), options)
+        assert found.usage.tolist() == usage
+        assert (found.fixed, found.reference) == (0, 4096)
+
+
+def test_what_a_target_makes_of_the_rest():
+    """GGUF keeps norms in float32 at multiples of 32 bytes, and no buffer that a state does not hold."""
+    model = nn.Sequential(nn.Linear(32, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 4, bias=False)).to(torch.bfloat16)
+    model.register_buffer("scratch", torch.zeros(100), persistent=False)
+    layers = [mps.Layer("0", "linear", (4, 32), target="gguf")]
+    found = MemoryBytes()(model, layers, mps.precisions("wq4_0 wbf16 w16"))
+    assert found.usage.tolist() == [[96, 256, 256]]  # 4 blocks of 18 bytes, in 96
+    assert found.fixed == 32 + 32 + 2 * 16
+    assert MemoryBytes()(model, [mps.Layer("0", "linear", (4, 32))], mps.precisions("w4")).fixed == 2 * 8 + 2 * 16 + 400
+
+
+class Outliers:
+    """Keeps one weight of a hundred in 16 bits, with its place."""
+
+    def __call__(self, weight, precision):
+        return RoundToNearest()(weight, precision)
+
+    def stored_bytes(self, layer, precision):
+        return RoundToNearest().stored_bytes(layer, precision) + 4 * (layer.numel // 100)
+
+
+def test_a_quantizer_of_ones_own_tells_its_bytes(recwarn):
+    model = nn.Sequential(nn.Linear(100, 8, bias=False))
+    layers = mps.layers(model, torch.ones(1, 100))
+    assert MemoryBytes(Outliers())(model, layers, mps.precisions("w4 w16")).usage.tolist() == [[400 + 32 + 32, 3200]]
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match=r"memory_bytes are those of RoundToNearest: function has no stored_bytes\("):
+        assert MemoryBytes(lambda weight, _: weight)(model, layers, mps.precisions("w4")).usage.tolist() == [[432]]
+
+
+@pytest.mark.parametrize("size", [-1, 2.5, "many", None, float("nan"), float("inf")])
+def test_a_quantizer_that_tells_no_bytes_is_refused(size):
+    class Wrong(Outliers):
+        def stored_bytes(self, layer, precision):
+            return size
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    with pytest.raises(mps.EstimatorError, match=r"layer '0' at w4: Wrong.stored_bytes returned .*, expected a whole"):
+        MemoryBytes(Wrong())(model, mps.layers(model, torch.ones(1, 4)), mps.precisions("w4"))
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        transforms.PercentileClip(),
+        transforms.HadamardRotation(RoundToNearest(symmetric=False)),
+        calibrated.GPTQ({}, quantizer=RoundToNearest(symmetric=False)),
+        calibrated.SmoothQuant({}),
+        calibrated.ActivationAware({}),
+        export.MinMax(),
+    ],
+)
+def test_the_quantizers_of_the_package_tell_their_bytes(quantizer, recwarn):
+    model = nn.Sequential(nn.Linear(4, 8, bias=False))
+    found = MemoryBytes(quantizer)(model, mps.layers(model, torch.ones(1, 4)), mps.precisions("w4"))
+    inner = getattr(quantizer, "quantizer", quantizer)
+    assert found.usage.tolist() == [[16 + 32 + (0 if inner.symmetric else 4)]]
+    assert not recwarn.list
