@@ -12,9 +12,11 @@ from mpsearch.estimator import Loss
 from mpsearch.evaluation import Evaluation
 from mpsearch.measure import Mean, cross_entropy, kl_divergence
 from mpsearch.model import Batch, call, collect, predictions, preserved, samples, state_fingerprint
+from mpsearch.modules import holds_weight, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
 from mpsearch.quantize import RoundToNearest
+from mpsearch.undecided import tell_unnamed
 
 
 def evaluate(
@@ -53,6 +55,7 @@ def evaluate(
     before = state_fingerprint(model)
     with preserved(model), torch.no_grad():
         _check_plan(model, plan)
+        tell_unnamed(model, named_weights(model, plan), len(plan))
         ranges = {}
         names = [name for name, precision in plan.items() if precision.quantizes_activation]
         if names:
@@ -69,6 +72,12 @@ def evaluate(
     if state_fingerprint(model) != before:
         raise EstimatorError("the metric or the loss changed the model's parameters or buffers")
     return tallies[1].result(tallies[0].result(None))
+
+
+def named_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
+    """Weights of the layers that a plan names."""
+    modules = [model.get_submodule(name) for name in plan]
+    return [weight_of(module) for module in modules if holds_weight(module)]
 
 
 class Tally:

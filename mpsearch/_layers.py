@@ -16,6 +16,7 @@ from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, preserved, samples
 from mpsearch.modules import canonical, holds_weight, kind_of, weight_of
+from mpsearch.undecided import WORTH_A_WORD, sentence, undecided
 
 
 def layers(
@@ -127,6 +128,12 @@ def layers(
         kept = [fusion.Group(names, g.reason, g.binding) for g in joined if len(names := _of(g, called)) > 1]
         decided = [name for name in every if name in called or name in kept_caches]
         titles = fusion.named(kept, groups if isinstance(groups, Mapping) else {}, decided)
+        weights = [weight_of(every[name]) for name in decided if name not in kept_caches]
+        asked = [name for pattern in exclude for name in fusion.matching(pattern, [*found, *caches], "exclude")]
+        heard = [weight_of(module) for name, module in found.items() if name not in asked and name not in called]
+        left = undecided(model, weights, asked, heard)
+        if left["untold"] >= WORTH_A_WORD:
+            warnings.warn(sentence(left), stacklevel=2)
         made = []
         for name in decided:
             module = every[name]

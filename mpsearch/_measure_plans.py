@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch._evaluate import _check_plan as check_plan
+from mpsearch._evaluate import named_weights
 from mpsearch.errors import EstimatorError, PlanError
 from mpsearch.measure import Mean, kl_divergence
 from mpsearch.measured_plans import MeasuredPlans
@@ -18,6 +19,7 @@ from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, 
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.undecided import tell_unnamed
 
 
 def measure_plans(
@@ -67,6 +69,7 @@ def measure_plans(
                 check_plan(model, plan)
             except PlanError as error:
                 raise PlanError(f"plan {number}: {error}") from None
+        tell_unnamed(model, named_weights(model, plans[0]), len(plans[0]))
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
         ranges = input_ranges(model, data if calibration is None else collect(calibration), names) if names else {}
         cells = _cells(model, plans, quantize)

@@ -23,6 +23,7 @@ from mpsearch.experts import filled, report, without_tokens
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
+from mpsearch.modules import weight_of
 from mpsearch.peak_memory import peak_memory
 from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
@@ -37,6 +38,7 @@ from mpsearch.resources.columns import (
 )
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import only_allowed, refused_by_target
+from mpsearch.undecided import undecided
 
 #: Samples that are run twice, to see whether the model is random.
 PROBED = 8
@@ -144,6 +146,7 @@ def profile(
         chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
         unseen = without_tokens(model, decisions, data)
         seen = data_fingerprint(data)
+        undecided_facts = left_undecided(model, decisions, exclude)
         keep: contextlib.AbstractContextManager[Checkpoint | NoCheckpoint] = NoCheckpoint()
         if isinstance(checkpoint, Checkpoint):
             keep = contextlib.nullcontext(checkpoint)
@@ -173,6 +176,7 @@ def profile(
                         "peak_memory_bytes": peak.bytes,
                         "model_fingerprint": before,
                         "data_fingerprint": seen,
+                        "undecided": undecided_facts,
                         **estimate.facts,
                     }
                     tables[place] = _table(
@@ -334,14 +338,23 @@ def unscored(
     precisions: Sequence[Precision],
     decisions: Sequence[Layer],
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+    exclude: Sequence[str] = (),
 ) -> CostTable:
     """What every option costs, before any calibration: a table whose sensitivity is 0 where an option is allowed."""
     options = checked_precisions(precisions)
     with preserved(model):
         check_layers(model, decisions)
         usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
+        origin = {"undecided": left_undecided(model, decisions, exclude)}
     refused = refused_cells(usage) | refused_by_target(decisions, options)
-    return CostTable(tuple(decisions), options, np.where(refused, np.nan, 0.0), unit="nats", **table_fields(usage))
+    sensitivity = np.where(refused, np.nan, 0.0)
+    return CostTable(tuple(decisions), options, sensitivity, unit="nats", origin=origin, **table_fields(usage))
+
+
+def left_undecided(model: nn.Module, decisions: Sequence[Layer], exclude: Sequence[str]) -> dict[str, Any]:
+    """What no decision touches, for the origin of a table."""
+    weights = [weight_of(model.get_submodule(layer.name)) for layer in decisions if not layer.is_cache]
+    return undecided(model, weights, exclude)
 
 
 def _probe_determinism(model: nn.Module, batch: Batch) -> None:

@@ -20,6 +20,7 @@ from mpsearch._profile import (
     check_caches,
     check_layers,
     checked_precisions,
+    left_undecided,
     resource_columns,
     run_identity,
     units_of,
@@ -173,6 +174,7 @@ def search(
             options,
             np.where(refused_cells(usage) | refused_by_target(decisions, options), np.nan, 0.0),
             unit="nats",
+            origin={"undecided": left_undecided(model, decisions, exclude)},
             **table_fields(usage),
         )
         goal.check(base)

@@ -14,6 +14,7 @@ from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.solution import Choice, Solution, Status, relative_gap
 from mpsearch.table import Array, CostTable, Interactions
+from mpsearch.undecided import sentence
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,9 +135,11 @@ class Problem:
                         0,
                         f"{fixed / scale:.6g} of it fixed (what no decision touches, such as norms, biases and layers left alone)",
                     )
+                undecided = sentence(self.table.origin.get("undecided", {})) if fixed > 0 else ""
                 return (
                     f"{name} <= {limit:.6g} cannot be met: the least any plan uses is {(math.fsum(least) + fixed) / scale:.6g}, "
                     + " and ".join(parts)
+                    + (f"; {undecided}" if undecided else "")
                 )
         return None
 

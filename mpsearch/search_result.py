@@ -22,6 +22,7 @@ from mpsearch.files import json_text, write_atomically
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.plan import Plan
 from mpsearch.table import CostTable
+from mpsearch.undecided import sentence
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -178,6 +179,11 @@ class SearchResult:
         """What the search took, in words."""
         plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
         return f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s"
+
+    @property
+    def undecided(self) -> str:
+        """What no decision touches, in words; empty where that is next to nothing."""
+        return sentence(self.tables["posterior"].origin.get("undecided", {}))
 
     @property
     def beyond(self) -> str:
@@ -361,6 +367,7 @@ class SearchResult:
                 "",
                 self.spent,
                 proof,
+                *filter(None, [self.undecided]),
             ]
         )
 

@@ -455,6 +455,7 @@ class Stages:
             sensitivity=(costs / counts[:, None])[self.rows],
             unit=self.damage.unit,
             origin={
+                **self.base.origin,
                 "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
                 "quantizer": repr(self.setting.quantizer),
                 "metric": self.damage.name,

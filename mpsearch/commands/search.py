@@ -82,6 +82,7 @@ def run(options: argparse.Namespace) -> Answer:
         minimize=options.minimize,
         front=options.front,
         layers=arguments.layers(model, data, options),
+        exclude=options.exclude or (),
         resources=arguments.resources(options),
         checkpoint=options.checkpoint,
         previous=options.previous,

@@ -16,6 +16,7 @@ from mpsearch.commands.screen import Screen
 from mpsearch.commands.table_text import groups_text, range_text, table_text
 from mpsearch.loading import UsageError
 from mpsearch.problem import attainable, uniform
+from mpsearch.undecided import sentence
 
 if TYPE_CHECKING:
     from torch import nn
@@ -88,7 +89,14 @@ def _model(options: argparse.Namespace) -> Answer:
     model = arguments.model(options.file)
     data = arguments.data(options.data, model)
     decisions = arguments.layers(model, data, options)
-    table = unscored(model, data[0], mps.precisions(options.precisions), decisions, arguments.resources(options))
+    table = unscored(
+        model,
+        data[0],
+        mps.precisions(options.precisions),
+        decisions,
+        arguments.resources(options),
+        options.exclude or (),
+    )
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:
@@ -102,6 +110,7 @@ def _model(options: argparse.Namespace) -> Answer:
         "groups": groups,
         "range": attainable(table),
         "reference": dict(table.reference_usage),
+        "undecided": dict(table.origin["undecided"]),
         "refused": {
             layer.name: [str(table.precisions[p]) for p in np.flatnonzero(~row)]
             for layer, row in zip(table.layers, table.allowed, strict=True)
@@ -134,6 +143,7 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
     for precision, lost in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
         if lost:
             told.append(f"{precision} is not allowed in {lost} of {len(layers)} layers")
+    told += filter(None, [sentence(table.origin["undecided"])])
     parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(told))]
     if groups:
         parts.append(groups_text(groups, screen))

@@ -10,6 +10,7 @@ from mpsearch.blocks import blocks
 from mpsearch.commands.screen import Screen
 from mpsearch.problem import attainable
 from mpsearch.table import Array
+from mpsearch.undecided import sentence
 
 #: Groups that are named, and layers of each.
 _GROUPS, _MEMBERS = 8, 6
@@ -30,12 +31,15 @@ def table_text(table: mps.CostTable, screen: Screen) -> str:
         for block in found
     ]
     told = f"{len(table.layers)} layers x {len(names)} precisions: {' '.join(names)}"
+    left = sentence(table.origin.get("undecided", {}))
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:
             groups.setdefault(layer.group, []).append(layer.name)
     parts = [
-        screen.table([header, *(names[j] for j in columns)], cells) + "\n" + screen.prose(told),
+        screen.table([header, *(names[j] for j in columns)], cells)
+        + "\n"
+        + screen.prose(told + (f"\n{left}" if left else "")),
         range_text(table, screen),
         *([groups_text(groups, screen)] if groups else []),
     ]
