@@ -13,6 +13,11 @@ import torch
 from mpsearch.errors import EstimatorError
 
 _VERSION = "2"
+#: Name -> the SQL that makes it, as SQLite keeps it.
+_TABLES = {
+    "identity": "CREATE TABLE identity (name TEXT PRIMARY KEY, value TEXT)",
+    "result": "CREATE TABLE result (name TEXT PRIMARY KEY, value BLOB)",
+}
 
 
 class Checkpoint:
@@ -78,16 +83,19 @@ class Checkpoint:
             ) from None
 
     def _open(self, identity: Mapping[str, str]) -> None:
-        tables = {name for (name,) in self._file.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-        if not tables <= {"identity", "result"}:
-            raise EstimatorError(
-                f"{self.path} is a database with the tables {', '.join(sorted(tables))}, no checkpoint of mpsearch; "
-                "give another file"
-            )
+        self._file.execute("PRAGMA trusted_schema=OFF")
+        for kind, name, sql in self._file.execute("SELECT type, name, sql FROM sqlite_master WHERE sql IS NOT NULL"):
+            if sql != _TABLES.get(
+                name
+            ):  # also a view, a trigger, a column that is computed: SQL of others is never run
+                raise EstimatorError(
+                    f"{self.path} is a database with the {kind} {name!r} ({sql}), no checkpoint of mpsearch; "
+                    "give another file"
+                )
         self._file.execute("PRAGMA journal_mode=WAL")
         self._file.execute("PRAGMA synchronous=FULL")
-        self._file.execute("CREATE TABLE IF NOT EXISTS identity (name TEXT PRIMARY KEY, value TEXT)")
-        self._file.execute("CREATE TABLE IF NOT EXISTS result (name TEXT PRIMARY KEY, value BLOB)")
+        for sql in _TABLES.values():
+            self._file.execute(sql.replace("CREATE TABLE", "CREATE TABLE IF NOT EXISTS"))
         self._check(identity)
 
     def _check(self, identity: Mapping[str, str]) -> None:
@@ -105,10 +113,22 @@ class Checkpoint:
                 )
 
     def get(self, name: str) -> Any:
-        """What `put` stored under a name; None where nothing is."""
+        """What `put` stored under a name; None where nothing is.
+
+        Raises:
+            EstimatorError: where it is damaged.
+        """
         with self._readable():
             row = self._file.execute("SELECT value FROM result WHERE name = ?", (name,)).fetchone()
-        return None if row is None else torch.load(io.BytesIO(row[0]), weights_only=True)
+        if row is None:
+            return None
+        try:
+            return torch.load(io.BytesIO(row[0]), weights_only=True)
+        except Exception as error:  # zipfile, pickle and torch raise what they like on damaged bytes
+            reason = (str(error).splitlines() or [""])[0]
+            raise EstimatorError(
+                f"{self.path}: the result {name!r} is damaged ({type(error).__name__}: {reason}); give another file"
+            ) from None
 
     def put(self, name: str, value: Any) -> None:
         """Store tensors, numbers, text, and lists and dicts of them; on the disk when this returns."""

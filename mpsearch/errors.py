@@ -3,9 +3,31 @@
 import difflib
 from collections.abc import Iterable
 
+#: Characters of a message, at most: what a damaged file holds may have megabytes.
+_LONGEST = 1500
+
+
+def one_line(text: object) -> str:
+    """Text for a message: on one line, without characters that steer a terminal, and not endless.
+
+    >>> print(one_line("no layer 'a\\x1b[2J\\n b'"))
+    no layer 'a\\x1b[2J b'
+    """
+    line = " ".join(str(text).split())
+    if len(line) > _LONGEST:
+        line = f"{line[: 2 * _LONGEST // 3]} ... {line[-_LONGEST // 3 :]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+
 
 class MpsearchError(Exception):
     """Root of all errors raised on purpose; anything else is a bug."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(message))
+
+
+class FileError(MpsearchError, ValueError):
+    """A file does not hold what it should; the door that reads it says which file, and what it was read as."""
 
 
 class TableError(MpsearchError, ValueError):

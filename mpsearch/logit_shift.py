@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.measure import kl_divergence, log_softmax
 from mpsearch.model import fingerprint
@@ -116,19 +117,36 @@ def surrogate(checkpoint: Checkpoint | NoCheckpoint, units: int, precisions: Seq
     index: list[str] = checkpoint.get(_INDEX) or []
     if not index:
         return None
-    log_p = [checkpoint.get(f"logit shift | {key}").numpy() for key in index]
+    log_p = [checkpoint.get(f"logit shift | {key}") for key in index]
     names = [str(precision) for precision in precisions]
     shifts = [
-        [
-            np.concatenate(
-                [
-                    np.zeros_like(reference) if found is None else found.numpy()
-                    for key, reference in zip(index, log_p, strict=True)
-                    for found in [checkpoint.get(f"logit shift | {key} | {unit} {name}")]
-                ]
-            )
-            for name in names
-        ]
+        [[checkpoint.get(f"logit shift | {key} | {unit} {name}") for key in index] for name in names]
         for unit in range(units)
     ]
-    return Surrogate(np.concatenate(log_p), np.array(shifts))
+    for values in (log_p, *(cell for row in shifts for cell in row)):
+        for value, reference in zip(values, log_p, strict=True):
+            if values is not log_p and value is None:
+                continue
+            if (
+                not isinstance(value, Tensor)
+                or not value.is_floating_point()
+                or value.ndim != 2
+                or value.shape != reference.shape
+            ):
+                raise EstimatorError(
+                    "the checkpoint holds shifts of the output that do not fit each other; give another file"
+                )
+    return Surrogate(
+        torch.cat(log_p).numpy(),
+        np.array(
+            [
+                [
+                    torch.cat(
+                        [torch.zeros_like(r) if v is None else v for v, r in zip(cell, log_p, strict=True)]
+                    ).numpy()
+                    for cell in row
+                ]
+                for row in shifts
+            ]
+        ),
+    )

@@ -7,21 +7,26 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.errors import PlanError, nearest
+from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-from mpsearch.table import UNITS, Array, CostTable
+from mpsearch.schema import checked, parse_json
+from mpsearch.table import UNITS, Array, CostTable, numbers
 
 _VERSION = 1
 _MARK = "# mpsearch_plans:"
 _NUMBERS = ("damage", "damage_se")
-_HEADER_KEYS = ("unit", "origin")
+
+
+class _Header(TypedDict, total=False):
+    unit: str
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +63,10 @@ class MeasuredPlans:
         object.__setattr__(self, "origin", dict(self.origin))
         for name in _NUMBERS:
             if getattr(self, name) is not None:
-                values = np.array(getattr(self, name), np.float64)
+                try:
+                    values = numbers(getattr(self, name), name)
+                except TableError as error:
+                    raise PlanError(error) from None
                 values.flags.writeable = False
                 object.__setattr__(self, name, values)
         self._check()
@@ -167,16 +175,17 @@ def holds_plans(path: str | os.PathLike[str]) -> bool:
 
 
 def _parsed(lines: list[str]) -> MeasuredPlans:
-    header: dict[str, Any] = {}
+    header: _Header = {}
     first = 0
     if lines and lines[0].startswith("#"):
         if lines[0].strip() != f"{_MARK} {_VERSION}":
             raise PlanError(f"line 1: {lines[0]!r}, this mpsearch reads '{_MARK} {_VERSION}'")
         header, first = _header(lines[1] if len(lines) > 1 else ""), 2
+    reader = csv.reader(lines[first:], strict=True)
     try:
-        rows = list(csv.reader(lines[first:], strict=True))
+        rows = list(reader)
     except csv.Error as error:
-        raise PlanError(f"not CSV ({error})") from None
+        raise PlanError(f"line {first + reader.line_num}: no CSV ({error})") from None
     if not rows:
         raise PlanError("no header line, expected one such as damage,damage_se,conv1,conv2,fc")
     columns = [name.strip() for name in rows[0]]
@@ -205,19 +214,13 @@ def _parsed(lines: list[str]) -> MeasuredPlans:
     )
 
 
-def _header(line: str) -> dict[str, Any]:
+def _header(line: str) -> _Header:
+    if not line.startswith("#"):
+        raise PlanError(f"line 2: expected '# ' and one JSON object, got {line[:60]!r}")
     try:
-        header = json.loads(line.removeprefix("#"))
-    except json.JSONDecodeError as error:
+        return checked(parse_json(line.removeprefix("#")), _Header)
+    except FileError as error:
         raise PlanError(f"line 2: expected '# ' and one JSON object ({error})") from None
-    if not line.startswith("#") or not isinstance(header, dict):
-        raise PlanError(f"line 2: {line[:60]!r}, expected '# ' and one JSON object")
-    for key in header:
-        if key not in _HEADER_KEYS:
-            raise PlanError(f"line 2: unknown key {key!r}{nearest(key, _HEADER_KEYS)}")
-    if not isinstance(header.get("origin", {}), dict):
-        raise PlanError(f"line 2: origin is a {type(header['origin']).__name__}, expected an object")
-    return header
 
 
 def _number(text: str, name: str, line: int) -> float:

@@ -1,15 +1,17 @@
 """A plan: a precision for every layer, and the JSON file that carries it to another tool."""
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
-from mpsearch.errors import PlanError, nearest
+from mpsearch.errors import MpsearchError, PlanError, nearest
 from mpsearch.files import write_atomically
 from mpsearch.precision import Precision
+from mpsearch.schema import OPEN, checked, parse_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -17,7 +19,26 @@ if TYPE_CHECKING:
     from mpsearch.layer import Layer
 
 _VERSION = 1
-_KEYS = ("mpsearch_plan", "layers", "budget", "predicted", "usage", "origin")
+
+
+class Predicted(TypedDict, total=False):
+    """What a table said of a plan; other tools may say more."""
+
+    sensitivity: float | None
+    unit: str
+    status: str
+    minimized: str
+    bound: float | None
+    gap: float | None
+
+
+class _File(TypedDict):
+    mpsearch_plan: int
+    layers: dict[str, str]
+    budget: NotRequired[dict[str, float | str | list[float | str | None] | None]]
+    predicted: NotRequired[Annotated[Predicted, OPEN]]
+    usage: NotRequired[dict[str, float | None]]
+    origin: NotRequired[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -100,10 +121,8 @@ class Plan(Mapping[str, Precision]):
         """
         data = Path(path).read_bytes()
         try:
-            return cls._from(json.loads(data, object_pairs_hook=_unique_keys))
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise PlanError(f"{path}: not JSON ({error})") from None
-        except PlanError as error:
+            return cls._from(parse_json(data))
+        except MpsearchError as error:
             raise PlanError(f"{path}: {error}") from None
 
     @classmethod
@@ -112,30 +131,15 @@ class Plan(Mapping[str, Precision]):
             raise PlanError("no mpsearch plan: the key 'mpsearch_plan' is missing")
         if content["mpsearch_plan"] != _VERSION:
             raise PlanError(f"version {content['mpsearch_plan']!r} of the plan format, this mpsearch reads {_VERSION}")
-        for key in content:
-            if key not in _KEYS:
-                raise PlanError(f"unknown key {key!r} at $.{key}{nearest(key, _KEYS)}")
-        for key in _KEYS[1:]:
-            if not isinstance(content.get(key, {}), dict):
-                raise PlanError(f"expected an object at $.{key}, got {type(content[key]).__name__}")
-        if not content.get("layers"):
+        file = checked(content, _File)
+        if not file["layers"]:
             raise PlanError("no layers at $.layers")
         layers = {}
-        for name, text in content["layers"].items():
-            if not isinstance(text, str):
-                raise PlanError(f"expected text at $.layers[{name!r}], got {text!r}")
+        for name, text in file["layers"].items():
             try:
                 layers[name] = Precision.parse(text)
             except PlanError as error:
                 raise PlanError(f"{error} at $.layers[{name!r}]") from None
-        rest = {key: content.get(key, {}) for key in _KEYS[2:]}
-        return cls(layers, **rest)
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise PlanError(f"the key {key!r} occurs twice")
-        found[key] = value
-    return found
+        usage = {name: math.nan if value is None else value for name, value in file.get("usage", {}).items()}
+        budget: Any = file.get("budget", {})
+        return cls(layers, budget, file.get("predicted", {}), usage, file.get("origin", {}))

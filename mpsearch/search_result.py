@@ -4,23 +4,22 @@ import csv
 import dataclasses
 import errno
 import io
-import json
-import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, TypedDict
 
 import numpy as np
 
 from mpsearch import report
-from mpsearch.errors import PlanError, nearest
+from mpsearch.errors import FileError, PlanError, nearest
 from mpsearch.evaluation import Evaluation
 from mpsearch.files import json_text, write_atomically
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.plan import Plan
+from mpsearch.schema import OPEN, checked, parse_json
 from mpsearch.table import CostTable
 from mpsearch.undecided import sentence
 
@@ -283,38 +282,38 @@ class SearchResult:
         from mpsearch.logit_shift import surrogate
 
         path = Path(folder)
-        content = _read(path / "summary.json")
+        summary = _read(path / "summary.json")
         if not (path / "passes.db").is_file():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path / "passes.db"))
-        tables = {name: CostTable.load(path / "tables" / f"{name}.csv") for name in content["tables"]}
-        plans = MeasuredPlans.load(path / "plans.csv")
+        tables = {name: CostTable.load(path / "tables" / f"{name}.csv") for name in summary["tables"]}
         posterior = tables["posterior"]
-        plans = dataclasses.replace(plans, plans=tuple(with_usage(plan, posterior) for plan in plans.plans))
-        name = content["uniform"]
-        try:
-            comparison = [_compared(one) for one in content["comparison"]]
-            evaluations = {one.role: one.evaluation for one in comparison}
-            measured, uniform = evaluations["plan"], None if name is None else (name, evaluations["uniform"])
-        except (AttributeError, KeyError, TypeError) as error:
-            raise PlanError(f"{path / 'summary.json'}: the comparison is damaged ({error!r})") from None
-        with Checkpoint.copy_of(path / "passes.db", content["identity"]) as kept:
+        plan = _plan_of(Plan.load(path / "plan.json"), posterior, path / "plan.json")
+        plans = _plans_of(MeasuredPlans.load(path / "plans.csv"), posterior, path / "plans.csv")
+        evaluations = {row.role: row.evaluation for row in summary["comparison"]}
+        name, over = summary["uniform"], summary["over"]
+        needed = {"plan"} if name is None else {"plan", "uniform"}
+        if needed - evaluations.keys() or any(row.usage.keys() != plan.usage.keys() for row in summary["comparison"]):
+            raise PlanError(f"{path / 'summary.json'}: the comparison does not fit the plan and the tables")
+        if over not in plan.usage:
+            raise PlanError(f"{path / 'summary.json'}: $.over is {over!r}{nearest(over, plan.usage)}")
+        with Checkpoint.copy_of(path / "passes.db", summary["identity"]) as kept:
             finished = kept.rows()
             units = len({(bool(layer.group), layer.group or layer.name) for layer in posterior.layers})
             shifts = surrogate(kept, units, posterior.precisions)
         return cls(
-            Plan.load(path / "plan.json"),
-            content["verdict"],
-            content["wins"],
-            measured,
-            uniform,
-            comparison,
-            measured_front(plans, content["over"]),
+            plan,
+            summary["verdict"],
+            summary["wins"],
+            evaluations["plan"],
+            None if name is None else (name, evaluations["uniform"]),
+            summary["comparison"],
+            measured_front(plans, over),
             tables,
             plans,
-            content["passes"],
-            content["settings"],
-            content["seconds"],
-            content["identity"],
+            summary["passes"],
+            summary["settings"],
+            summary["seconds"],
+            summary["identity"],
             finished,
             shifts,
         )
@@ -409,34 +408,83 @@ def _plan(plan: Plan) -> str:
     return str(next(iter(plan.values())))
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _Settings(TypedDict, total=False):
+    budget: Required[dict[str, Any]]
+    max_passes: float | None
+    tolerance: float | None
+    metric: str
+    stages: dict[str, float]
+    environment: dict[str, str]
+
+
+class _Summary(TypedDict):
+    """What `SearchResult.summary` writes."""
+
+    mpsearch_search: int
+    verdict: str
+    wins: bool | None
+    passes: float
+    seconds: float
+    uniform: str | None
+    comparison: list[Compared]
+    over: str
+    tables: list[str]
+    settings: Annotated[_Settings, OPEN]
+    identity: dict[str, str]
+
+
+class _Selected(TypedDict):
+    damage: float
+    se: float
+    unit: str
+
+
+class _Search(TypedDict):
+    select: _Selected
+
+
+class _PlanOrigin(TypedDict):
+    search: Annotated[_Search, OPEN]
+
+
+class _PlansOrigin(TypedDict):
+    samples: int
+
+
+def _read(path: Path) -> _Summary:
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not JSON ({error})") from None
-    known = (
-        "mpsearch_search", "verdict", "wins", "passes", "seconds", "uniform", "comparison", "over", "tables", "settings", "identity",
-    )  # fmt: skip
-    if not isinstance(content, dict) or content.get("mpsearch_search") != _VERSION:
-        raise PlanError(f"{path}: no summary of a search that this mpsearch reads")
-    for key in content:
-        if key not in known:
-            raise PlanError(f"{path}: unknown key {key!r}{nearest(key, known)}")
-    for key in known:
-        if key not in content:
-            raise PlanError(f"{path}: the key {key!r} is missing")
-    return content
+        content = parse_json(path.read_bytes())
+        if not isinstance(content, dict) or content.get("mpsearch_search") != _VERSION:
+            raise FileError("no summary of a search that this mpsearch reads")
+        summary = checked(content, _Summary)
+    except FileError as error:
+        raise PlanError(f"{path}: {error}") from None
+    for name in summary["tables"]:
+        if Path(name).name != name or "\\" in name:
+            raise PlanError(f"{path}: the table {name!r} is no name of a file in the folder")
+    if "posterior" not in summary["tables"]:
+        raise PlanError(f"{path}: no table 'posterior' at $.tables")
+    return summary
 
 
-def _compared(content: dict[str, Any]) -> Compared:
-    def number(value: float | None) -> float:
-        return math.nan if value is None else value
+def _plan_of(plan: Plan, posterior: CostTable, path: Path) -> Plan:
+    """The chosen plan with its use, held against the table that it was found in."""
+    _plans_of(MeasuredPlans((plan,), np.zeros(1), np.zeros(1), origin={"samples": 1}), posterior, path)
+    try:
+        checked(plan.origin, Annotated[_PlanOrigin, OPEN], "$.origin")  # type: ignore[arg-type]
+        checked(plan.predicted.get("sensitivity"), float, "$.predicted.sensitivity")
+    except FileError as error:
+        raise PlanError(f"{path}: {error}") from None
+    return with_usage(plan, posterior)
 
-    def evaluation(value: dict[str, Any]) -> Evaluation:
-        found = {key: part for key, part in value.items() if key != "reference"}
-        for key in ("kl", "kl_se"):
-            found[key] = number(found[key])
-        return Evaluation(**found, reference=None if value["reference"] is None else evaluation(value["reference"]))
 
-    numbers = {key: number(content[key]) for key in ("damage", "damage_se", "difference", "difference_se")}
-    return Compared(content["name"], content["role"], content["usage"], evaluation(content["evaluation"]), **numbers)
+def _plans_of(plans: MeasuredPlans, posterior: CostTable, path: Path) -> MeasuredPlans:
+    """Measured plans with their use, held against the table that they belong to."""
+    try:
+        plans.options(posterior)
+        checked(plans.origin, Annotated[_PlansOrigin, OPEN], "$.origin")  # type: ignore[arg-type]
+    except (FileError, PlanError) as error:
+        raise PlanError(f"{path}: {error}") from None
+    if plans.damage_se is None:
+        raise PlanError(f"{path}: no column 'damage_se', which a search writes")
+    return dataclasses.replace(plans, plans=tuple(with_usage(plan, posterior) for plan in plans.plans))

@@ -39,8 +39,12 @@ class Interactions:
     value: Array
 
     def __post_init__(self) -> None:
-        for name, dtype in (("first", np.int64), ("second", np.int64), ("value", np.float64)):
-            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+        for name in ("first", "second"):
+            cells = numbers(getattr(self, name), f"interactions: {name}")
+            if not ((cells == np.floor(cells)) & (np.abs(cells) < 2**53)).all():
+                raise TableError(f"interactions: {name} has a place that is no whole number")
+            object.__setattr__(self, name, cells.astype(np.int64))
+        object.__setattr__(self, "value", numbers(self.value, "interactions: value"))
         count = len(self.value)
         if self.first.shape != (count, 2) or self.second.shape != (count, 2):
             raise TableError(
@@ -71,8 +75,8 @@ class Peak:
     fixed: Array
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "usage", np.asarray(self.usage, np.float64))
-        object.__setattr__(self, "fixed", np.asarray(self.fixed, np.float64))
+        object.__setattr__(self, "usage", numbers(self.usage, "usage of a peak"))
+        object.__setattr__(self, "fixed", numbers(self.fixed, "fixed part of a peak"))
         if self.usage.ndim != 3 or self.fixed.shape != self.usage.shape[:1] or not len(self.fixed):
             raise TableError(
                 f"a peak of shapes {self.usage.shape} and {self.fixed.shape}, expected (T, L, P) and (T,), T >= 1"
@@ -121,12 +125,13 @@ class CostTable:
         put = object.__setattr__
         put(self, "layers", tuple(self.layers))
         put(self, "precisions", tuple(self.precisions))
-        put(self, "sensitivity", _frozen(self.sensitivity))
+        put(self, "sensitivity", _frozen(self.sensitivity, "sensitivity"))
         if self.sensitivity_se is not None:
-            put(self, "sensitivity_se", _frozen(self.sensitivity_se))
-        put(self, "usage", {name: _frozen(values) for name, values in self.usage.items()})
-        put(self, "fixed_usage", {name: float(value) for name, value in self.fixed_usage.items()})
-        put(self, "reference_usage", {name: float(value) for name, value in self.reference_usage.items()})
+            put(self, "sensitivity_se", _frozen(self.sensitivity_se, "sensitivity_se"))
+        put(self, "usage", {name: _frozen(values, name) for name, values in self.usage.items()})
+        for label in ("fixed_usage", "reference_usage"):
+            amounts = getattr(self, label).items()
+            put(self, label, {name: float(numbers(value, f"{label} of {name}")) for name, value in amounts})
         put(self, "peaks", dict(self.peaks))
         put(self, "origin", dict(self.origin))
         self._check()
@@ -270,10 +275,30 @@ class CostTable:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _frozen(values: Any) -> Array:
-    array = np.array(values, np.float64)
+def _frozen(values: Any, what: str) -> Array:
+    array = numbers(values, what)
     array.flags.writeable = False
     return array
+
+
+def numbers(values: Any, what: str) -> Array:
+    """Real numbers as an array of float64.
+
+    Raises:
+        TableError: for anything else: text, complex numbers, rows of different length.
+
+    >>> numbers([[1, 2], [3]], "sensitivity")
+    Traceback (most recent call last):
+    mpsearch.errors.TableError: sensitivity: expected numbers in rows of one length, got a list
+    """
+    try:
+        array = np.asarray(values)
+        if array.dtype.kind in "biufO":
+            return array.astype(np.float64)
+    except (ValueError, TypeError, OverflowError, RuntimeError):  # the last: of a tensor with a gradient
+        pass
+    got = values.dtype if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
+    raise TableError(f"{what}: expected numbers in rows of one length, got {got}")
 
 
 def unique(what: str, names: list[str]) -> None:

@@ -3,31 +3,61 @@
 import csv
 import io
 import json
+import lzma
 import math
+import re
+import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mpsearch.errors import PlanError, TableError, nearest
+from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
-from mpsearch.table import Array, CostTable, Interactions, Peak, unique
+from mpsearch.schema import checked, parse_json
+from mpsearch.table import Array, CostTable, Interactions, Peak, numbers, unique
 
 _VERSION = 1
 _FIRST_LINE = f"# mpsearch_table: {_VERSION}"
 _KNOWN_COLUMNS = ("layer", "precision", "sensitivity", "sensitivity_se", "kind", "group", "numel", "macs")
-_HEADER_KEYS = (
-    "unit",
-    "origin",
-    "fixed_usage",
-    "reference_usage",
-    "precisions",
-    "weight_shapes",
-    "dtypes",
-    "interactions",
-    "peaks",
-)
+#: Kinds of numpy types that each array of an NPZ file may have.
+_KINDS = {
+    "header": "U", "layer": "U", "kind": "U", "group": "U", "macs": "iu", "dtype": "U", "weight_shape": "U", "sensitivity": "fiu",
+}  # fmt: skip
+_PAIRS = ("first", "second", "value")
+#: An NPZ file takes at most so many times its size in memory; zeros compress a thousandfold.
+_LARGEST = 1000
+
+
+class _Peak(TypedDict):
+    usage: list[list[list[float]]]
+    fixed: list[float]
+
+
+class _Header(TypedDict, total=False):
+    """The JSON object of both forms; the last four only in CSV."""
+
+    unit: str
+    origin: dict[str, Any]
+    fixed_usage: dict[str, float]
+    reference_usage: dict[str, float]
+    precisions: list[str]
+    weight_shapes: dict[str, list[int]]
+    dtypes: dict[str, str]
+    interactions: list[tuple[str, str, str, str, float]]
+    peaks: dict[str, _Peak]
+
+
+class _ArraysHeader(TypedDict):
+    mpsearch_table: int
+    unit: str
+    origin: dict[str, Any]
+    fixed_usage: dict[str, float]
+    reference_usage: dict[str, float]
+    precisions: list[str]
 
 
 def _header(table: CostTable, *, arrays_apart: bool) -> dict[str, Any]:
@@ -126,7 +156,7 @@ def to_npz(table: CostTable) -> bytes:
         arrays["sensitivity_se"] = np.where(table.allowed, table.sensitivity_se, np.nan)
     arrays |= {f"usage:{name}": np.where(table.allowed, v, np.nan) for name, v in table.usage.items()}
     if table.interactions is not None:
-        arrays |= {f"interactions:{name}": getattr(table.interactions, name) for name in ("first", "second", "value")}
+        arrays |= {f"interactions:{name}": getattr(table.interactions, name) for name in _PAIRS}
     for name, peak in table.peaks.items():
         arrays[f"peak:{name}"] = np.where(table.allowed, peak.usage, 0.0)
         arrays[f"peak_fixed:{name}"] = peak.fixed
@@ -145,23 +175,6 @@ def _plain(value: float) -> float | int:
     )
 
 
-def _json_header(text: str, place: str) -> dict[str, Any]:
-    try:
-        header = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TableError(f"{place}: not a JSON object ({error})") from None
-    if not isinstance(header, dict):
-        raise TableError(f"{place}: a JSON {type(header).__name__}, expected an object")
-    for key in header:
-        if key not in _HEADER_KEYS:
-            raise TableError(f"{place}: unknown key {key!r}{nearest(key, _HEADER_KEYS)}")
-    for key in ("fixed_usage", "reference_usage"):
-        amounts = header.get(key, {})
-        if not isinstance(amounts, dict) or not all(isinstance(v, int | float) for v in amounts.values()):
-            raise TableError(f"{place}: {key} is {amounts!r}, expected an object of resource: number")
-    return header
-
-
 def from_csv(data: bytes) -> CostTable:
     """Read long CSV, with or without the two comment lines.
 
@@ -172,7 +185,7 @@ def from_csv(data: bytes) -> CostTable:
         lines = data.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise TableError(f"byte {error.start} is not UTF-8 text, so this is no CSV") from None
-    header: dict[str, Any] = {}
+    header: _Header = {}
     first = 0
     if lines and lines[0].startswith("#"):
         if not lines[0].startswith("# mpsearch_table:"):
@@ -181,9 +194,16 @@ def from_csv(data: bytes) -> CostTable:
             raise TableError(f"line 1: {lines[0]!r}: this mpsearch reads version {_VERSION} of the table format")
         if len(lines) < 2 or not lines[1].startswith("#"):
             raise TableError("line 2: expected '# ' and one JSON object")
-        header = _json_header(lines[1][1:], "line 2")
+        try:
+            header = checked(parse_json(lines[1][1:]), _Header)
+        except FileError as error:
+            raise TableError(f"line 2: {error}") from None
         first = 2
-    rows = list(csv.reader(lines[first:], strict=True)) if len(lines) > first else []
+    reader = csv.reader(lines[first:], strict=True)
+    try:
+        rows = list(reader)
+    except csv.Error as error:
+        raise TableError(f"line {first + reader.line_num}: no CSV ({error})") from None
     if not rows:
         raise TableError("no header line, expected one such as layer,precision,sensitivity,memory_bytes")
     columns = [name.strip() for name in rows[0]]
@@ -194,10 +214,10 @@ def from_csv(data: bytes) -> CostTable:
     return _assemble(header, columns, rows[1:], first + 2)
 
 
-def _assemble(header: dict[str, Any], columns: list[str], rows: list[list[str]], line: int) -> CostTable:
+def _assemble(header: _Header, columns: list[str], rows: list[list[str]], line: int) -> CostTable:
     place = {name: index for index, name in enumerate(columns)}
     resources = [name for name in columns if name not in _KNOWN_COLUMNS]
-    numbers = [name for name in ("sensitivity", "sensitivity_se", *resources) if name in place]
+    measures = [name for name in ("sensitivity", "sensitivity_se", *resources) if name in place]
     layers: dict[str, int] = {}
     facts: list[dict[str, str]] = []
     about: list[str] = [name for name in ("kind", "group", "numel", "macs") if name in place]
@@ -226,7 +246,7 @@ def _assemble(header: dict[str, Any], columns: list[str], rows: list[list[str]],
         cell = (index, options.setdefault(precision, len(options)))
         if cell in cells:
             raise TableError(f"{where}: layer {layer!r} at {precision} occurs twice")
-        cells[cell] = [_number(row[place[name]], name, where, layer, precision) for name in numbers]
+        cells[cell] = [_number(row[place[name]], name, where, layer, precision) for name in measures]
     if not cells:
         raise TableError("no rows: a table needs at least one layer")
     shapes, dtypes = header.get("weight_shapes", {}), header.get("dtypes", {})
@@ -243,9 +263,9 @@ def _assemble(header: dict[str, Any], columns: list[str], rows: list[list[str]],
         macs = _integer(facts[index].get("macs", ""), "macs", name)
         fact = facts[index]
         made.append(Layer(name, fact.get("kind", ""), shape, macs, fact.get("group", ""), dtypes.get(name, "float32")))
-    arrays = {name: np.full((len(layers), len(options)), np.nan) for name in numbers}
+    arrays = {name: np.full((len(layers), len(options)), np.nan) for name in measures}
     for (i, j), values in cells.items():
-        for name, value in zip(numbers, values, strict=True):
+        for name, value in zip(measures, values, strict=True):
             arrays[name][i, j] = value
     return CostTable(
         tuple(made),
@@ -258,12 +278,15 @@ def _assemble(header: dict[str, Any], columns: list[str], rows: list[list[str]],
         header.get("unit", "relative"),
         header.get("origin", {}),
         _named_interactions(header.get("interactions"), layers, options),
-        {name: Peak(peak["usage"], peak["fixed"]) for name, peak in header.get("peaks", {}).items()},
+        {
+            name: Peak(numbers(peak["usage"], name), numbers(peak["fixed"], name))
+            for name, peak in header.get("peaks", {}).items()
+        },
     )
 
 
 def _named_interactions(
-    rows: list[list[Any]] | None, layers: Mapping[str, int], options: Mapping[Precision, int]
+    rows: list[tuple[str, str, str, str, float]] | None, layers: Mapping[str, int], options: Mapping[Precision, int]
 ) -> Interactions | None:
     if rows is None:
         return None
@@ -273,8 +296,8 @@ def _named_interactions(
             a, p, b, q, amount = row
             first.append((layers[a], options[Precision.parse(p)]))
             second.append((layers[b], options[Precision.parse(q)]))
-            value.append(float(amount))
-        except (KeyError, ValueError, TypeError):
+            value.append(amount)
+        except (KeyError, PlanError):
             raise TableError(
                 f"line 2: interaction {number} is {row!r}, expected [layer, precision, layer, precision, number] of the table"
             ) from None
@@ -301,8 +324,8 @@ def _integer(text: str, name: str, layer: str) -> int:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value.is_integer() or value < 0:
-        raise TableError(f"{name} of layer {layer!r} is {text!r}, expected a whole number >= 0")
+    if not value.is_integer() or not 0 <= value < 2**63:
+        raise TableError(f"{name} of layer {layer!r} is {text!r}, expected a whole number from 0 to 2^63")
     return int(value)
 
 
@@ -312,32 +335,36 @@ def from_npz(data: bytes) -> CostTable:
     Raises:
         TableError: for a damaged file, or another version.
     """
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-    except (ValueError, OSError, EOFError, KeyError) as error:
-        raise TableError(f"not a table in NPZ form ({error})") from None
-    except Exception as error:  # zipfile.BadZipFile and zlib.error share no root but this one
-        raise TableError(f"a damaged NPZ file ({error})") from None
-    needed = ("header", "layer", "kind", "group", "macs", "dtype", "weight_shape", "sensitivity")
-    for name in needed:
+    arrays = _arrays(data)
+    for name, kinds in _KINDS.items():
         if name not in arrays:
             raise TableError(f"no array {name!r} in the NPZ file")
-    header = json.loads(str(arrays.pop("header")))
-    if header.pop("mpsearch_table", None) != _VERSION:
-        raise TableError(f"not version {_VERSION} of the table format")
-    header = _json_header(json.dumps(header), "header")
-    facts = [arrays[name].tolist() for name in ("layer", "kind", "weight_shape", "macs", "group", "dtype")]
+        if arrays[name].dtype.kind not in kinds or arrays[name].ndim > 2:
+            raise TableError(f"the array {name!r} holds {arrays[name].dtype} {arrays[name].shape}")
+    try:
+        header = checked(parse_json(str(arrays.pop("header"))), _ArraysHeader)
+    except FileError as error:
+        raise TableError(f"header: {error}") from None
+    if header["mpsearch_table"] != _VERSION:
+        raise TableError(f"version {header['mpsearch_table']} of the table format, this mpsearch reads {_VERSION}")
+    names = ("layer", "kind", "weight_shape", "macs", "group", "dtype")
+    lengths = {name: arrays[name].shape for name in names}
+    if len(set(lengths.values())) > 1 or arrays["layer"].ndim != 1:
+        raise TableError(f"the arrays of layers have the shapes {lengths}, expected one number a layer")
     layers = tuple(
-        Layer(name, kind, tuple(map(int, shape.split("x"))) if shape else (), macs, group, dtype)
-        for name, kind, shape, macs, group, dtype in zip(*facts, strict=True)
+        Layer(name, kind, _shape(shape, name), macs, group, dtype)
+        for name, kind, shape, macs, group, dtype in zip(*(arrays[name].tolist() for name in names), strict=True)
     )
 
     def named(prefix: str) -> dict[str, Array]:
         return {name[len(prefix) :]: values for name, values in arrays.items() if name.startswith(prefix)}
 
     pairs = cast("dict[str, Any]", named("interactions:"))
-    fixed = named("peak_fixed:")
+    if pairs and pairs.keys() != set(_PAIRS):
+        raise TableError(f"interactions of the arrays {', '.join(pairs)}, expected {', '.join(_PAIRS)}")
+    peaks, fixed = named("peak:"), named("peak_fixed:")
+    if peaks.keys() != fixed.keys():
+        raise TableError(f"peaks {', '.join(peaks) or 'none'} with the fixed parts of {', '.join(fixed) or 'none'}")
     return CostTable(
         layers,
         tuple(Precision.parse(text) for text in header["precisions"]),
@@ -349,5 +376,50 @@ def from_npz(data: bytes) -> CostTable:
         header["unit"],
         header["origin"],
         Interactions(**pairs) if pairs else None,
-        {name: Peak(values, fixed[name]) for name, values in named("peak:").items()},
+        {name: Peak(values, fixed[name]) for name, values in peaks.items()},
     )
+
+
+def _arrays(data: bytes) -> dict[str, NDArray[Any]]:
+    """The arrays of an NPZ file, none made before the file is known to hold it."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            members = archive.infolist()
+            if sum(member.file_size for member in members) > _LARGEST * len(data):
+                raise TableError(f"an NPZ file of {len(data)} bytes that takes more than {_LARGEST} times as many")
+            unique("array", [member.filename for member in members])
+            return {m.filename.removesuffix(".npy"): _array(archive.read(m), m.filename) for m in members}
+    except TableError:
+        raise
+    except (
+        zipfile.BadZipFile,
+        zlib.error,
+        lzma.LZMAError,
+        OSError,
+        EOFError,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+    ) as error:
+        raise TableError(f"no table in NPZ form, or a damaged one ({error})") from None
+
+
+def _array(data: bytes, name: str) -> NDArray[Any]:
+    """One array, without pickled objects, as large as its header says."""
+    file = io.BytesIO(data)
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    version = np.lib.format.read_magic(file)
+    if version not in read:
+        raise TableError(f"{name}: version {version} of the NPY format, expected 1.0 or 2.0")
+    shape, _, dtype = read[version](file)
+    size = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or min(shape, default=0) < 0 or size != len(data) - file.tell():
+        raise TableError(f"{name}: {len(data) - file.tell()} bytes for {dtype} of shape {shape}")
+    file.seek(0)
+    return np.lib.format.read_array(file, allow_pickle=False)
+
+
+def _shape(text: str, layer: str) -> tuple[int, ...]:
+    if text and not re.fullmatch(r"\d{1,15}(x\d{1,15})*", text, re.ASCII):
+        raise TableError(f"weight_shape of layer {layer!r} is {text!r}, expected sides such as 64x3x3x3")
+    return tuple(map(int, text.split("x"))) if text else ()

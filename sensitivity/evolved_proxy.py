@@ -6,21 +6,29 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
 
-from mpsearch.errors import EstimatorError, nearest
+from mpsearch.errors import EstimatorError, FileError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.files import write_atomically
 from mpsearch.measure import wide
 from mpsearch.proxy_inputs import cost, weight_inputs
 from mpsearch.proxy_tree import Tree, parse
 from mpsearch.relative import cells_from_scores, unit_scores
+from mpsearch.schema import checked, parse_json
 
 _VERSION = 1
-_KEYS = ("mpsearch_proxy", "formula", "num_samples", "seed", "origin")
+
+
+class _File(TypedDict):
+    mpsearch_proxy: int
+    formula: str
+    num_samples: int
+    seed: int
+    origin: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,7 @@ class EvolvedProxy:
         """Write the proxy as JSON, atomically."""
         content = {
             "mpsearch_proxy": _VERSION,
-            **{key: getattr(self, key) for key in _KEYS[1:-1]},
+            **{key: getattr(self, key) for key in ("formula", "num_samples", "seed")},
             "origin": dict(self.origin),
         }
         write_atomically(path, json.dumps(content, indent=1) + "\n")
@@ -105,20 +113,12 @@ class EvolvedProxy:
             OSError: where the file cannot be read.
         """
         try:
-            content = json.loads(Path(path).read_bytes())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise EstimatorError(f"{path}: not JSON ({error})") from None
-        if not isinstance(content, dict) or content.get("mpsearch_proxy") != _VERSION:
-            raise EstimatorError(f'{path}: expected an object with "mpsearch_proxy": {_VERSION}')
-        for key in content:
-            if key not in _KEYS:
-                raise EstimatorError(f"{path}: unknown key {key!r}{nearest(key, _KEYS)}")
-        for key, kind in (("formula", str), ("num_samples", int), ("seed", int), ("origin", dict)):
-            if not isinstance(content.get(key), kind):
-                raise EstimatorError(f"{path}: {key} is {content.get(key)!r}, expected {kind.__name__}")
-        try:
-            return cls(**{key: content[key] for key in _KEYS[1:]})
-        except EstimatorError as error:
+            content = parse_json(Path(path).read_bytes())
+            if not isinstance(content, dict) or content.get("mpsearch_proxy") != _VERSION:
+                raise FileError(f'expected an object with "mpsearch_proxy": {_VERSION}')
+            file = checked(content, _File)
+            return cls(file["formula"], file["num_samples"], file["seed"], file["origin"])
+        except (FileError, EstimatorError) as error:
             raise EstimatorError(f"{path}: {error}") from None
 
 

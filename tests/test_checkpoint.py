@@ -66,7 +66,7 @@ def test_files_that_are_no_checkpoints(tmp_path):
     with sqlite3.connect(tmp_path / "other.db") as other:
         other.execute("CREATE TABLE birds (name TEXT)")
     other.close()
-    assert "the tables birds, no checkpoint of mpsearch" in refused(tmp_path / "other.db")
+    assert "the table 'birds'" in refused(tmp_path / "other.db")
     assert "cannot be opened" in refused(tmp_path)
     assert "cannot be opened" in refused(tmp_path / "missing" / "run.db")
     assert table.read_text() == "# mpsearch_table: 1\n" * 100

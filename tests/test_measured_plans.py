@@ -65,7 +65,7 @@ def test_a_table_is_no_file_of_plans(tmp_path):
         ("# mpsearch_plans: 1\ndamage,a\n1,w2", "line 2: expected"),
         ("# mpsearch_plans: 1\n# [1]\ndamage,a\n1,w2", "line 2: .* one JSON object"),
         ('# mpsearch_plans: 1\n# {"unti": "nats"}\ndamage,a\n1,w2', "unknown key 'unti'; did you mean 'unit'"),
-        ('# mpsearch_plans: 1\n# {"origin": 1}\ndamage,a\n1,w2', "origin is a int"),
+        ('# mpsearch_plans: 1\n# {"origin": 1}\ndamage,a\n1,w2', "expected an object at .*origin, got 1"),
         ('# mpsearch_plans: 1\n# {"unit": "bits"}\ndamage,a\n1,w2', "unit 'bits', expected one of nats, relative"),
         ("damge,a\n1,w2", "line 1: no column 'damage'"),
         ("damage,a,a\n1,w2,w2", "column 'a' occurs twice"),

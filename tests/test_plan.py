@@ -37,7 +37,7 @@ def test_it_is_a_mapping():
         ("[]", "no mpsearch plan"),
         ("{}", "no mpsearch plan"),
         ('{"mpsearch_plan": 2, "layers": {"a": "w4"}}', "version 2"),
-        ('{"mpsearch_plan": 1}', "no layers"),
+        ('{"mpsearch_plan": 1}', "the key 'layers' is missing"),
         ('{"mpsearch_plan": 1, "layers": {}}', "no layers"),
         ('{"mpsearch_plan": 1, "layers": {"a": "w99"}}', "at $.layers['a']"),
         ('{"mpsearch_plan": 1, "layers": {"a": 4}}', "expected text at $.layers['a']"),

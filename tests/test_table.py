@@ -95,7 +95,7 @@ def test_a_plain_csv_loads(tmp_path):
         ("# mpsearch_table: 2\n# {}\nlayer,precision,sensitivity\na,w4,1\n", "version 1"),
         ("# something\nlayer,precision,sensitivity\na,w4,1\n", "line 1"),
         ("# mpsearch_table: 1\nlayer,precision,sensitivity\na,w4,1\n", "line 2"),
-        ("# mpsearch_table: 1\n# {bad\nlayer,precision,sensitivity\na,w4,1\n", "line 2: not a JSON object"),
+        ("# mpsearch_table: 1\n# {bad\nlayer,precision,sensitivity\na,w4,1\n", "line 2: not JSON"),
         (
             '# mpsearch_table: 1\n# {"units": "nats"}\nlayer,precision,sensitivity\na,w4,1\n',
             "did you mean 'unit'",

@@ -1,11 +1,11 @@
 """JSON settings of other tools."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import PlanError
+from mpsearch.errors import FileError, PlanError
+from mpsearch.schema import parse_json
 
 
 def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -16,9 +16,9 @@ def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:
         OSError: where the file cannot be read.
     """
     try:
-        content = json.loads(Path(path).read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path}: not JSON ({error})") from None
+        content = parse_json(Path(path).read_bytes())
+    except FileError as error:
+        raise PlanError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise PlanError(f"{path}: expected an object, got {type(content).__name__}")
     return content

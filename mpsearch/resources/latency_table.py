@@ -104,8 +104,13 @@ class LatencyTable:
 
     def _read(self) -> tuple[bool, dict[tuple[str, str], float]]:
         """True for a file by layer; (key, precision) -> seconds."""
-        with open(self.path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.reader(file))
+        try:
+            with open(self.path, newline="", encoding="utf-8-sig") as file:
+                rows = list(csv.reader(file, strict=True))
+        except UnicodeDecodeError as error:
+            raise TableError(f"{self.path}: byte {error.start} is not UTF-8 text, so this is no CSV") from None
+        except csv.Error as error:
+            raise TableError(f"{self.path}: no CSV ({error})") from None
         header = tuple(cell.strip() for cell in rows[0]) if rows else ()
         if header not in (_BY_LAYER, _BY_SHAPE):
             raise TableError(

@@ -12,13 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import TableError
+from mpsearch.errors import FileError, TableError
 from mpsearch.files import write_atomically
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, device_of, preserved, samples
@@ -30,6 +30,7 @@ from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
 from mpsearch.resources.resource import Resource
 from mpsearch.resources.torch_kernels import torch_kernel
 from mpsearch.resources.torchao_kernels import torchao_kernel
+from mpsearch.schema import checked, parse_json
 
 #: Engine -> `kernel(module, input, precision)`.
 _ENGINES = {"torch": torch_kernel, "torchao": torchao_kernel, "onnxruntime": onnxruntime_kernel}
@@ -242,10 +243,9 @@ def _read(path: str | Path | None) -> dict[str, Timing]:
     if path is None or not Path(path).expanduser().is_file():
         return {}
     try:
-        content: dict[str, Any] = json.loads(Path(path).expanduser().read_text())
-        return {key: Timing(float(value["least_s"]), float(value["spread_s"])) for key, value in content.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TableError(f"{path} is no file of timings ({type(error).__name__}: {error}); delete it") from None
+        return checked(parse_json(Path(path).expanduser().read_bytes()), dict[str, Timing])
+    except FileError as error:
+        raise TableError(f"{path} is no file of timings ({error}); delete it") from None
 
 
 def _write(path: str | Path, found: dict[str, Timing]) -> None:
