@@ -91,6 +91,26 @@ def test_what_a_target_joins_is_grouped_by_its_names():
     assert {layer.group for layer in mps.layers(Qkv(), x, target="torchao")} == {""}
 
 
+class Gates(nn.Module):
+    """Gates of 48 rows beside a layer of 64 x 64."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.gates = nn.Linear(64, 64), nn.Linear(64, 48)
+
+    def forward(self, x):
+        return self.gates(torch.relu(self.wide(x)))
+
+
+@pytest.mark.parametrize(
+    ("target", "taken"), [("auto-round", False), ("gptqmodel", False), ("vllm", True), ("mlx", True)]
+)
+def test_rows_are_taken_as_each_tool_takes_them(target, taken):
+    options = mps.precisions("w4g32 w16")
+    refused = refused_by_target(mps.layers(Gates(), torch.randn(2, 64), target=target), options)
+    assert refused.tolist() == [[False, False], [not taken, False]]
+
+
 def test_what_lies_inside_a_module_that_the_target_sees_as_one_is_left_alone():
     class Net(nn.Module):
         def __init__(self):

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
@@ -42,18 +41,14 @@ def auto_round(
         Layer -> `bits` (2 to 8, or 16), `group_size` (-1 = a scale a channel), `sym`.
 
     Raises:
-        ExportError: for what cannot be expressed; also for `lm_head`, which AutoRound reports at its bits but writes in float.
+        ExportError: for what cannot be expressed; also for `lm_head`, which AutoRound reports at its bits but writes in float, and for
+            rows or columns that are no multiple of 32, whose layers it sets to 16 bits.
 
     >>> from mpsearch import Precision
     >>> auto_round(Plan({"fc": Precision("4", "16", 32), "out": Precision("16")}))
     {'fc': {'bits': 4, 'group_size': 32, 'sym': True}, 'out': {'bits': 16}}
     """
     plan = fitted(plan, model, "auto-round", snap=snap, vllm=vllm)
-    for name, precision in plan.items():
-        if precision.quantizes_weight and name.rpartition(".")[2] == "lm_head":
-            raise ExportError(
-                f"auto-round cannot express {precision} for {name!r}: it writes that layer in float; plan w16"
-            )
     content: dict[str, dict[str, Any]] = {
         name: {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True}
         if precision.quantizes_weight

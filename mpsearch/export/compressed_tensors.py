@@ -22,6 +22,7 @@ from mpsearch.export.stacked_experts import (
     renamed,
     targets,
 )
+from mpsearch.export.targets import Fused, fused_groups, lacking, rules
 from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
@@ -68,7 +69,7 @@ def compressed_tensors(
     plan = fitted(plan, model, "compressed-tensors", snap=snap, vllm=vllm)
     if model is not None:
         _check_experts(plan, model)
-    config = _config(plan, model)
+    config = _config(plan, model, rules("compressed-tensors", vllm).fused)
     if path is not None and model is None:
         write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     elif path is not None and model is not None:
@@ -122,15 +123,20 @@ def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> dict[str, 
     return found
 
 
-def config_groups(plan: Plan, model: nn.Module | None) -> dict[str, Any]:
-    """`config_groups`, one for every precision, and `ignore`, as plain data."""
+def config_groups(plan: Plan, model: nn.Module | None, fused: Fused) -> dict[str, Any]:
+    """`config_groups`, one for every precision, and `ignore`, as plain data.
+
+    Of layers that are joined both lists name the others that the engine asks for too, where the model has none of that name.
+    """
+    linear = linear_layers(model) if model else list(plan)
+    joined, absent = fused_groups(linear, fused), lacking(linear, fused)
+    named = {joined[whole][0]: parts for whole, parts in absent.items()}
     names: dict[Precision, list[str]] = {}
     for name, precision in plan.items():
         if precision.quantizes_weight:
-            names.setdefault(precision, []).append(name)
+            names.setdefault(precision, []).extend((name, *named.get(name, ())))
     common = {"type": "int", "symmetric": True}
     groups: dict[str, Any] = {}
-    linear = linear_layers(model) if model else list(plan)
     every = dict.fromkeys([*linear, *plan])
     for precision, members in sorted(names.items(), key=lambda item: str(item[0])):
         size = precision.group_size
@@ -143,7 +149,8 @@ def config_groups(plan: Plan, model: nn.Module | None) -> dict[str, Any]:
             inputs = {"num_bits": precision.activation_bits, **common, "strategy": "token", "dynamic": True}
             groups[f"group_{precision}"]["input_activations"] = inputs
     quantized = {name for members in names.values() for name in members}
-    ignored = [name for name in linear if name not in quantized]  # vLLM refuses a linear layer that is in neither list
+    # vLLM refuses a linear layer that is in neither list
+    ignored = [part for name in linear if name not in quantized for part in (name, *named.get(name, ()))]
     return {"config_groups": groups, "ignore": targets(ignored, every)}
 
 
@@ -164,9 +171,9 @@ def _check_experts(plan: Plan, model: nn.Module) -> None:
         )
 
 
-def _config(plan: Plan, model: nn.Module | None) -> Any:
+def _config(plan: Plan, model: nn.Module | None, fused: Fused = ()) -> Any:
     quantization = package("compressed_tensors.quantization", "compressed-tensors")
-    return quantization.QuantizationConfig.model_validate(config_groups(plan, model))
+    return quantization.QuantizationConfig.model_validate(config_groups(plan, model, fused))
 
 
 def _compressed(plan: Plan, model: nn.Module, config: Any, quantizer: RoundToNearest) -> nn.Module:

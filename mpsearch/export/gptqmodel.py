@@ -67,8 +67,11 @@ def gptqmodel(
     for whole, members in joined.items():
         names = [*(part for name in members for part in apart.get(name, (name,))), whole]
         dynamic[f"+:^(?:{'|'.join(re.escape(name) for name in names)})$"] = _settings(quantized[members[0]])
-    left = [name for name in (linear_layers(model) if model else plan) if name not in quantized]
-    dynamic |= {f"-:^{re.escape(part)}$": {} for name in left for part in apart.get(name, (name,))}
+    every = linear_layers(model) if model else list(plan)
+    left = [part for name in every if name not in quantized for part in apart.get(name, (name,))]
+    if vllm:  # which asks by the name of the whole
+        left += [whole for whole, members in fused_groups(every, VLLM).items() if members[0] not in quantized]
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in left}
     content = {
         "bits": 4,  # of a layer that no pattern names; there is none
         "group_size": 128,

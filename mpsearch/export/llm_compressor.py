@@ -13,6 +13,7 @@ from mpsearch.export.compressed_tensors import config_groups
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
+from mpsearch.export.targets import rules
 from mpsearch.export.verification import Stored
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
@@ -48,7 +49,7 @@ def llm_compressor(
         ExportError: for what cannot be expressed.
     """
     plan = fitted(plan, model, "llm-compressor", snap=snap, vllm=vllm)
-    groups = config_groups(plan, model)
+    groups = config_groups(plan, model, rules("llm-compressor", vllm).fused)
     if model is not None:
         known = names_apart(model)
         for part in (*groups["config_groups"].values(), groups):

@@ -25,6 +25,7 @@ def modelopt(
     *,
     snap: bool = False,
     path: str | os.PathLike[str] | None = None,
+    vllm: bool = False,
 ) -> dict[str, Any]:
     """Configuration for `modelopt.torch.quantization.quantize(model, config, forward_loop)` (ModelOpt 0.47).
 
@@ -37,6 +38,7 @@ def modelopt(
         model: checks names and shapes.
         snap: move what cannot be expressed to the nearest instead of refusing it.
         path: also write it there, as JSON.
+        vllm: for checkpoints of `export_hf_checkpoint`, which vLLM reads: layers that are fused agree.
 
     Raises:
         ExportError: for what cannot be expressed; also for 1 bit, which ModelOpt turns into nan.
@@ -44,7 +46,7 @@ def modelopt(
     >>> modelopt(Plan({"fc": Precision("4")}))["quant_cfg"][1:]
     [{'quantizer_name': 'fc.weight_quantizer', 'cfg': {'num_bits': 4, 'axis': 0}}]
     """
-    plan = fitted(plan, model, "modelopt", snap=snap)
+    plan = fitted(plan, model, "modelopt", snap=snap, vllm=vllm)
     own = {name for name, _ in model.named_modules()} if model else set(plan)
     inputs: dict[str, str] = {}
     entries: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]

@@ -163,7 +163,7 @@ def cost(model, chosen):
     return total
 
 
-TOY = Target("toy", (Scheme(("2", "4", "8"), ("8", "16"), group_sizes=(16, 32)),), {"ab": ("a", "b")})
+TOY = Target("toy", (Scheme(("2", "4", "8"), ("8", "16"), group_sizes=(16, 32)),), (("ab", ("a", "b")),))
 
 
 @pytest.mark.parametrize("seed", range(20))
