@@ -1,6 +1,6 @@
 """Plans for a trained ResNet-20 on CIFAR-10, measured against uniform precision.
 
-    python benchmarks/cifar_resnet20.py --data ../shared/data
+    python benchmarks/cifar_resnet20.py --data DIR
 
 DIR holds resnet20_cifar10.safetensors (He et al. 2015; option-A shortcuts) and cifar10_sample.npz. Writes
 benchmarks/results/cifar_resnet20.csv and .png.

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from mpsearch.files import write_atomically
 from mpsearch.model import fingerprint
 
-DATA = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+DATA = Path(__file__).resolve().parent / "data"  # not in the repository: put or link the two files of `resnet20` there
 CACHE = Path(__file__).resolve().parent / "cache"
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)

@@ -193,12 +193,12 @@ class _Model:
         """Options of the solver's plan, how it ended, and its dual bound (0 where it tells none)."""
         pulp, problem = self.pulp, self.problem
         if backend == "highs":
-            solver = pulp.HiGHS(
-                msg=False,
-                gapRel=0.0,
-                gapAbs=0.0,
-                threads=1,
-                timeLimit=seconds,
+            from mpsearch.solvers.pulp_highs import SilentHiGHS
+
+            solver = SilentHiGHS(
+                mip_rel_gap=0.0,
+                mip_abs_gap=0.0,
+                time_limit=seconds,
                 random_seed=0,
                 mip_feasibility_tolerance=_TOLERANCE,
                 primal_feasibility_tolerance=_TOLERANCE,

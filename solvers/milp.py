@@ -29,6 +29,8 @@ def search(
     """
     import highspy
 
+    from mpsearch.solvers.highs import silent_highs
+
     row = np.concatenate([np.full(len(cost) - 1, i) for i, cost in enumerate(core.costs)])
     option = np.concatenate([np.arange(1, len(cost)) for cost in core.costs])
     cost = np.concatenate([cost[1:] for cost in core.costs])
@@ -43,18 +45,14 @@ def search(
     tight = slack.copy()
     proven, largest = -math.inf, 0
     for attempt in range(_TRIES):
-        solver = highspy.Highs()
-        for name, value in (
-            ("output_flag", False),
-            ("threads", 1),
-            ("mip_rel_gap", 0.0),
-            ("mip_abs_gap", 0.0),
-            ("mip_feasibility_tolerance", 1e-9),
-            ("primal_feasibility_tolerance", 1e-9),
-            ("dual_feasibility_tolerance", 1e-9),
-            ("time_limit", max(0.1, time_limit_s)),
-        ):
-            solver.setOptionValue(name, value)
+        solver = silent_highs(
+            mip_rel_gap=0.0,
+            mip_abs_gap=0.0,
+            mip_feasibility_tolerance=1e-9,
+            primal_feasibility_tolerance=1e-9,
+            dual_feasibility_tolerance=1e-9,
+            time_limit=max(0.1, time_limit_s),
+        )
         program = highspy.HighsLp()
         program.num_col_, program.num_row_ = count, len(core.rows) + resources
         program.col_cost_ = objective

@@ -60,17 +60,12 @@ def _cutting_planes(
     """Maximise from `start`, with values in `unit` and prices in `unit / span`; the best prices and their value."""
     import highspy
 
+    from mpsearch.solvers.highs import silent_highs
+
     inf, count = highspy.kHighsInf, len(span)
     point = start * span / unit
     reach = max(16.0, 4 * float(point.max()))
-    model = highspy.Highs()
-    for name, setting in (
-        ("output_flag", False),
-        ("threads", 1),
-        ("primal_feasibility_tolerance", 1e-10),
-        ("dual_feasibility_tolerance", 1e-10),
-    ):
-        model.setOptionValue(name, setting)
+    model = silent_highs(primal_feasibility_tolerance=1e-10, dual_feasibility_tolerance=1e-10)
     for _ in range(count):
         model.addVar(0.0, reach)
     model.addVar(-inf, 10.0 + count * reach)

@@ -1,6 +1,7 @@
 """The walls of the house: package list, links, start-up, imports."""
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -32,6 +33,20 @@ def test_the_links_are_whole(name):
     assert link.is_symlink()
     assert os.readlink(link) == f"../{name}"
     assert (link / "__init__.py").is_file()
+
+
+@checkout
+def test_the_repository_reads_nothing_outside_itself():
+    files = [path for folder in ("tests", "benchmarks", "notebooks") for path in (ROOT / folder).rglob("*")]
+    reach = re.compile(r"shared/(fixtures|data)|[\"']shared[\"'] */|parents\[[3-9]\]|(\.parent){5}")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in files
+        if path.suffix in {".py", ".sh", ".ipynb"} and "cache" not in path.parts and path != Path(__file__)
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if reach.search(line)
+    ]
+    assert found == []
 
 
 def run(code):

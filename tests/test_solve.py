@@ -12,7 +12,7 @@ import mpsearch as mps
 from mpsearch.solution import Choice, relative_gap
 from mpsearch.solvers import SOLVERS
 
-FIXTURES = Path(__file__).resolve().parent.parent.parent / "shared" / "fixtures"
+DATA = Path(__file__).resolve().parent / "data"
 
 
 def random_table(seed, rows=5, options=3, **more):
@@ -287,10 +287,7 @@ def test_the_plan_carries_its_proof():
 
 
 def hawq():
-    path = FIXTURES / "hawq_resnet18.json"
-    if not path.exists():
-        pytest.skip("needs ../shared/fixtures/hawq_resnet18.json")
-    return json.loads(path.read_text())
+    return json.loads((DATA / "hawq_resnet18.json").read_text())
 
 
 def hawq_table(data):

@@ -119,7 +119,7 @@ def test_an_own_loss_is_a_mean_over_samples():
     np.testing.assert_allclose(one.sensitivity, other.sensitivity, rtol=1e-9)
 
 
-# X, y, w of shared/fixtures/curvature_closed_forms.json, logistic_regression
+# X, y, w of tests/data/curvature_closed_forms.json, logistic_regression
 X = [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]
 
 

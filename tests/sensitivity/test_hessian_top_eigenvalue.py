@@ -35,7 +35,7 @@ def quadratic(matrix):
     return model, [torch.ones(1, len(a), dtype=torch.double)], loss
 
 
-# shared/fixtures/curvature_closed_forms.json: diagonal_quadratic and indefinite_quadratic
+# tests/data/curvature_closed_forms.json: diagonal_quadratic and indefinite_quadratic
 @pytest.mark.parametrize(
     ("matrix", "value"),
     [

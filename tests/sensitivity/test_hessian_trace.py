@@ -13,7 +13,7 @@ from torch.func import functional_call, hessian
 import mpsearch as mps
 from mpsearch.sensitivity import HessianTrace
 
-FIXTURE = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "fixtures" / "curvature_closed_forms.json"
+FIXTURE = Path(__file__).resolve().parent.parent / "data" / "curvature_closed_forms.json"
 
 
 def unit_error(weight, precision):
@@ -109,7 +109,7 @@ def test_the_default_loss_has_the_gauss_newton_hessian():
     assert (truth > 0).all()
 
 
-# closed forms: shared/fixtures/curvature_closed_forms.json
+# closed forms: tests/data/curvature_closed_forms.json
 X = [[1.0, 0.0, 2.0], [0.0, 1.0, 1.0], [2.0, 1.0, 0.0], [1.0, 1.0, 1.0], [0.0, 2.0, 1.0], [3.0, 0.0, 1.0]]
 
 
@@ -165,8 +165,6 @@ def test_a_diagonal_hessian_needs_no_luck(a):
 
 
 def test_the_fixture_agrees_with_the_numbers_above():
-    if not FIXTURE.exists():
-        pytest.skip("needs ../shared/fixtures/curvature_closed_forms.json")
     fixture = json.loads(FIXTURE.read_text())
     assert fixture["linear_regression"]["X"] == X
     assert fixture["linear_regression"]["trace"] == 10.0

@@ -1,16 +1,12 @@
 """`Exact` against enumeration, at all scales, and its bound where it is stopped early."""
 
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from mpsearch.solution import Status
 from mpsearch.solvers import BruteForce, Exact, exact
-
-FIXTURES = Path(__file__).resolve().parent.parent.parent.parent / "shared" / "fixtures" / "solver"
 
 
 def fuzzed(seed):
@@ -158,18 +154,12 @@ def test_limits_that_limit_nothing():
     assert Exact().choose(cost, usage, np.array([np.inf])).options.tolist() == cost.argmin(axis=1).tolist()
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in FIXTURES.glob("*.json")) or ["absent"])
-def test_published_cases(name):
-    if name == "absent":
-        pytest.skip("needs ../shared/fixtures/solver")
-    case = json.loads((FIXTURES / f"{name}.json").read_text())
-    cost = np.array([[float(x) for x in row] for row in case["c"]])
-    cost[~np.isfinite(cost)] = np.nan
-    choice = Exact().choose(cost, np.array(case["W"], float), np.array(case["B"], float))
-    if case["optimal"] is None:
-        assert choice.status is Status.INFEASIBLE
-    else:
-        assert choice.status is Status.OPTIMAL
-        assert math.fsum(cost[np.arange(len(cost)), choice.options].tolist()) == pytest.approx(
-            case["optimal"], rel=1e-12
-        )
+def test_published_cases(known_optima):
+    for name, cost, usage, limits, optimum in known_optima:
+        choice = Exact().choose(cost, usage, limits)
+        if optimum is None:
+            assert choice.status is Status.INFEASIBLE, name
+        else:
+            assert choice.status is Status.OPTIMAL, name
+            value = math.fsum(cost[np.arange(len(cost)), choice.options].tolist())
+            assert value == pytest.approx(optimum, rel=1e-12), name
