@@ -11,7 +11,8 @@ from mpsearch._solve import choose
 from mpsearch.budget import Budget
 from mpsearch.errors import BudgetError, InfeasibleError, SolverError
 from mpsearch.front import Front, check_over
-from mpsearch.problem import Problem
+from mpsearch.problem import Problem, least_options
+from mpsearch.quantity import quantity
 from mpsearch.solution import Solver, Status, relative_gap
 from mpsearch.table import CostTable
 
@@ -92,44 +93,35 @@ def pareto(
 def _direct(table: CostTable, over: str, method: Method, epsilon: float) -> Front:
     from mpsearch.solvers import frontier
 
-    problem = Problem.of(table, Budget(**{over: 0.0}))
-    usage = problem.usage[0]
+    problem = Problem.of(table, Budget())
+    axis = quantity(table, over)
     if method == "auto":
         method = "exact" if problem.objective.size <= EXACT_CELLS else "hull"
+    rows, fixed, divisor = problem.row_of_layer, axis.fixed[0], axis.divisor
     if method == "exact":
-        found = frontier.exact_front(problem.objective, usage)
+        found = frontier.exact_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
     elif method == "epsilon":
-        found = frontier.epsilon_front(problem.objective, usage, epsilon)
+        found = frontier.epsilon_front(table.sensitivity, axis.cells[0], epsilon, rows, fixed, divisor)
     else:
-        found = frontier.hull_front(problem.objective, usage)
-    fixed, scale = table.fixed_usage.get(over, 0.0), 1.0
-    if over == "average_bits":
-        fixed, scale = 0.0, float(sum(layer.numel for layer in table.layers))
-    return Front(
-        table,
-        over,
-        np.asarray(found.usage, np.float64) / scale + fixed,
-        np.asarray(found.sensitivity),
-        np.asarray(found.gap),
-        found.method,
-        Problem.of(table, Budget()),
-        _Points(found),
-    )
+        found = frontier.hull_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
+    return Front(table, over, found.usage, found.sensitivity, found.gap, found.method, problem, _Points(found))
 
 
 def _several(table: CostTable, over: tuple[str, ...]) -> Front:
     from mpsearch.solvers import frontier
 
-    problem = Problem.of(table, Budget(**dict.fromkeys(over, 0.0)))
-    found = frontier.exact_front_of_several(problem.objective, problem.usage)
-    weights = float(sum(layer.numel for layer in table.layers))
-    scale = np.array([weights if name == "average_bits" else 1.0 for name in over])
-    fixed = np.array([0.0 if name == "average_bits" else table.fixed_usage.get(name, 0.0) for name in over])
-    usage = found.usage / scale + fixed
-    plain = Problem.of(table, Budget())
-    points = _Points(found)
+    problem = Problem.of(table, Budget())
+    axes = [quantity(table, name) for name in over]
+    found = frontier.exact_front_of_several(
+        table.sensitivity,
+        np.array([axis.cells[0] for axis in axes]),
+        problem.row_of_layer,
+        np.array([axis.fixed[0] for axis in axes]),
+        np.array([axis.divisor for axis in axes]),
+    )
+    first, more = found.usage[:, 0], found.usage[:, 1:]
     return Front(
-        table, over[0], usage[:, 0], found.sensitivity, found.gap, found.method, plain, points, over[1:], usage[:, 1:]
+        table, over[0], first, found.sensitivity, found.gap, found.method, problem, _Points(found), over[1:], more
     )
 
 
@@ -157,32 +149,27 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
     reason = free.shortfall()
     if reason is not None:
         raise InfeasibleError(reason)
-    cheapest = choose(solvers.Exact(), Problem.of(table, budget, over)) if table.interactions is None else None
+    axis = quantity(table, over)
+
+    def used(options: NDArray[np.int64]) -> float:
+        return axis.of(options[free.row_of_layer])
+
+    cheapest = choose(solvers.Exact(), Problem.of(table, budget, over)).options if table.interactions is None else None
     best = choose(solver, free)
     if best.options is None:
         raise (InfeasibleError if best.status is Status.INFEASIBLE else SolverError)(
             f"{solver!r} found no plan within {budget!r}"
         )
-    probe = Problem.of(table, Budget(**{**budget, over: 0.0}))  # its last rows are the axis
-    axis = probe.row_names.index(over)
-    rows = np.arange(len(free.objective))
-
-    def used(options: NDArray[np.int64]) -> float:
-        return math.fsum(probe.usage[axis][rows, options])
-
-    allowed = np.where(np.isnan(free.objective), np.inf, probe.usage[axis])
-    least = math.fsum(allowed.min(axis=1)) if cheapest is None or cheapest.options is None else used(cheapest.options)
-    limits = np.linspace(least, used(best.options), points)
+    if cheapest is None:
+        cheapest = least_options(axis.cells[0], free.row_of_layer, ~np.isnan(free.objective))
+    limits = np.linspace(used(cheapest), used(best.options), points)
     found: dict[float, tuple[float, float, NDArray[np.int64]]] = {}
-    scale = float(sum(layer.numel for layer in table.layers)) if over == "average_bits" else 1.0
-    fixed = 0.0 if over == "average_bits" else table.fixed_usage.get(over, 0.0)
     for limit in limits.tolist():
-        free_now = probe.free.copy()
-        free_now[axis] = limit
-        choice = choose(solver, Problem(**{**probe.__dict__, "free": free_now}))
+        problem = free.limited({over: (-math.inf, limit)})
+        choice = choose(solver, problem)
         if choice.options is None:
             continue
-        value = probe.value(choice.options)
+        value = problem.value(choice.options)
         gap = 0.0 if choice.status is Status.OPTIMAL else relative_gap(value, choice.bound)
         at = used(choice.options)
         if at not in found or value < found[at][0]:
@@ -196,7 +183,7 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
     return Front(
         table,
         over,
-        np.array(kept) / scale + fixed,
+        np.array(kept),
         np.array([found[at][0] for at in kept]),
         np.array([found[at][1] for at in kept]),
         f"sweep of {solver!r}",

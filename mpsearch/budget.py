@@ -1,4 +1,4 @@
-"""Budgets: upper limits on the whole model."""
+"""Budgets: limits on the whole model."""
 
 import math
 import numbers
@@ -6,7 +6,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 
 from mpsearch.errors import BudgetError, nearest
+from mpsearch.plan import Written
+from mpsearch.quantity import DERIVED, quantity
 from mpsearch.table import CostTable
+
+#: Lower and upper limit, -inf and inf where there is none.
+Limit = tuple[float, float]
 
 _SI = {"": 1.0, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
 _UNITS: dict[str, dict[str, float]] = {
@@ -18,39 +23,48 @@ _UNITS: dict[str, dict[str, float]] = {
 _AMOUNT = re.compile(r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*([^\d\s]*)")
 
 
-class Budget(Mapping[str, float | str]):
-    """Upper limits on resources of the whole model, the fixed part included.
+class Budget(Mapping[str, Written]):
+    """Limits on amounts of the whole model, the fixed part included: upper ones, or `(lower, upper)`.
 
-    Any resource of the table by name, `average_bits` (weight bits per weight, over the layers of the table), or
-    `sensitivity` (the damage, where another resource is minimized). Values are numbers in the unit of the resource (bytes,
-    seconds, joules, or a count) or text: `1.2MB`, `512KiB`, `3ms`, `2uJ`, `1.5G`, or `25%` of the unquantized model.
+    Any resource of the table by name; `average_bits` (nominal weight bits per weight, over the layers of the table); `effective_bits`
+    (8 x memory_bytes of these layers per weight: scales, zero-points and indices counted); or `sensitivity` (the damage, where another
+    resource is minimized). Values are numbers in the unit of the resource (bytes, seconds, joules, or a count) or text: `1.2MB`,
+    `512KiB`, `3ms`, `2uJ`, `1.5G`, or `25%` of the unquantized model. Either end of a pair may be None.
 
     Raises:
-        BudgetError: for a value that is negative, not finite, or no amount.
+        BudgetError: for a value that is negative, not finite, or no amount, or a lower limit above the upper one.
 
     >>> Budget(memory_bytes="1.2MB", bitops="25%")
     Budget(memory_bytes='1.2MB', bitops='25%')
+    >>> Budget(average_bits=(3.98, 4.02))
+    Budget(average_bits=(3.98, 4.02))
     >>> Budget(average_bits=-1)
     Traceback (most recent call last):
     mpsearch.errors.BudgetError: average_bits <= -1: expected 0 or more
     """
 
-    def __init__(self, **limits: float | str) -> None:
+    def __init__(self, **limits: Written) -> None:
+        self._limits: dict[str, Written] = {}
         for name, value in limits.items():
-            amount(name, value, 1.0)
-        self._limits = {name: value if isinstance(value, str | int) else float(value) for name, value in limits.items()}
+            _limit(name, value, 1.0)
+            if isinstance(value, tuple | list):
+                self._limits[name] = (_plain(value[0]), _plain(value[1]))
+            else:
+                self._limits[name] = value if isinstance(value, str | int) else float(value)
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> "Budget":
-        """Read `resource=value` pairs, as on the command line.
+        """Read `resource=value` pairs, as on the command line; a value may be `lower..upper`.
 
         Raises:
             BudgetError: for text without `=`, or a resource that is given twice.
 
         >>> Budget.parse(["memory_bytes=1MB", "bitops=25%"])["bitops"]
         '25%'
+        >>> Budget.parse(["average_bits=3.98..4.02", "memory_bytes=20%.."])
+        Budget(average_bits=('3.98', '4.02'), memory_bytes=('20%', None))
         """
-        limits: dict[str, float | str] = {}
+        limits: dict[str, Written] = {}
         for text in texts:
             name, equals, value = text.partition("=")
             name, value = name.strip(), value.strip()
@@ -58,25 +72,32 @@ class Budget(Mapping[str, float | str]):
                 raise BudgetError(f"{text!r} is no budget; expected resource=value, such as memory_bytes=1.2MB")
             if name in limits:
                 raise BudgetError(f"{name} is limited twice: {limits[name]} and {value}")
-            limits[name] = value
+            lower, dots, upper = (part.strip() for part in value.partition(".."))
+            limits[name] = (lower or None, upper or None) if dots else value
         return cls(**limits)
 
-    def limits(self, table: CostTable) -> dict[str, float]:
-        """The limits in the units of the table.
+    def limits(self, table: CostTable) -> dict[str, Limit]:
+        """The limits in the units of the table, (lower, upper).
 
         Raises:
-            BudgetError: for a resource that the table does not have, or a percentage of an unknown total.
+            BudgetError: for a resource that the table does not have, a percentage of an unknown total, or a lower limit on a peak.
+            TableError: for effective_bits of a table without memory_bytes.
         """
-        known = (*table.resources, "average_bits", "sensitivity")
+        known = (*table.resources, *DERIVED, "sensitivity")
         found = {}
         for name, value in self._limits.items():
             if name not in known:
                 raise BudgetError(f"the table has no resource {name!r}{nearest(name, known)}")
-            whole = None if name in ("average_bits", "sensitivity") else reference(table, name)
-            found[name] = amount(name, value, whole)
+            quantity(table, name)  # it may not tell the bits
+            whole = reference(table, name) if name in table.resources else None
+            found[name] = _limit(name, value, whole)
+            if name in table.peaks and found[name][0] > -math.inf:
+                raise BudgetError(
+                    f"{limit_text(name, found[name])}: {name} is a peak over steps, which has no lower limit"
+                )
         return found
 
-    def __getitem__(self, name: str) -> float | str:
+    def __getitem__(self, name: str) -> Written:
         return self._limits[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -87,6 +108,40 @@ class Budget(Mapping[str, float | str]):
 
     def __repr__(self) -> str:
         return f"Budget({', '.join(f'{name}={value!r}' for name, value in self._limits.items())})"
+
+
+def limit_text(name: str, limit: Limit) -> str:
+    """A limit in symbols.
+
+    >>> limit_text("average_bits", (3.5, 4.0)), limit_text("memory_bytes", (-math.inf, 12.0))
+    ('3.5 <= average_bits <= 4', 'memory_bytes <= 12')
+    """
+    low, high = limit
+    if math.isinf(low):
+        return f"{name} <= {high:.6g}"
+    return f"{name} >= {low:.6g}" if math.isinf(high) else f"{low:.6g} <= {name} <= {high:.6g}"
+
+
+def written(limit: Limit) -> Written:
+    """A limit as it goes into a `Plan` and JSON."""
+    low, high = limit
+    return high if math.isinf(low) else (low, high if math.isfinite(high) else None)
+
+
+def _limit(name: str, value: Written, whole: float | None) -> Limit:
+    if not isinstance(value, tuple | list):
+        return -math.inf, amount(name, value, whole)
+    if len(value) != 2 or (value[0] is None and value[1] is None):
+        raise BudgetError(f"{name}={value!r}: expected an upper limit, or (lower, upper)")
+    low = -math.inf if value[0] is None else amount(name, value[0], whole)
+    high = math.inf if value[1] is None else amount(name, value[1], whole)
+    if low > high:
+        raise BudgetError(f"{name}={value!r}: the lower limit {low:.6g} is above the upper limit {high:.6g}")
+    return low, high
+
+
+def _plain(value: float | str | None) -> float | str | None:
+    return value if value is None or isinstance(value, str | int) else float(value)
 
 
 def reference(table: CostTable, resource: str) -> float:
@@ -101,7 +156,7 @@ def reference(table: CostTable, resource: str) -> float:
         return float((most.max(axis=2).sum(axis=1) + peak.fixed).max())
     usage = table.usage[resource].copy()
     usage[~table.allowed] = -math.inf
-    return math.fsum(usage.max(axis=1)) + fixed
+    return math.fsum([*usage.max(axis=1).tolist(), fixed])
 
 
 def amount(resource: str, value: float | str, whole: float | None) -> float:

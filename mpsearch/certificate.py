@@ -7,6 +7,7 @@ import numpy as np
 
 from mpsearch.budget import Budget
 from mpsearch.problem import Problem
+from mpsearch.quantity import quantity
 from mpsearch.solution import Solution, Status
 from mpsearch.table import CostTable
 
@@ -47,36 +48,39 @@ def check_solution(
     options[problem.row_of_layer] = columns
     assert (options[problem.row_of_layer] == columns).all(), "layers of a group have different precisions"
     assert problem.feasible(options), "the plan breaks a limit"
+    amount = quantity(table, minimize)
     value = problem.value(options)
-    fixed = table.fixed_usage.get(minimize, 0.0)
-    claimed = solution.sensitivity if minimize == "sensitivity" else solution.usage[minimize] - fixed
+    claimed = solution.sensitivity if minimize == "sensitivity" else solution.usage[minimize]
     assert math.isclose(value, claimed, rel_tol=1e-12, abs_tol=0.0), f"damage {claimed}, recomputed {value}"
-    bound = value if solution.status is Status.OPTIMAL else solution.bound - fixed
+    bound = value if solution.status is Status.OPTIMAL else solution.bound
     if not math.isfinite(bound):
         return False
     assert bound <= value * (1 + math.copysign(tolerance, value)), f"bound {bound} above the plan's {value}"
+    bound = bound * amount.divisor - amount.fixed[0]  # as a sum of cells
     prices = np.array(list((solution.multipliers or dict.fromkeys(problem.row_names, 0.0)).values()))
     assert (prices >= 0).all(), "a negative multiplier"
     priced = problem.objective + np.tensordot(prices, problem.usage, axes=1)
     least = np.nanmin(priced, axis=1)
     gap = bound - (math.fsum(least.tolist()) - math.fsum((prices * problem.free).tolist()))
     slack = tolerance * max(abs(bound), float(np.nanmax(np.abs(problem.objective[np.arange(len(options)), options]))))
-    states = {
-        (0.0,) * len(prices): 0.0
-    }  # use so far -> least damage so far, of partial plans that may end below the bound
+    # use so far -> least damage so far, of partial plans that may end below the bound; where uses are rounded, each with its options
+    states: dict[tuple[tuple[float, ...], tuple[int, ...]], float] = {((0.0,) * len(prices), ()): 0.0}
+    rounded = bool(problem.blur.any())
     ahead = np.append(np.cumsum(least[::-1])[::-1][1:], 0.0) - math.fsum((prices * problem.free).tolist())
     for row in range(len(options)):
-        found: dict[tuple[float, ...], float] = defaultdict(lambda: math.inf)
-        for used, damage in states.items():
+        wider: dict[tuple[tuple[float, ...], tuple[int, ...]], float] = defaultdict(lambda: math.inf)
+        for (used, taken), damage in states.items():
             for p in np.flatnonzero(priced[row] - least[row] <= max(gap, 0.0) + slack).tolist():
                 now = tuple((used + problem.usage[:, row, p]).tolist())
                 cost = damage + float(problem.objective[row, p])
                 if cost + float(np.dot(prices, now)) + ahead[row] < bound - slack:
-                    found[now] = min(found[now], cost)
-        states = found
+                    key = (now, (*taken, p) if rounded else ())
+                    wider[key] = min(wider[key], cost)
+        states = wider
         if len(states) > max_states:
             return False
-    for used, damage in states.items():
+    for (used, taken), damage in states.items():
         within = all(u <= b for u, b in zip(used, problem.free.tolist(), strict=True))
+        within = within and (not rounded or problem.feasible(np.array(taken)))
         assert not within or damage >= bound - slack, f"a plan has {damage}, below the bound {bound}"
     return True

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.budget import Budget, amount, reference
+from mpsearch.budget import Budget, amount, limit_text, reference
 from mpsearch.errors import BudgetError, InfeasibleError, nearest
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.problem import Problem
+from mpsearch.quantity import DERIVED
 from mpsearch.solution import Choice, Solution, Status
 from mpsearch.table import Array, CostTable
 
@@ -84,19 +85,19 @@ class Front(Sequence[Solution]):
             BudgetError: where the budget does not fit the table.
         """
         if not isinstance(budget, Budget):
-            whole = None if self.over == "average_bits" else reference(self.table, self.over)
+            whole = None if self.over in DERIVED else reference(self.table, self.over)
             budget = Budget(**{self.over: amount(self.over, budget, whole)})
         limits = budget.limits(self.table)
-        limit = limits.get(self.over, math.inf)
-        fitting = int(np.searchsorted(self.usage, limit, side="right"))
-        for index in np.argsort(self.sensitivity[:fitting], kind="stable").tolist():  # the least damage first
+        least, most = limits.get(self.over, (-math.inf, math.inf))
+        fitting = np.flatnonzero((least <= self.usage) & (self.usage <= most))
+        for index in fitting[np.argsort(self.sensitivity[fitting], kind="stable")].tolist():  # the least damage first
             if len(limits) == (self.over in limits):
                 return self[index]  # type: ignore[no-any-return]
             point: Solution = self[index]
             totals = {**point.usage, "sensitivity": point.sensitivity}
-            if all(totals[name] <= most for name, most in limits.items()):
+            if all(low <= totals[name] <= high for name, (low, high) in limits.items()):
                 return point
-        wanted = " and ".join(f"{name} <= {value:.6g}" for name, value in limits.items())
+        wanted = " and ".join(limit_text(name, limit) for name, limit in limits.items())
         raise InfeasibleError(f"no point of the front has {wanted}: the least {self.over} is {self.usage[0]:.6g}")
 
     def to_frame(self) -> "pd.DataFrame":
@@ -153,7 +154,7 @@ def check_over(table: CostTable, over: str) -> None:
     Raises:
         BudgetError: for an unknown resource, or one that is a peak.
     """
-    known = (*table.usage, "average_bits")
+    known = (*table.usage, *DERIVED)
     if over in table.peaks:
         raise BudgetError(f"{over} is a peak over steps; limit it by budget= and take the front over a sum")
     if over not in known:

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
     from mpsearch.layer import Layer
 
+#: A limit as it is written: an upper one, or (lower, upper) of which one may be None.
+Written = float | str | tuple[float | str | None, float | str | None]
+
 _VERSION = 1
 
 
@@ -47,7 +50,7 @@ class Plan(Mapping[str, Precision]):
 
     Attributes:
         layers: the mapping itself.
-        budget: the limits that it was made for.
+        budget: the limits that it was made for; a pair is (lower, upper).
         predicted: what the table said of it: sensitivity, unit, bound, gap, status.
         usage: its use of every resource of the table, fixed part included.
         origin: where it comes from: table, solver, settings.
@@ -58,7 +61,7 @@ class Plan(Mapping[str, Precision]):
     """
 
     layers: Mapping[str, Precision]
-    budget: Mapping[str, float | str] = field(default_factory=dict)
+    budget: Mapping[str, Written] = field(default_factory=dict)
     predicted: Mapping[str, Any] = field(default_factory=dict)
     usage: Mapping[str, float] = field(default_factory=dict)
     origin: Mapping[str, Any] = field(default_factory=dict)

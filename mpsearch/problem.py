@@ -2,43 +2,53 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.budget import Budget
+from mpsearch.budget import Budget, Limit, limit_text, written
 from mpsearch.errors import BudgetError, SolverError, TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.quantity import DERIVED, Quantity, amounts, merged, quantity
 from mpsearch.solution import Choice, Solution, Status, relative_gap
 from mpsearch.table import Array, CostTable, Interactions
 from mpsearch.undecided import sentence
+
+_DIGITS = 52  # binary digits of the use of a whole plan that solvers count
 
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """A table, a goal and limits as arrays; layers of one group are one row.
 
+    What a solver sees of a resource are whole multiples of a power of two, less than 2^53 of them in any plan, so that its sums are
+    exact in any order. Where cells have more digits than that they are rounded down: no plan is lost, and one that breaks a limit by
+    less than `blur` looks as if it kept it. `feasible` decides on the very amounts that are reported.
+
     Attributes:
         table: the table.
-        minimized: `sensitivity`, or the resource whose use is to be least.
-        limits: resource -> upper limit on the whole model.
+        minimized: `sensitivity`, or the amount that is to be least.
+        limits: name -> (lower, upper) limit on the whole model.
         objective: (G, P) float64; nan = option not allowed.
-        usage: (R, G, P) float64, a row for each limit, several for a peak resource.
-        free: (R,) float64, the limits less the fixed usage.
-        row_names: (R,) resource of each row of `usage`.
+        usage: (R, G, P) float64, a row for each limit, several for a peak, the negative for a lower limit.
+        free: (R,) float64, the limits less the fixed part.
+        blur: (R,) float64; a choice with a use of at most `free - blur` keeps the limit for sure. 0: nothing was rounded.
+        row_names: (R,) amount of each row of `usage`; `... at least` for a lower limit.
         row_of_layer: (L,) int64, row of each layer.
         interactions: between rows, or None.
     """
 
     table: CostTable
     minimized: str
-    limits: Mapping[str, float]
+    limits: Mapping[str, Limit]
     objective: Array
     usage: Array
     free: Array
+    blur: Array
     row_names: tuple[str, ...]
     row_of_layer: NDArray[np.int64]
     interactions: Interactions | None
@@ -52,7 +62,7 @@ class Problem:
             TableError: where the layers of a group have no allowed precision in common.
         """
         limits = budget.limits(table)
-        goals = ("sensitivity", *table.usage, "average_bits")
+        goals = ("sensitivity", *table.usage, *DERIVED)
         if minimized not in goals:
             raise BudgetError(f"cannot minimize {minimized!r}{nearest(minimized, goals)}")
         if minimized in limits:
@@ -61,87 +71,122 @@ class Problem:
             raise BudgetError(f"cannot minimize {minimized} on a table with interactions; minimize sensitivity")
         row_of_layer = _rows(table.layers)
         interactions, own = _merged_interactions(table, row_of_layer)
-        sensitivity = (
-            _merged(table.sensitivity, row_of_layer) + own
-            if own is not None
-            else _merged(table.sensitivity, row_of_layer)
-        )
+        sensitivity, _ = merged(table.sensitivity, row_of_layer)
+        if own is not None:
+            sensitivity = sensitivity + own
         blocked = np.isnan(sensitivity).all(axis=1)
         if blocked.any():
             row = int(np.argmax(blocked))
             members = [layer.name for layer, at in zip(table.layers, row_of_layer, strict=True) if at == row]
             raise TableError(f"the layers {', '.join(members)} share one precision, but none is allowed in all of them")
-        names: list[str] = []
-        rows: list[Array] = []
-        free: list[float] = []
-        for name, limit in limits.items():
-            if name in table.peaks:
-                peak = table.peaks[name]
-                steps = zip(peak.usage, peak.fixed, strict=True)
-                parts = [(_merged(usage, row_of_layer), limit - fixed) for usage, fixed in steps]
-            elif name == "average_bits":
-                parts = [(_merged(table.bits, row_of_layer), limit * _weights(table))]
-            elif name == "sensitivity":
-                parts = [(sensitivity, limit)]
-            else:
-                parts = [(_merged(table.usage[name], row_of_layer), limit - table.fixed_usage.get(name, 0.0))]
-            names += [name] * len(parts)
-            rows += [usage for usage, _ in parts]
-            free += [rest for _, rest in parts]
-        if minimized == "sensitivity":
-            objective = sensitivity
-        else:
-            amounts = table.bits if minimized == "average_bits" else table.usage[minimized]
-            objective = np.where(np.isnan(sensitivity), np.nan, _merged(amounts, row_of_layer))
-        usage = rows[0][None] if len(rows) == 1 else np.array(rows).reshape(len(rows), *objective.shape)
-        for array in (objective, usage):
-            array.flags.writeable = False
-        return cls(
-            table,
-            minimized,
-            limits,
-            objective,
-            usage,
-            np.array(free),
-            tuple(names),
-            row_of_layer,
-            interactions,
+        objective = sensitivity
+        if minimized != "sensitivity":
+            cells, _ = merged(quantity(table, minimized).cells[0], row_of_layer)
+            objective = np.where(np.isnan(sensitivity), np.nan, cells)
+        objective.flags.writeable = False
+        none = np.empty((0, *objective.shape))
+        problem = cls(table, minimized, {}, objective, none, np.empty(0), np.empty(0), (), row_of_layer, interactions)
+        return problem.limited(limits)
+
+    def limited(self, limits: Mapping[str, Limit]) -> "Problem":
+        """The same with other limits; those on other amounts stay."""
+        rows: list[tuple[str, Array, float, float]] = []
+        for name, (lower, upper) in limits.items():
+            amount = quantity(self.table, name)
+            if lower > -math.inf:
+                rows.append((f"{name} at least", *self._row(amount.negative, 0, -lower)))
+            if upper < math.inf:
+                rows += [(name, *self._row(amount, step, upper)) for step in range(len(amount.cells))]
+        kept = [r for r, name in enumerate(self.row_names) if name.removesuffix(" at least") not in limits]
+        usage = [*self.usage[kept], *(row[1] for row in rows)]
+        stacked = usage[0][None] if len(usage) == 1 else np.array(usage).reshape(len(usage), *self.objective.shape)
+        stacked.flags.writeable = False
+        return replace(
+            self,
+            limits={**self.limits, **limits},
+            usage=stacked,
+            free=np.array([*self.free[kept], *(row[2] for row in rows)]),
+            blur=np.array([*self.blur[kept], *(row[3] for row in rows)]),
+            row_names=(*(self.row_names[r] for r in kept), *(row[0] for row in rows)),
+        )
+
+    def _row(self, amount: Quantity, step: int, limit: float) -> tuple[Array, float, float]:
+        """Usage (G, P), what is free, and the blur, of one step of an amount that is at most `limit`."""
+        allowed = self.table.allowed
+        cells = amount.cells[step]
+        size = float(np.where(allowed, np.abs(cells), 0.0).max(axis=1).sum())
+        exponent, layers = 0, 0
+        if size >= 2.0**_DIGITS or not ((cells == np.floor(cells)) | ~allowed).all():
+            exponent = max(math.frexp(size)[1] - _DIGITS, -1074)
+            down = np.ldexp(np.floor(np.ldexp(cells, -exponent)), exponent)
+            layers = int(((down != cells) & allowed).any(axis=1).sum())
+            cells = down
+        room, reached = amount.room(step, limit)
+        unit = Fraction(2) ** exponent
+        most = math.floor(room / unit)
+        if not reached and most * unit == room:
+            most -= 1
+        most = max(min(most, 2**53), -(2**53))  # more than that is no limit, less is none that can be kept
+        return merged(cells, self.row_of_layer)[0], float(np.ldexp(most, exponent)), float(np.ldexp(layers, exponent))
+
+    def fits(self, options: NDArray[np.int64]) -> bool:
+        """True where a choice of one option a row keeps every limit as a solver sees it."""
+        rows = np.arange(len(options))
+        return all(
+            math.fsum(u[rows, options].tolist()) <= limit for u, limit in zip(self.usage, self.free, strict=True)
         )
 
     def feasible(self, options: NDArray[np.int64]) -> bool:
-        """True where a choice of one option a row keeps every limit, in correctly rounded sums."""
-        rows = np.arange(len(options))
-        return all(math.fsum(u[rows, options]) <= limit for u, limit in zip(self.usage, self.free, strict=True))
+        """True where the amounts that are reported of a choice of one option a row keep every limit."""
+        if not self.fits(options):
+            return False
+        return not self.blur.any() or not self.broken(options)
+
+    def broken(self, options: NDArray[np.int64]) -> list[tuple[str, float]]:
+        """The limits that a choice of one option a row breaks, and what it uses."""
+        columns = options[self.row_of_layer]
+        used = {name: quantity(self.table, name).of(columns) for name in self.limits}
+        return [(name, used[name]) for name, (low, high) in self.limits.items() if not low <= used[name] <= high]
 
     def value(self, options: NDArray[np.int64]) -> float:
-        """Objective of a choice of one option a row."""
-        value = math.fsum(self.objective[np.arange(len(options)), options])
-        return value + self.interactions.total(options) if self.interactions is not None else value
+        """What is minimized, of a choice of one option a row, fixed part included."""
+        return quantity(self.table, self.minimized).of(options[self.row_of_layer])
 
     def shortfall(self) -> str | None:
         """Why a limit cannot be met whatever the plan, with the numbers; None where each alone can be met."""
         allowed = ~np.isnan(self.objective)
-        for name, usage, free in zip(self.row_names, self.usage, self.free, strict=True):
-            least = np.where(allowed, usage, np.inf).min(axis=1)
-            if math.fsum(least) > free:
-                limit = self.limits[name]
-                scale = _weights(self.table) if name == "average_bits" else 1.0
-                fixed = limit * scale - free
-                most = int(np.argmax(least))
-                layer = next(x.name for x, at in zip(self.table.layers, self.row_of_layer, strict=True) if at == most)
-                parts = [f"{least[most] / scale:.3g} of it in layer {layer!r}"]
-                if fixed > 0:
-                    parts.insert(
-                        0,
-                        f"{fixed / scale:.6g} of it fixed (what no decision touches, such as norms, biases and layers left alone)",
-                    )
-                undecided = sentence(self.table.origin.get("undecided", {})) if fixed > 0 else ""
-                return (
-                    f"{name} <= {limit:.6g} cannot be met: the least any plan uses is {(math.fsum(least) + fixed) / scale:.6g}, "
-                    + " and ".join(parts)
-                    + (f"; {undecided}" if undecided else "")
-                )
+        for name, limit in self.limits.items():
+            amount = quantity(self.table, name)
+            for lower, steps in ((True, amount.negative), (False, amount)):
+                bound = -limit[0] if lower else limit[1]
+                if math.isinf(bound):
+                    continue
+                for step in range(len(steps.cells)):
+                    least = least_options(steps.cells[step], self.row_of_layer, allowed)
+                    one = replace(steps, cells=[steps.cells[step]], fixed=[steps.fixed[step]])
+                    if (used := one.of(least[self.row_of_layer])) > bound:
+                        return self._shortfall(one, used, least, limit, lower=lower)
         return None
+
+    def _shortfall(
+        self, amount: Quantity, used: float, options: NDArray[np.int64], limit: Limit, *, lower: bool
+    ) -> str:
+        sign = -1.0 if lower else 1.0
+        each = sign * merged(amount.cells[0], self.row_of_layer)[0][np.arange(len(options)), options] / amount.divisor
+        most = int(np.argmax(each))
+        layer = next(x.name for x, at in zip(self.table.layers, self.row_of_layer, strict=True) if at == most)
+        parts = [f"{each[most]:.3g} of it in layer {layer!r}"]
+        fixed = sign * amount.fixed[0] / amount.divisor
+        if fixed > 0:
+            parts.insert(
+                0,
+                f"{fixed:.6g} of it fixed (what no decision touches, such as norms, biases and layers left alone)",
+            )
+        undecided = sentence(self.table.origin.get("undecided", {})) if fixed > 0 else ""
+        return (
+            f"{limit_text(amount.name, limit)} cannot be met: the {'most' if lower else 'least'} any plan uses is "
+            f"{sign * used:.6g}, " + " and ".join(parts) + (f"; {undecided}" if undecided else "")
+        )
 
     def solution(self, choice: Choice, solver: str, seconds: float) -> Solution:
         """Names and recomputed totals for what a solver returned.
@@ -162,27 +207,24 @@ class Problem:
             raise SolverError(
                 f"{solver} chose an option that is not allowed, in row {int(np.isnan(self.objective[rows, options]).argmax())}"
             )
-        if not self.feasible(options):
-            used = [math.fsum(u[rows, options]) for u in self.usage]
-            broken = next(r for r, u in enumerate(used) if u > self.free[r])
+        if broken := self.broken(options):
+            name, used = broken[0]
             raise SolverError(
-                f"{solver} returned a plan that uses {used[broken]:.17g} of {self.row_names[broken]}, "
-                f"more than the {self.free[broken]:.17g} left by the fixed part"
+                f"{solver} returned a plan that uses {used:.17g} of {name}, {'less' if used < self.limits[name][0] else 'more'} than "
+                f"is allowed by {limit_text(name, self.limits[name])}"
             )
         value = self.value(options)
+        bound = choice.bound
+        if self.minimized != "sensitivity":
+            amount = quantity(self.table, self.minimized)
+            bound = (bound + amount.fixed[0]) / amount.divisor
         slack = 1e-9 * max(abs(value), float(np.abs(self.objective[rows, options]).max()))
-        if choice.bound > value + slack:
-            raise SolverError(f"{solver} claims that no plan is below {choice.bound:.17g}, its own has {value:.17g}")
-        bound = value if choice.status is Status.OPTIMAL else min(choice.bound, value)
+        if bound > value + slack:
+            raise SolverError(f"{solver} claims that no plan is below {bound:.17g}, its own has {value:.17g}")
+        bound = value if choice.status is Status.OPTIMAL else min(bound, value)
         usage = usage_of(self.table, options[self.row_of_layer])
         sensitivity = usage.pop("sensitivity")
         gap = relative_gap(value, bound)
-        if self.minimized != "sensitivity":
-            bound = (
-                bound / _weights(self.table)
-                if self.minimized == "average_bits"
-                else bound + self.table.fixed_usage.get(self.minimized, 0.0)
-            )
         predicted = {
             "sensitivity": sensitivity,
             "unit": self.table.unit,
@@ -193,7 +235,7 @@ class Problem:
         }
         plan = Plan(
             named(self.table, options[self.row_of_layer]),
-            dict(self.limits),
+            {name: written(limit) for name, limit in self.limits.items()},
             predicted,
             usage,
             {"solver": solver, "table": dict(self.table.origin)},
@@ -215,23 +257,8 @@ def named(table: CostTable, options: NDArray[np.int64]) -> dict[str, Precision]:
 
 
 def usage_of(table: CostTable, options: NDArray[np.int64]) -> dict[str, float]:
-    """Total of every resource, of `average_bits` where it is known, and of `sensitivity`, for one column a layer."""
-    rows = np.arange(len(options))
-    totals = {
-        name: math.fsum(values[rows, options]) + table.fixed_usage.get(name, 0.0)
-        for name, values in table.usage.items()
-    }
-    for name, peak in table.peaks.items():
-        totals[name] = max(
-            math.fsum(usage[rows, options]) + fixed
-            for usage, fixed in zip(peak.usage, peak.fixed.tolist(), strict=True)
-        )
-    if all(layer.numel or layer.is_cache for layer in table.layers) and _weights(table):
-        totals["average_bits"] = math.fsum(table.bits[rows, options]) / _weights(table)
-    totals["sensitivity"] = math.fsum(table.sensitivity[rows, options])
-    if table.interactions is not None:
-        totals["sensitivity"] += table.interactions.total(options)
-    return totals
+    """Amounts of one column a layer: every resource, average and effective bits where they are known, and `sensitivity`."""
+    return {amount.name: amount.of(options) for amount in amounts(table)}
 
 
 def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
@@ -249,25 +276,25 @@ def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
     Layers of a group share a precision. Where a group has none in common there is no plan: inf and -inf.
     """
     rows = _rows(table.layers)
-
-    def ends(values: Array) -> tuple[float, float]:
-        merged = _merged(np.where(table.allowed, values, np.nan), rows)
-        low, high = np.where(np.isnan(merged), [[[np.inf]], [[-np.inf]]], merged)
-        return math.fsum(low.min(axis=1).tolist()), math.fsum(high.max(axis=1).tolist())
-
+    allowed = ~np.isnan(merged(table.sensitivity, rows)[0])
+    if not allowed.any(axis=1).all():
+        return dict.fromkeys(table.resources, (math.inf, -math.inf))
     found = {}
-    for name, values in table.usage.items():
-        low, high = ends(values)
-        fixed = table.fixed_usage.get(name, 0.0)
-        found[name] = (low + fixed, high + fixed)
-    for name, peak in table.peaks.items():
-        steps = [(ends(usage), fixed) for usage, fixed in zip(peak.usage, peak.fixed.tolist(), strict=True)]
-        found[name] = (max(low + fixed for (low, _), fixed in steps), max(high + fixed for (_, high), fixed in steps))
+    for name in table.resources:
+        amount = quantity(table, name)
+        steps = [replace(amount, cells=[c], fixed=[f]) for c, f in zip(amount.cells, amount.fixed, strict=True)]
+        ends = [
+            [one.of(least_options(sign * one.cells[0], rows, allowed)[rows]) for one in steps] for sign in (1.0, -1.0)
+        ]
+        found[name] = (max(ends[0]), max(ends[1]))
     return found
 
 
-def _weights(table: CostTable) -> float:
-    return float(sum(layer.numel for layer in table.layers))
+def least_options(cells: Array, row_of_layer: NDArray[np.int64], allowed: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """(G,) the allowed option of each row that uses least, to the last bit."""
+    high, low = merged(cells, row_of_layer)
+    high = np.where(allowed, high, np.inf)
+    return np.asarray(np.where(high == high.min(axis=1)[:, None], low, np.inf).argmin(axis=1))
 
 
 def _rows(layers: tuple[Layer, ...]) -> NDArray[np.int64]:
@@ -276,16 +303,6 @@ def _rows(layers: tuple[Layer, ...]) -> NDArray[np.int64]:
     rows: dict[tuple[bool, str], int] = {}
     keys = [(bool(layer.group), layer.group or layer.name) for layer in layers]
     return np.array([rows.setdefault(key, len(rows)) for key in keys], np.int64)
-
-
-def _merged(values: Array, row_of_layer: NDArray[np.int64]) -> Array:
-    """Sum of the layers of each row; nan where any of them is nan."""
-    count = int(row_of_layer.max()) + 1
-    if count == len(row_of_layer):
-        return values.view()
-    merged = np.zeros((count, values.shape[1]))
-    np.add.at(merged, row_of_layer, values)
-    return merged
 
 
 def _merged_interactions(table: CostTable, row_of_layer: NDArray[np.int64]) -> tuple[Interactions | None, Array | None]:

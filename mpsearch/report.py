@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = 80) -> str:
@@ -52,6 +53,34 @@ def amount(resource: str, value: float, digits: int = 3) -> str:
     if resource.endswith("_bits"):
         return f"{value:.2f}"
     return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")], digits)
+
+
+def upper(written: Any) -> float | None:
+    """The upper limit in a plan's budget, as a number; None where there is none, or only text.
+
+    >>> upper(4.0), upper([3.98, 4.02]), upper([3.98, None]), upper("25%")
+    (4.0, 4.02, None, None)
+    """
+    most = written[1] if isinstance(written, tuple | list) else written
+    return most if isinstance(most, int | float) else None
+
+
+def limit(resource: str, written: Any) -> str:
+    """A limit of a plan's budget, as it is told.
+
+    >>> limit("average_bits", 4.0), limit("average_bits", [3.9, 4.0]), limit("memory_bytes", [1000, None]), limit("bitops", "25%")
+    ('4.00', '3.90 to 4.00', 'at least 1.00 kB', '25%')
+    """
+
+    def end(value: Any) -> str:
+        return amount(resource, value) if isinstance(value, int | float) else str(value)
+
+    if not isinstance(written, tuple | list):
+        return end(written)
+    low, high = written
+    if low is None:
+        return end(high)
+    return f"at least {end(low)}" if high is None else f"{end(low)} to {end(high)}"
 
 
 def tick(resource: str, value: float) -> str:

@@ -76,6 +76,10 @@ class Solver(Protocol):
         ...
 
 
+class UpperLimitsOnly:
+    """A solver that derives from this cannot take a lower limit, which is an upper one on a negative use; `solve` refuses it."""
+
+
 @dataclass(frozen=True)
 class Solution:
     """Outcome of a solve, in names, recomputed from the table by the door.

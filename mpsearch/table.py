@@ -56,10 +56,15 @@ class Interactions:
         if (self.first[:, 0] == self.second[:, 0]).any():
             raise TableError("an interaction of a layer with itself; put it into the sensitivity")
 
+    def chosen(self, options: NDArray[np.int64]) -> Array:
+        """Values of the pairs that `options` (L,) chooses."""
+        both = (options[self.first[:, 0]] == self.first[:, 1]) & (options[self.second[:, 0]] == self.second[:, 1])
+        values: Array = self.value[both]
+        return values
+
     def total(self, options: NDArray[np.int64]) -> float:
-        """Sum of the values of the pairs that `options` (L,) chooses."""
-        chosen = (options[self.first[:, 0]] == self.first[:, 1]) & (options[self.second[:, 0]] == self.second[:, 1])
-        return math.fsum(self.value[chosen])
+        """Their sum."""
+        return math.fsum(self.chosen(options))
 
 
 @dataclass(frozen=True, eq=False)

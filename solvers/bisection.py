@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import SolverError
-from mpsearch.solution import Choice, Status
+from mpsearch.solution import Choice, Status, UpperLimitsOnly
 from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, total
 from mpsearch.solvers.lagrangian import dual
 
@@ -16,7 +16,7 @@ _NEAR = 4  # positions on either side of the boundary that are looked at one by 
 
 
 @dataclass(frozen=True)
-class Bisection:
+class Bisection(UpperLimitsOnly):
     """Lower the precision of layers in the order of their sensitivity, and bisect where to stop.
 
     "Augmenting Hessians with Inter-Layer Dependencies" (2306.04879) and phase 2 of AIMET's AMP: every step

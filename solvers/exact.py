@@ -38,8 +38,9 @@ class Exact:
     doubt: these are searched by dynamic programming (Pisinger, EJOR 83 (1995) 394-410). Where the search outgrows `max_states` or the
     time, the plan comes back as `FEASIBLE` with the bound that is proven.
 
-    Whole numbers below 2^53 are summed exactly; other usage is summed with its rounding error on the safe side, and plans at the very limit
-    are decided by `math.fsum`. Large tables are read in blocks: memory above the table is some tens of bytes a row.
+    Usage in multiples of a power of two, up to 2^53 of them, is summed exactly; other usage is summed with its rounding error on the safe
+    side, and plans at the very limit are decided by `math.fsum`. Large tables are read in blocks: memory above the table is some tens of
+    bytes a row.
 
     Attributes:
         time_limit_s: of the search among the rows in doubt.
@@ -197,7 +198,7 @@ def _priced(sensitivity: Floats, usage: Floats, limits: Floats, prices: Floats) 
 
 
 def _tightened(sensitivity: Floats, usage: Floats, limits: Floats) -> tuple[Floats, Floats]:
-    """The limits that sums can really reach, and the rounding error of sums; none for whole numbers.
+    """The limits that sums can really reach, and the rounding error of sums; none for multiples of a power of two, 2^53 of them at most.
 
     A row's uses differ by multiples of their common divisor from its least, so the sum does too: a limit between two reachable
     sums is lowered to the lower one.
@@ -206,20 +207,22 @@ def _tightened(sensitivity: Floats, usage: Floats, limits: Floats) -> tuple[Floa
     for r, (use, limit) in enumerate(zip(usage, limits.tolist(), strict=True)):
         if not math.isfinite(limit):
             continue
-        most, least, divisor, whole = 0.0, 0.0, 0, True
+        parts = (np.where(np.isnan(sensitivity[block]), 0.0, use[block]) for block in _blocks(len(use)))
+        most = sum(float(np.abs(part).max(axis=1).sum()) for part in parts)
+        unit = 2.0 ** max(math.frexp(most)[1] - 53, -1022)
+        least, divisor, whole = 0.0, 0, True
         for block in _blocks(len(use)):
-            part = np.where(np.isnan(sensitivity[block]), 0.0, use[block])
-            most += float(np.abs(part).max(axis=1).sum())
-            whole = whole and most < 2**53 and bool((part == np.floor(part)).all())
+            part = np.where(np.isnan(sensitivity[block]), 0.0, use[block]) / unit
+            whole = whole and bool((part == np.floor(part)).all())
             if not whole:
-                continue
-            low = least_usage(~np.isnan(sensitivity[block]), use[None, block])[0]
+                break
+            low = least_usage(~np.isnan(sensitivity[block]), use[None, block])[0] / unit
             least += float(low.sum())
             if divisor != 1:
-                above = np.where(np.isnan(sensitivity[block]), 0.0, use[block] - low[:, None])
+                above = np.where(np.isnan(sensitivity[block]), 0.0, part - low[:, None])
                 divisor = math.gcd(divisor, int(np.gcd.reduce(above.astype(np.int64), axis=None)))
-        if whole and most < 2**53:
-            tight[r] = least + (math.floor(limit) - least) // (divisor or 1) * (divisor or 1)
+        if whole and math.isfinite(limit / unit):
+            tight[r] = (least + (math.floor(limit / unit) - least) // (divisor or 1) * (divisor or 1)) * unit
         else:
             blur[r] = 8 * np.finfo(float).eps * (most + abs(limit))
     return tight, blur

@@ -18,6 +18,7 @@ class Steps:
         slope: (N,) change of damage for one unit of use, negative.
         row: (N,) row of the step.
         option: (N,) option that it leads to.
+        before: (N,) option that it leaves.
         more_use: (N,) > 0.
         more_cost: (N,) < 0.
     """
@@ -26,6 +27,7 @@ class Steps:
     slope: Floats
     row: Options
     option: Options
+    before: Options
     more_use: Floats
     more_cost: Floats
 
@@ -47,7 +49,7 @@ def hull_steps(sensitivity: Floats, usage: Floats) -> Steps:
     cost = np.where(allowed, sensitivity, np.inf)
     start = np.where(use == use.min(axis=1)[:, None], cost, np.inf).argmin(axis=1)
     current, slope = start.copy(), np.full(len(rows), -np.inf)
-    steps: list[tuple[Floats, Options, Options, Floats, Floats]] = []
+    steps: list[tuple[Floats, Options, Options, Options, Floats, Floats]] = []
     alive = rows
     for _ in range(usage.shape[1] - 1):
         here_use, here_cost = use[alive, current[alive]], cost[alive, current[alive]]
@@ -63,11 +65,12 @@ def hull_steps(sensitivity: Floats, usage: Floats) -> Steps:
         slope[alive] = np.maximum(slope[alive], steepest)  # rounding must not reorder the steps of a row
         more_use = use[alive, target] - here_use[moves]
         more_cost = cost[alive, target] - here_cost[moves]
-        steps.append((slope[alive], alive, target, more_use, more_cost))
+        steps.append((slope[alive], alive, target, current[alive], more_use, more_cost))
         current[alive] = target
     empty = np.empty(0)
     if not steps:
-        return Steps(start, empty, empty.astype(np.int64), empty.astype(np.int64), empty, empty)
-    slopes_, rows_, options_, uses_, costs_ = zip(*steps, strict=True)
+        none = empty.astype(np.int64)
+        return Steps(start, empty, none, none, none, empty, empty)
+    slopes_, rows_, options_, before_, uses_, costs_ = zip(*steps, strict=True)
     join = np.concatenate
-    return Steps(start, join(slopes_), join(rows_), join(options_), join(uses_), join(costs_))
+    return Steps(start, join(slopes_), join(rows_), join(options_), join(before_), join(uses_), join(costs_))

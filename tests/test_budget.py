@@ -1,7 +1,9 @@
+import math
+
 import numpy as np
 import pytest
 
-from mpsearch import Budget, BudgetError, CostTable, Layer, Peak, precisions
+from mpsearch import Budget, BudgetError, CostTable, Layer, Peak, TableError, precisions
 
 
 def table(**more):
@@ -23,7 +25,7 @@ def table(**more):
     ],
 )
 def test_amounts(resource, value, expected):
-    assert Budget(**{resource: value}).limits(table())[resource] == pytest.approx(expected, rel=1e-15)
+    assert Budget(**{resource: value}).limits(table())[resource] == (-math.inf, pytest.approx(expected, rel=1e-15))
 
 
 @pytest.mark.parametrize(
@@ -51,16 +53,16 @@ def test_an_unknown_resource_is_answered_with_the_nearest():
 
 def test_a_percentage_is_of_the_unquantized_model_or_of_the_largest_use():
     known = table(reference_usage={"memory_bytes": 1000}, fixed_usage={"memory_bytes": 5})
-    assert Budget(memory_bytes="25%").limits(known) == {"memory_bytes": 250.0}
+    assert Budget(memory_bytes="25%").limits(known) == {"memory_bytes": (-math.inf, 250.0)}
     unknown = table(fixed_usage={"memory_bytes": 5})
-    assert Budget(memory_bytes="10%").limits(unknown) == {"memory_bytes": pytest.approx(8.5)}
+    assert Budget(memory_bytes="10%").limits(unknown) == {"memory_bytes": (-math.inf, pytest.approx(8.5))}
     with pytest.raises(BudgetError, match="percentage"):
         Budget(average_bits="25%").limits(unknown)
 
 
 def test_a_percentage_of_a_peak():
     peak = Peak(np.array([[[1.0, 2.0], [0.0, 0.0]], [[1.0, 4.0], [1.0, 2.0]]]), [10.0, 0.0])
-    assert Budget(peak_bytes="50%").limits(table(peaks={"peak_bytes": peak})) == {"peak_bytes": 6.0}
+    assert Budget(peak_bytes="50%").limits(table(peaks={"peak_bytes": peak})) == {"peak_bytes": (-math.inf, 6.0)}
 
 
 def test_the_command_line_form():
@@ -78,5 +80,27 @@ def test_the_command_line_form():
 def test_numbers_of_numpy():
     budget = Budget(average_bits=np.int64(4), memory_bytes=np.float32(1.5))
     assert repr(budget) == "Budget(average_bits=4.0, memory_bytes=1.5)"
-    with pytest.raises(BudgetError, match="got list"):
+    with pytest.raises(BudgetError, match="expected an upper limit"):
         Budget(average_bits=[4])
+
+
+def test_lower_limits():
+    budget = Budget(average_bits=(np.float64(3.5), 4), memory_bytes=["20%", None])
+    assert repr(budget) == "Budget(average_bits=(3.5, 4), memory_bytes=('20%', None))"
+    assert Budget(**budget) == budget == Budget(**dict(budget))
+    known = table(reference_usage={"memory_bytes": 1000})
+    assert budget.limits(known) == {"average_bits": (3.5, 4.0), "memory_bytes": (200.0, math.inf)}
+    assert dict(Budget.parse(["average_bits = 3.98..4.02"])) == {"average_bits": ("3.98", "4.02")}
+    for pair in ((4, 3), (None, None), (1, 2, 3), (-1, 2), (1, math.inf)):
+        with pytest.raises(BudgetError):
+            Budget(average_bits=pair)
+    peak = Peak(np.ones((1, 2, 2)), [0.0])
+    with pytest.raises(BudgetError, match="no lower limit"):
+        Budget(peak_bytes=(1, 2)).limits(table(peaks={"peak_bytes": peak}))
+
+
+def test_effective_bits_need_memory_bytes():
+    bare = table()
+    del bare.usage["memory_bytes"]
+    with pytest.raises(TableError, match="effective_bits"):
+        Budget(effective_bits=4).limits(bare)

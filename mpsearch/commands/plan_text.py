@@ -38,9 +38,9 @@ def usage_text(plan: mps.Plan, screen: Screen) -> str:
     rows = []
     for name, value in plan.usage.items():
         limit = plan.budget.get(name)
-        share = report.percent(value / limit) if isinstance(limit, int | float) and limit else ""
-        told = "" if limit is None else report.amount(name, limit) if isinstance(limit, int | float) else limit
-        rows.append([name, report.amount(name, value), told, share])
+        most = report.upper(limit)
+        share = report.percent(value / most) if most else ""
+        rows.append([name, report.amount(name, value), "" if limit is None else report.limit(name, limit), share])
     return screen.table(["resource", "used", "budget", "share"], rows)
 
 

@@ -55,10 +55,12 @@ def run(options: argparse.Namespace) -> Answer:
         "seconds": solution.stats["seconds"],
     }
     written = tuple(filter(None, (options.out, options.plot)))
-    return Answer(content, lambda screen: _text(table, solution, screen), written)
+    return Answer(content, lambda screen: _text(table, solution, budget.limits(table), screen), written)
 
 
-def _text(table: mps.CostTable, solution: mps.Solution, screen: Screen) -> str:
+def _text(
+    table: mps.CostTable, solution: mps.Solution, limits: Mapping[str, tuple[float, float]], screen: Screen
+) -> str:
     assert solution.plan is not None
     proof = (
         "proven optimal"
@@ -70,17 +72,17 @@ def _text(table: mps.CostTable, solution: mps.Solution, screen: Screen) -> str:
             screen.title(f"predicted damage {report.damage(solution.sensitivity)} {table.unit}, {proof}"),
             usage_text(solution.plan, screen),
             plan_text(solution.plan, screen),
-            screen.prose(_uniform(table, solution.plan.budget)),
+            screen.prose(_uniform(table, limits)),
         ]
     )
 
 
-def _uniform(table: mps.CostTable, budget: Mapping[str, float | str]) -> str:
+def _uniform(table: mps.CostTable, limits: Mapping[str, tuple[float, float]]) -> str:
     """What the best uniform precision within the same budget would do, by the table."""
     fitting = [
         (totals["sensitivity"], name)
         for name, totals in uniform(table)
-        if all(totals[key] <= limit for key, limit in budget.items() if isinstance(limit, float))
+        if all(low <= totals[key] <= high for key, (low, high) in limits.items())
     ]
     if not fitting:
         return "no uniform precision fits"

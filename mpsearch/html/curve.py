@@ -94,8 +94,7 @@ def data(result: SearchResult, shown: Sequence[Point]) -> dict[str, Any]:
     over, layers = result.front.over, list(result.plan)
     used = {str(precision): precision for point in shown for precision in point.plan.values()}
     precisions = sorted(used, key=lambda name: (used[name].weight_bits, name))
-    limit, tolerance = result.plan.budget.get(over), result.settings.get("tolerance")
-    limit = limit if isinstance(limit, int | float) else None
+    limit, tolerance = report.upper(result.plan.budget.get(over)), result.settings.get("tolerance")
     use = [point.use for point in shown] + ([] if limit is None else [limit])
     damage = [point.damage for point in shown]
     log = min(damage) > 0

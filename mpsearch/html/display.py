@@ -235,10 +235,9 @@ def precision_counts(shown: "Plan") -> str:
 
 def _costs(shown: "Plan") -> str:
     """Use of every resource beside its limit."""
-    limits = {name: value for name, value in shown.budget.items() if isinstance(value, int | float)}
     return ", ".join(
         f"{report.label(name)} {report.amount(name, value)}"
-        + (f" of {report.amount(name, limits[name])}" if name in limits else "")
+        + (f" of {report.limit(name, shown.budget[name])}" if name in shown.budget else "")
         for name, value in shown.usage.items()
     )
 

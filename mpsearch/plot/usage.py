@@ -1,5 +1,7 @@
 """Picture of a budget: what a plan uses of it, where, and what is left."""
 
+import math
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,6 +13,7 @@ from mpsearch.errors import BudgetError, PlanError, nearest
 from mpsearch.plan import Plan
 from mpsearch.plot.depth import label_height, layer_axis, width
 from mpsearch.plot.figure import BLACK, GREY, Style, empty, kinds, legend, resource_axis, styles, tidy
+from mpsearch.quantity import DERIVED, quantity
 from mpsearch.table import Array, CostTable
 
 _FIXED, _LEFT = Style(GREY, "", ""), Style("none", "", "////")
@@ -31,17 +34,17 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
         BudgetError: for a resource that the table does not have as a sum.
         PlanError: for a plan over other layers or with options that are not the table's.
     """
-    sums = (*table.usage, "average_bits")
+    sums = (*table.usage, *DERIVED)
     if resource is None:
         resource = next((name for name in (*plan.budget, "memory_bytes") if name in sums), "average_bits")
     if resource not in sums:
         raise BudgetError(f"no resource {resource!r} that adds up over layers{nearest(resource, sums)}")
     names = [layer.name for layer in table.layers]
-    cells = (
-        table.bits / sum(layer.numel for layer in table.layers) if resource == "average_bits" else table.usage[resource]
+    amount = quantity(table, resource)
+    use = _used(table, plan, amount.cells[0] / amount.divisor)
+    budget = (
+        Budget(**{resource: plan.budget[resource]}).limits(table)[resource][1] if resource in plan.budget else math.inf
     )
-    use = _used(table, plan, cells)
-    budget = Budget(**{resource: plan.budget[resource]}).limits(table)[resource] if resource in plan.budget else None
     found = blocks(names)
     figure = empty(width(len(found)), 4.8 + label_height(found))
     whole, depth = figure.subplots(2, height_ratios=[1, 3.4])
@@ -58,7 +61,7 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
             places, part, width=widths, bottom=height, color=style.colour, hatch=style.hatch, edgecolor="white", linewidth=0.3
         )  # fmt: skip
         height += part
-    if budget is not None:
+    if math.isfinite(budget):
         _part(whole, start, budget - start, _LEFT, "left of the budget", resource)
         whole.axvline(budget, color=BLACK, linewidth=1.6, label=f"budget, {report.amount(resource, budget)}")
     whole.set_yticks([])

@@ -44,7 +44,7 @@ def every_plan(table, record):
         rows = np.arange(U)
         if np.isnan(table.sensitivity[rows, options]).any():
             continue
-        if all(table.usage[name][rows, options].sum() <= limit for name, limit in limits.items()):
+        if all(table.usage[name][rows, options].sum() <= limit for name, (_, limit) in limits.items()):
             yield options
 
 
