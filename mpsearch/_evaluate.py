@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from mpsearch.batches import given_of
 from mpsearch.errors import EstimatorError, PlanError, nearest
 from mpsearch.estimator import Loss
 from mpsearch.evaluation import Evaluation
@@ -50,7 +51,7 @@ def evaluate(
         PlanError: where the plan names a layer that the model does not have, or tied layers at two precisions.
         EstimatorError: for unusable data, or an output that is not finite.
     """
-    data = collect(batches)
+    data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
     with preserved(model), torch.no_grad():
@@ -59,7 +60,7 @@ def evaluate(
         ranges = {}
         names = [name for name, precision in plan.items() if precision.quantizes_activation]
         if names:
-            ranges = input_ranges(model, data if calibration is None else collect(calibration), names)
+            ranges = input_ranges(model, data if calibration is None else collect(calibration, model), names)
         values = quantized_weights(model, plan, quantize)
         functions = input_quantizers(model, plan, quantize, ranges)
         tallies = (Tally(metric, loss), Tally(metric, loss))
@@ -120,11 +121,13 @@ class Tally:
                 self._loss.add(cross_entropy(logits, labels), index, count)
         every = torch.arange(count)
         if self._loss_function is not None:
-            value = float(self._loss_function(model, batch))
+            value = float(self._loss_function(model, given_of(batch)))
             self._loss.add(torch.full((count,), value, dtype=torch.float64), torch.zeros_like(every), 1)
         if self._metric is not None:
             self._score.add(
-                torch.full((count,), float(self._metric(model, batch)), dtype=torch.float64), torch.zeros_like(every), 1
+                torch.full((count,), float(self._metric(model, given_of(batch))), dtype=torch.float64),
+                torch.zeros_like(every),
+                1,
             )
         self._samples += count
 

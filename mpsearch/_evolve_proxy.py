@@ -197,7 +197,7 @@ class _Collector:
 
 
 def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: int, progress: bool) -> _Problem:
-    data = collect(truth.batches)
+    data = collect(truth.batches, truth.model)
     sets = [truth.measured] if isinstance(truth.measured, MeasuredPlans) else list(truth.measured)
     for number, measured in enumerate(sets):
         if len(measured) < _LEAST_PLANS:

@@ -58,7 +58,7 @@ def measure_plans(
     >>> bool(measured.damage[0] > measured.damage[1] > measured.damage[2] == 0)
     True
     """
-    data = collect(batches)
+    data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)), unit="nats")
     before = state_fingerprint(model)
@@ -71,7 +71,9 @@ def measure_plans(
                 raise PlanError(f"plan {number}: {error}") from None
         tell_unnamed(model, named_weights(model, plans[0]), len(plans[0]))
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
-        ranges = input_ranges(model, data if calibration is None else collect(calibration), names) if names else {}
+        ranges = (
+            input_ranges(model, data if calibration is None else collect(calibration, model), names) if names else {}
+        )
         cells = _cells(model, plans, quantize)
         values = [_chosen(model, plan, cells) for plan in plans]
         functions = [input_quantizers(model, plan, quantize, ranges) for plan in plans]

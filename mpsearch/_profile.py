@@ -123,7 +123,7 @@ def profile(
         EstimatorError: for unusable data, a model whose output is random, or a score that is not finite.
         TableError: for a model without quantizable layers, or a layer or resource that does not exist.
     """
-    data = collect(batches)
+    data = collect(batches, model)
     several = isinstance(estimator, Sequence)
     estimators: Sequence[Estimator] = estimator if isinstance(estimator, Sequence) else [estimator]
     if not estimators:
@@ -258,7 +258,7 @@ def forecast(
     >>> forecast(model, [torch.ones(1, 1)], Fisher(draws=3), precisions("w2 w4"))
     Passes(forward=2, backward=3)
     """
-    data = collect(batches)
+    data = collect(batches, model)
     with preserved(model):
         decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
     cost = getattr(estimator, "cost", None)

@@ -25,6 +25,7 @@ from mpsearch._profile import (
     run_identity,
     units_of,
 )
+from mpsearch.batches import missing_labels
 from mpsearch.budget import Budget
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.data_split import check_sizes, few, split
@@ -146,8 +147,8 @@ def search(
     damage = Damage(_known_metric(metric), higher_is_better)
     _check_effort(effort, max_passes)
     sparing = effort == "fast" if max_passes is None else max_passes < FEW
-    given = {"batches": collect(batches)}
-    given |= {name: collect(part) for name, part in (("select", select), ("report", report)) if part is not None}
+    given = {"batches": collect(batches, model)}
+    given |= {name: collect(part, model) for name, part in (("select", select), ("report", report)) if part is not None}
     _check_labels(damage, given)
     parts = _parts(given, FEW_SHARES if sparing else SHARES, seed)
     _check_counted(parts)
@@ -278,8 +279,8 @@ def _check_labels(damage: Damage, given: Mapping[str, list[Batch]]) -> None:
         for number, batch in enumerate(part):
             if targets_of(batch) is None:
                 raise EstimatorError(
-                    f"the {damage.metric} needs labels, batch {number} of {name} has none; give batches (inputs, targets), "
-                    "or the metric 'kl'"
+                    f"the {damage.metric} needs labels, batch {number} of {name} has {missing_labels(batch)}; give "
+                    "(inputs, targets), or the metric 'kl'"
                 )
 
 

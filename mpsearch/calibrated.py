@@ -60,7 +60,7 @@ def input_statistics(
     Raises:
         EstimatorError: for unusable data, or an input that is not finite.
     """
-    data = collect(batches)
+    data = collect(batches, model)
     with preserved(model), torch.no_grad():
         modules = {name: module for name, module in model.named_modules() if kind_of(module) and holds_weight(module)}
         found = list(modules) if names is None else names

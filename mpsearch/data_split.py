@@ -1,14 +1,15 @@
 """Data in three parts: to score layers, to select among plans, and to report on."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.batches import Arranged, Batch, leaves, like, rebuilt, samples
 from mpsearch.errors import EstimatorError
-from mpsearch.model import Batch, samples
 
 #: Fewest samples of a part: with fewer a standard error means nothing.
 LEAST = 4
@@ -94,23 +95,16 @@ def few(batch: Batch, count: int) -> Batch:
 
 
 def _taken(value: Any, chosen: Tensor, count: int) -> Any:
+    if isinstance(value, Arranged):
+        return replace(value, given=_taken(value.given, chosen, count))
     if isinstance(value, Tensor):
         return value[chosen.to(value.device)] if value.ndim and len(value) == count else value
-    if isinstance(value, Mapping):
-        return {key: _taken(part, chosen, count) for key, part in value.items()}
     if isinstance(value, np.ndarray):
         return value[chosen.numpy()] if value.ndim and len(value) == count else value
-    if isinstance(value, tuple | list):
-        if len(value) == count and not any(map(_holds_tensor, value)):
-            return [value[i] for i in chosen.tolist()]  # labels that are plain numbers
-        parts = [_taken(part, chosen, count) for part in value]
-        return parts if isinstance(value, list) else tuple(parts)
-    return value
+    if isinstance(value, list | tuple) and len(value) == count and not any(map(_holds_tensor, value)):
+        return like(value, [value[i] for i in chosen.tolist()])  # labels that are plain numbers
+    return rebuilt(value, lambda part: _taken(part, chosen, count))
 
 
 def _holds_tensor(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if isinstance(value, tuple | list):
-        return any(map(_holds_tensor, value))
-    return isinstance(value, Tensor | np.ndarray)
+    return any(isinstance(leaf, Tensor | np.ndarray) for leaf in leaves(value))

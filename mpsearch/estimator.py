@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.batches import given_of, missing_labels
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint
 from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
@@ -160,7 +161,7 @@ class Setting:
             EstimatorError: where it is no finite scalar.
         """
         if callable(self.loss):
-            value = self.loss(self.model, batch)
+            value = self.loss(self.model, given_of(batch))
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
             value = value.reshape(())
@@ -171,7 +172,8 @@ class Setting:
             else:
                 if labels is None:
                     raise EstimatorError(
-                        "the cross-entropy needs labels; give batches (inputs, targets) or another loss"
+                        f"the cross-entropy needs labels, the batch has {missing_labels(batch)}; give (inputs, targets) or "
+                        "another loss"
                     )
                 value = torch.nn.functional.nll_loss(log_softmax(logits), labels)
         if not torch.isfinite(value.detach()):

@@ -78,7 +78,7 @@ def check_estimator(
     with preserved(nn.Identity()), warnings.catch_warnings():  # the random generators are the caller's
         warnings.filterwarnings("ignore", "the example never calls")
         if model is not None and batches is not None:
-            cases = [_Case("the given model", model, tuple(collect(batches)), tuple(precisions))]
+            cases = [_Case("the given model", model, tuple(collect(batches, model)), tuple(precisions))]
         else:
             cases = list(_cases(tuple(precisions)))
         answers: dict[str, _Witness] = {}

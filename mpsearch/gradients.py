@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.batches import mapped
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.measure import log_softmax, wide
@@ -119,15 +120,11 @@ def ones_like_sample(batch: Batch, dtype: torch.dtype | None = None) -> Batch:
     (tensor([[1., 1.]]), None)
     """
 
-    def one(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            first = value[:1]
-            return torch.ones_like(first, dtype=dtype) if value.is_floating_point() else first
-        if isinstance(value, Mapping):
-            return {key: one(part) for key, part in value.items()}
-        if isinstance(value, tuple | list):
-            return type(value)(one(part) for part in value)
-        return value
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        first = leaf[:1] if leaf.ndim else leaf
+        return torch.ones_like(first, dtype=dtype) if leaf.is_floating_point() else first
 
-    inputs = one(inputs_of(batch))
+    inputs = mapped(inputs_of(batch), one)
     return inputs if isinstance(inputs, Mapping) else (inputs, None)

@@ -1,98 +1,35 @@
-"""How a model is run: what a batch is, where the logits and labels are, and how the model is left as it was found."""
+"""How a model is run, where its logits and labels are, and how the model is left as it was found."""
 
 import contextlib
-import hashlib
 import itertools
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.batches import Batch as Batch
+from mpsearch.batches import arranged as arranged
+from mpsearch.batches import collect as collect
+from mpsearch.batches import data_fingerprint as data_fingerprint
+from mpsearch.batches import fingerprint as fingerprint
+from mpsearch.batches import first_tensor as first_tensor
+from mpsearch.batches import inputs_of as inputs_of
+from mpsearch.batches import moved as moved
+from mpsearch.batches import samples as samples
+from mpsearch.batches import targets_of as targets_of
 from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.unfused import unfused
-
-#: `(inputs, targets)`, a tensor, or a dict of keywords.
-Batch = Any
-
-
-def collect(batches: Iterable[Batch]) -> list[Batch]:
-    """The batches as a list, so that a loader that can be read only once is read once.
-
-    Raises:
-        EstimatorError: where there is none, or one has no samples.
-    """
-    if isinstance(batches, Tensor | Mapping):
-        raise EstimatorError(f"expected a sequence of batches, got one {type(batches).__name__}; write [batch]")
-    found = list(batches)
-    if not found:
-        raise EstimatorError("the data set is empty: no batches (an iterator that was already used up?)")
-    for number, batch in enumerate(found):
-        if samples(batch) == 0:
-            raise EstimatorError(f"batch {number} has no samples")
-    return found
-
-
-def inputs_of(batch: Batch) -> Any:
-    """What the model takes: the batch without its labels."""
-    if isinstance(batch, Mapping):
-        return {key: value for key, value in batch.items() if key != "labels"}
-    if isinstance(batch, tuple | list):
-        if len(batch) != 2:
-            raise EstimatorError(f"a batch of {len(batch)} parts, expected (inputs, targets), a tensor or a dict")
-        return batch[0]
-    return batch
-
-
-def targets_of(batch: Batch) -> Tensor | None:
-    """The labels of a batch, or None."""
-    if isinstance(batch, Mapping):
-        return batch.get("labels")
-    if isinstance(batch, tuple | list):
-        target = batch[1]
-        return target if target is None or isinstance(target, Tensor) else torch.as_tensor(target)
-    return None
-
-
-def samples(batch: Batch) -> int:
-    """Number of samples of a batch: the length of its first tensor."""
-    return len(first_tensor(inputs_of(batch)))
-
-
-def first_tensor(value: Any) -> Tensor:
-    """The first tensor of what a model takes.
-
-    Raises:
-        EstimatorError: where there is none.
-    """
-    if isinstance(value, Tensor):
-        return value
-    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    for part in parts:
-        if isinstance(part, Tensor):
-            return part
-    raise EstimatorError(f"a batch without a tensor: {type(value).__name__}")
 
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter; the CPU for a model without any."""
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
-
-
-def moved(value: Any, device: torch.device) -> Any:
-    """A batch, or a part of one, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(part, device) for key, part in value.items()}
-    if isinstance(value, tuple | list):
-        return type(value)(moved(part, device) for part in value)
-    return value
 
 
 def call(model: nn.Module, batch: Batch) -> Tensor:
@@ -106,10 +43,13 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         EstimatorError: where the model fails on the batch, or the output holds no tensor of floating-point numbers.
     """
+    batch = arranged(batch, model)
     inputs = moved(inputs_of(batch), device_of(model))
     shift = getattr(model, "prepare_decoder_input_ids_from_labels", None)
-    if shift and isinstance(inputs, dict) and "labels" in batch and "decoder_input_ids" not in inputs:
-        inputs["decoder_input_ids"] = shift(labels=moved(batch["labels"], device_of(model)))
+    if shift and isinstance(inputs, Mapping) and "decoder_input_ids" not in inputs:
+        labels = targets_of(batch)
+        if labels is not None:
+            inputs = {**inputs, "decoder_input_ids": shift(labels=moved(labels, device_of(model)))}
     try:
         if isinstance(inputs, Mapping):
             output = model(**inputs)
@@ -163,6 +103,7 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
     """
     if logits.ndim == 0:
         raise EstimatorError("the model returned a single number, expected an output for each sample: a loss?")
+    batch = arranged(batch, model)
     targets = targets_of(batch)
     labels = None
     if targets is not None and not targets.is_floating_point():
@@ -178,7 +119,8 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
         logits = logits[:, None]
     counts = torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
     side = "decoder_" if hasattr(model, "prepare_decoder_input_ids_from_labels") else ""
-    mask = batch.get(f"{side}attention_mask") if isinstance(batch, Mapping) else None
+    inputs = inputs_of(batch)
+    mask = inputs.get(f"{side}attention_mask") if isinstance(inputs, Mapping) else None
     if isinstance(mask, Tensor) and mask.shape == counts.shape:
         counts &= mask.to(counts.device).bool()
     if labels is not None and labels.shape == logits.shape[:-1]:
@@ -280,37 +222,7 @@ def check_values(model: nn.Module) -> None:
             raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first")
 
 
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """A short hash of the values of tensors, in order."""
-    digest = hashlib.blake2b(digest_size=16)
-    for tensor in tensors:
-        flat = tensor.detach().contiguous().cpu().reshape(-1)
-        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
-    return digest.hexdigest()
-
-
 def state_fingerprint(model: nn.Module) -> str:
     """A short hash of all parameters and buffers."""
     check_values(model)
     return fingerprint([*model.parameters(), *model.buffers()])
-
-
-def data_fingerprint(batches: Sequence[Batch]) -> str:
-    """A short hash of all batches."""
-
-    def tensors(value: Any) -> Iterator[Tensor]:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            for key in sorted(value):
-                yield from tensors(value[key])
-        elif isinstance(value, tuple | list):
-            for part in value:
-                yield from tensors(part)
-        elif isinstance(value, int | float):
-            yield torch.tensor(value)
-        elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in "biuf":
-            yield torch.as_tensor(value)
-
-    return fingerprint(tensor for batch in batches for tensor in tensors(batch))

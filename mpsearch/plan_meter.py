@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.batches import given_of, missing_labels
 from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.estimator import Setting
 from mpsearch.measure import cross_entropy, kl_divergence
@@ -82,7 +83,10 @@ class Damage:
         if self.metric == "kl":
             values = kl_divergence(logits if reference is None else reference[0], logits)
         elif labels is None:
-            raise EstimatorError(f"the {self.metric} needs labels; give batches (inputs, targets), or the metric 'kl'")
+            raise EstimatorError(
+                f"the {self.metric} needs labels, the batch has {missing_labels(batch)}; give (inputs, targets), or the "
+                "metric 'kl'"
+            )
         elif self.metric == "loss":
             values = cross_entropy(logits, labels)
         else:
@@ -94,7 +98,7 @@ class Damage:
     def _own(self, model: nn.Module, batch: Batch) -> float:
         assert callable(self.metric)
         try:
-            return float(self.metric(model, batch))
+            return float(self.metric(model, given_of(batch)))
         except MpsearchError:
             raise
         except Exception as error:

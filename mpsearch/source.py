@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mpsearch.batches import given_of
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.measure import log_softmax, wide
@@ -44,7 +45,7 @@ class Source:
         if self.token_weights is None:
             return None
         with torch.no_grad():
-            given = self.token_weights(model, batch)
+            given = self.token_weights(model, given_of(batch))
         return given.sqrt() if self.root else given
 
 

@@ -1,10 +1,13 @@
 """Importance of tokens, for estimators that weigh them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
+from mpsearch.batches import Batch, arranged, inputs_of, moved
 from mpsearch.errors import EstimatorError
-from mpsearch.model import Batch, device_of, inputs_of, moved
+from mpsearch.model import device_of
 
 
 def attention_received(model: nn.Module, batch: Batch, least: float = 0.005) -> Tensor:
@@ -32,15 +35,13 @@ def attention_received(model: nn.Module, batch: Batch, least: float = 0.005) -> 
     >>> attention_received(Model(), torch.zeros(1, 2), least=0.5)      # 1 and 1/2, of mean 3/4
     tensor([[1.3333, 0.6667]])
     """
-    inputs = moved(inputs_of(batch), device_of(model))
+    inputs = moved(inputs_of(arranged(batch, model)), device_of(model))
+    places = inputs if isinstance(inputs, tuple | list) else () if isinstance(inputs, Mapping) else (inputs,)
+    keywords = inputs if isinstance(inputs, Mapping) else {}
     try:
         with torch.no_grad():
-            output = (
-                model(**inputs, output_attentions=True)
-                if isinstance(inputs, dict)
-                else model(inputs, output_attentions=True)
-            )
-        maps = output["attentions"] if isinstance(output, dict) else output.attentions
+            output = model(*places, **keywords, output_attentions=True)
+        maps = output["attentions"] if isinstance(output, Mapping) else output.attentions
         received = torch.stack([attention.float().sum((1, 2)) for attention in maps]).sum(0)
     except (TypeError, AttributeError, KeyError) as error:
         raise EstimatorError(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.model import Batch, inputs_of, samples
+from mpsearch.batches import Batch, inputs_of, leaves, mapped, samples
 
 
 def mixed(batches: Sequence[Batch], seed: int, draws: int = 1) -> list[Batch]:
@@ -43,24 +43,24 @@ def mixed(batches: Sequence[Batch], seed: int, draws: int = 1) -> list[Batch]:
         partner = np.empty(count, np.int64)
         partner[order] = np.roll(order, 1)
         between = _between(inputs_of(batch), torch.from_numpy(partner), count)
-        found.append((between, None) if isinstance(batch, tuple | list) else between)
+        found.append(between if isinstance(batch, Mapping | Tensor) else (between, None))
     return found
 
 
-def _averages(value: Any, count: int) -> bool:
+def _averages(inputs: Any, count: int) -> bool:
     """True where everything that belongs to samples is floating point."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point() or not (value.ndim and len(value) == count)
-    if isinstance(value, Mapping):
-        return all(_averages(part, count) for part in value.values())
-    return isinstance(value, tuple | list) and all(_averages(part, count) for part in value)
+    return all(
+        isinstance(leaf, Tensor) and (leaf.is_floating_point() or not _of_samples(leaf, count))
+        for leaf in leaves(inputs)
+    )
 
 
-def _between(value: Any, partner: Tensor, count: int) -> Any:
-    if isinstance(value, Tensor):
-        if not (value.ndim and len(value) == count):
-            return value
-        return (value + value[partner.to(value.device)]) / 2
-    if isinstance(value, Mapping):
-        return {key: _between(part, partner, count) for key, part in value.items()}
-    return type(value)(_between(part, partner, count) for part in value)
+def _of_samples(value: Any, count: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == count
+
+
+def _between(inputs: Any, partner: Tensor, count: int) -> Any:
+    def mean(leaf: Any) -> Any:
+        return (leaf + leaf[partner.to(leaf.device)]) / 2 if _of_samples(leaf, count) else leaf
+
+    return mapped(inputs, mean)

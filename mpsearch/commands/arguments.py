@@ -156,7 +156,7 @@ def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) 
 
     return mps.layers(
         model,
-        collect(batches)[0],
+        collect(batches, model)[0],
         exclude=options.exclude,
         cut=options.cut,
         target=options.target,

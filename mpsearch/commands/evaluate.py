@@ -31,7 +31,7 @@ def run(options: argparse.Namespace) -> Answer:
         from mpsearch.model import collect
 
         measured = f"measured: KL {report.damage(found.kl, found.kl_se)} nats, {found.num_samples} samples"
-        plan.plot(options.plot, layers=mps.layers(model, collect(data)[0]), title=measured)
+        plan.plot(options.plot, layers=mps.layers(model, collect(data, model)[0]), title=measured)
     return Answer(
         dataclasses.asdict(found), lambda screen: _text(found, screen), (options.plot,) if options.plot else ()
     )

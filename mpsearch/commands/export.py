@@ -101,7 +101,7 @@ def write(
     if "example" in takes | reads:
         if batches is None:
             raise UsageError(f"{target} runs the model: it needs --data")
-        settings["example"] = collect(batches)[0]
+        settings["example"] = collect(batches, model)[0]
     content: dict[str, Any] = {"target": target, "file": out}
     lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
     if snap and target in export.TARGETS:

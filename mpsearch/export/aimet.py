@@ -77,7 +77,7 @@ def read_aimet(
     plan: Plan, model: nn.Module, *, example: Batch, quantizer: RoundToNearest = REFERENCE
 ) -> dict[str, Stored]:
     """Simulate the model, load the encodings, and let its quantizers round; every layer that has one for its weight."""
-    simulated = package("aimet_torch.quantsim", "aimet").QuantizationSimModel(model, arguments(example))
+    simulated = package("aimet_torch.quantsim", "aimet").QuantizationSimModel(model, arguments(example, model))
     encodings = aimet(plan, model, quantizer=quantizer)
     simulated.load_encodings(encodings, strict=True, partial=False)
     found = {}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpsearch.batches import arranged
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
@@ -76,7 +77,7 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str
         layer_config=auto_round(plan, model, vllm=False),
         iters=0,
         disable_opt_rtn=True,
-        dataset=[inputs_of(example)],
+        dataset=[inputs_of(arranged(example, model))],
         device_map="cpu",
     )
     quantized, _ = rounding.quantize()

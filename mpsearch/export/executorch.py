@@ -50,7 +50,7 @@ def executorch(
         raise ExportError("executorch needs the model: what it writes is the model itself")
     plan = fitted(plan, model, "executorch", snap=snap)
     graph, _ = converted(plan, copy.deepcopy(model), example, backend == "xnnpack")
-    program = _program(graph, example, backend)
+    program = _program(graph, arguments(example, model), backend)
     if path is not None:
         write_atomically(path, program)
     return program
@@ -66,11 +66,11 @@ def read_executorch(
     """
     graph, folded = converted(plan, model, example, backend == "xnnpack")
     runtime = package("executorch.runtime", _EXTRA).Runtime.get()
-    program = _program(graph, example, backend)  # the runtime reads it where it lies
+    program = _program(graph, arguments(example, model), backend)  # the runtime reads it where it lies
     loaded = runtime.load_program(program)
     with torch.no_grad():
-        expected = graph(*arguments(example))
-        real = loaded.load_method("forward").execute(list(arguments(example)))[0].clone()
+        expected = graph(*arguments(example, model))
+        real = loaded.load_method("forward").execute(list(arguments(example, model)))[0].clone()
     most = 1e-5 if backend == "portable" else 0.05  # codes on the edge fall to the other side, layer after layer
     off = float((real - expected).abs().max() / (expected.max() - expected.min()))
     if not off <= most:
@@ -80,7 +80,7 @@ def read_executorch(
     return stored(plan, graph, folded)
 
 
-def _program(graph: torch.fx.GraphModule, example: Batch, backend: Backend) -> bytes:
+def _program(graph: torch.fx.GraphModule, args: tuple[Any, ...], backend: Backend) -> bytes:
     package("executorch.kernels.quantized", _EXTRA)  # registers the operators of quantized graphs
     partitioners: list[Any] = []
     if backend == "xnnpack":
@@ -88,5 +88,5 @@ def _program(graph: torch.fx.GraphModule, example: Batch, backend: Backend) -> b
             package("executorch.backends.xnnpack.partition.xnnpack_partitioner", _EXTRA).XnnpackPartitioner()
         )
     lower = package("executorch.exir", _EXTRA).to_edge_transform_and_lower
-    exported = torch.export.export(graph, arguments(example))
+    exported = torch.export.export(graph, args)
     return bytes(lower(exported, partitioner=partitioners).to_executorch().buffer)

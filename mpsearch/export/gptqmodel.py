@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpsearch.batches import arranged
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
@@ -92,7 +93,10 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str,
         raise ExportError("gptqmodel is verified on a model of transformers, which it loads from a folder")
     whole: Any = model
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
-    samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in inputs_of(example)]
+    samples = [
+        {"input_ids": row[None], "attention_mask": torch.ones_like(row[None])}
+        for row in inputs_of(arranged(example, model))
+    ]
     with tempfile.TemporaryDirectory() as folder:
         whole.save_pretrained(folder)
         package("transformers", _EXTRA).PreTrainedTokenizerFast(tokenizer_object=words, pad_token="").save_pretrained(

@@ -76,7 +76,7 @@ def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stor
     """Convert the model to OpenVINO, run the passes, and let its kernels unpack every constant of few bits."""
     openvino, tool = package("openvino", _EXTRA), package("nncf", _EXTRA)
     with traced("nncf"):
-        graph = openvino.convert_model(model, example_input=arguments(example))
+        graph = openvino.convert_model(model, example_input=arguments(example, model))
     for step in nncf(plan, model):
         graph = _compressed(tool, graph, **step)
     constants = {op.get_friendly_name(): op for op in graph.get_ops() if op.get_type_name() == "Constant"}

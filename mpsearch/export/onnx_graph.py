@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.batches import arranged
 from mpsearch.errors import ExportError
 from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
@@ -41,7 +42,7 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
     for name, weight in weights.items():
         if weight.dtype != torch.float32:
             raise ExportError(f"onnxruntime takes float32 weights, {name!r} has {weight.dtype}; call model.float()")
-    inputs = inputs_of(example)
+    inputs = inputs_of(arranged(example, model))
     positional = tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
     call: dict[str, Any] = {"kwargs": inputs} if isinstance(inputs, dict) else {"args": positional}
     with traced("onnxruntime"):

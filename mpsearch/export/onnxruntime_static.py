@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.batches import arranged
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes, transposed
@@ -85,7 +86,7 @@ def onnxruntime_static(
             tools.quantize_static(
                 made,
                 out,
-                _reader(made, example),
+                _reader(made, inputs_of(arranged(example, model))),
                 nodes_to_quantize=[node.name for found in nodes.values() for node in found],
                 op_types_to_quantize=["MatMul", "Gemm", "Conv"],
                 per_channel=True,
@@ -136,9 +137,8 @@ def read_onnxruntime_static(
     return found
 
 
-def _reader(traced: Any, example: Batch) -> Any:
-    """The example as onnxruntime reads calibration data: once."""
-    inputs = inputs_of(example)
+def _reader(traced: Any, inputs: Any) -> Any:
+    """Inputs of the model as onnxruntime reads calibration data: once."""
     if isinstance(inputs, dict):
         feeds: dict[str, Any] = inputs
     else:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from mpsearch.batches import arranged
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
@@ -79,7 +80,7 @@ def pt2e(
 def _write(path: str | os.PathLike[str], plan: Plan, model: nn.Module, example: Batch, outputs: bool) -> None:
     graph, _ = converted(plan, copy.deepcopy(model), example, outputs)
     content = io.BytesIO()
-    torch.export.save(torch.export.export(graph, arguments(example)), content)
+    torch.export.save(torch.export.export(graph, arguments(example, model)), content)
     write_atomically(path, content.getvalue())
 
 
@@ -93,7 +94,7 @@ def converted(
 ) -> tuple[torch.fx.GraphModule, dict[str, torch.Tensor]]:
     """The quantized graph, and the weights with batch norms folded in, before they were rounded."""
     steps = package("torchao.quantization.pt2e.quantize_pt2e", _EXTRA)
-    args = arguments(example)
+    args = arguments(example, model)
     with traced("pt2e"):
         exported = torch.export.export(model.eval(), args).module()
     prepared = steps.prepare_pt2e(exported, pt2e(plan, model, outputs=outputs))
@@ -108,9 +109,9 @@ def converted(
     return cast(torch.fx.GraphModule, steps.convert_pt2e(prepared)), folded
 
 
-def arguments(example: Batch) -> tuple[Any, ...]:
+def arguments(example: Batch, model: nn.Module) -> tuple[Any, ...]:
     """Positional arguments of the model."""
-    inputs = inputs_of(example)
+    inputs = inputs_of(arranged(example, model))
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
