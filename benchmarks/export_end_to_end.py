@@ -159,7 +159,7 @@ def searched(
 ) -> mps.SearchResult:
     """The best plan that can be found with the rules of a target, within an average number of bits."""
     calibration = trained.pool.first(CALIBRATION).batches(32)
-    layers = mps.layers(model, calibration[0], exclude=["model.embed_tokens", "lm_head"], target=target)
+    layers = mps.layers(model, calibration[0], exclude=["model.embed_tokens", "lm_head"], target=target, groups="fused")
     return mps.search(
         model,
         calibration,

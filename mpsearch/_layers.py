@@ -24,7 +24,7 @@ def layers(
     example: Batch,
     *,
     exclude: Sequence[str] = (),
-    groups: Literal["auto", "none"] | Mapping[str, Sequence[str]] = "auto",
+    groups: Literal["auto", "fused", "none"] | Mapping[str, Sequence[str]] = "auto",
     cut: Sequence[str] = (),
     target: str | None = None,
     experts: Literal["each", "block"] = "each",
@@ -40,14 +40,15 @@ def layers(
     that is not called is reported in a warning and left out, but for experts, whose turn may come with other data. An embedding
     that does not return a row for each number of its first input alone (Whisper's positions) is left alone.
 
-    Layers share a precision, and the name of their group says why, where they share a weight, or are linear, read the same
-    tensor and meet in a product (q/k/v, gate/up): engines fuse those.
+    Layers share a precision, and the name of their group says why, where they share a weight, and under `target` where it needs that:
+    what each of these ties costs at a budget tells `mpsearch.tie_prices`, and the result of a search.
 
     Args:
         model: any module; it comes back as it was.
         example: one batch: `(inputs, targets)`, a tensor or a dict of keywords.
         exclude: names or patterns (`encoder.*`) of layers to leave alone.
-        groups: `auto`; `none` (refused where weights are shared); or name -> layers or patterns, added to `auto`.
+        groups: `auto`; `fused`, where linear layers that read the same tensor and meet in a product are tied too (q/k/v, gate/up: many
+            engines compute those as one matrix); `none` (refused where weights are shared); or name -> layers or patterns, added to `auto`.
         cut: names or patterns of layers to take out of the groups that are found; `["*"]` leaves only those that must be.
         target: a name in `mpsearch.export.TARGETS`: what it joins is grouped, what it cannot express is not allowed, and what lies
             inside a module that it sees as one (`nn.MultiheadAttention`, experts in one tensor) is left alone.
@@ -71,6 +72,8 @@ def layers(
     """
     if target is not None and target not in TARGETS:
         raise TableError(f"unknown target {target!r}{nearest(target, TARGETS)}")
+    if not isinstance(groups, Mapping) and groups not in ("auto", "fused", "none"):
+        raise TableError(f"groups={groups!r}, expected 'auto', 'fused', 'none' or name -> layers")
     if experts not in ("each", "block"):
         raise TableError(f"experts={experts!r}, expected 'each' or 'block'")
     # attention reads the weight of its out_proj itself: a module that takes its place is never called
@@ -116,7 +119,9 @@ def layers(
                     )
             joined: list[fusion.Group] = []
         else:
-            joined = tied + fusion.same_input(found, flow)
+            joined = list(tied)
+            if groups == "fused":
+                joined += fusion.same_input(found, flow)
             if target is not None:
                 joined += fusion.joined_by(target, TARGETS[target].fused, found)
             if tie_residuals:

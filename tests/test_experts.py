@@ -79,7 +79,7 @@ def test_activity_is_counted_in_macs():
 
 
 def test_an_expert_without_tokens_is_grouped_as_the_others():
-    found = {layer.name: layer.group for layer in mps.layers(Mixture(), tokens(0, 0, 1, 1))}
+    found = {layer.name: layer.group for layer in mps.layers(Mixture(), tokens(0, 0, 1, 1), groups="fused")}
     for number in range(4):
         assert found[f"experts.{number}.w1"] == found[f"experts.{number}.w3"] == f"experts.{number}.w1 (same input)"
         assert found[f"experts.{number}.w2"] == ""
@@ -87,7 +87,7 @@ def test_an_expert_without_tokens_is_grouped_as_the_others():
 
 def test_blocks_and_groups_of_experts():
     block = {layer.name: layer.group for layer in mps.layers(Mixture(), tokens(0, 1, 2, 3), experts="block")}
-    assert {block[name] for name in block if "experts" in name} == {"experts.0.w1 (same input, experts of one block)"}
+    assert {block[name] for name in block if "experts" in name} == {"experts.0.w1 (experts of one block)"}
     halves = {"low": ["experts.[01].*"], "high": ["experts.[23].*"]}
     own = {layer.name: layer.group for layer in mps.layers(Mixture(), tokens(0, 1, 2, 3), groups=halves)}
     assert own["experts.0.w2"] == own["experts.1.w1"] == "low"

@@ -43,12 +43,27 @@ class Block(nn.Module):
 X = torch.randn(2, 5, 4)
 
 
-def groups(model, **settings):
+def groups(model, groups="fused", **settings):
     found: dict[str, set[str]] = {}
-    for layer in mps.layers(model, X, **settings):
+    for layer in mps.layers(model, X, groups=groups, **settings):
         if layer.group:
             found.setdefault(layer.group, set()).add(layer.name)
     return found
+
+
+def test_without_a_target_only_what_shares_memory_shares_a_precision():
+    """Also where the names are those that engines join."""
+    model = Block(names=("q_proj", "k_proj", "v_proj", "o_proj"))
+    assert groups(model, "auto") == {}
+    model.mlp.up.weight = model.mlp.gate.weight
+    assert groups(model, "auto") == {"mlp.gate (shared weight)": {"mlp.gate", "mlp.up"}}
+    assert groups(model, "auto", target="torchao") == {"mlp.gate (shared weight)": {"mlp.gate", "mlp.up"}}
+    assert groups(model, "auto", target="vllm") == {
+        "attn.q_proj (one matrix in vllm)": {"attn.q_proj", "attn.k_proj", "attn.v_proj"},
+        "mlp.gate (shared weight)": {"mlp.gate", "mlp.up"},
+    }
+    with pytest.raises(mps.TableError, match="groups='all', expected 'auto', 'fused', 'none' or name -> layers"):
+        groups(model, "all")
 
 
 def test_found_by_the_flow_whatever_the_names():
@@ -112,15 +127,21 @@ def test_own_groups_take_patterns_and_whole_groups():
     found = groups(Block(), groups={"front": ["attn.*"], "back": ["mlp.down", "head"]})
     assert found["front"] == {"attn.q", "attn.k", "attn.v", "attn.o"}
     assert found["back"] == {"mlp.down", "head"}
-    assert set(found) == {"front", "back", "mlp.gate (same input)"}
+    assert set(found) == {"front", "back"}
 
 
 def test_a_partial_group_is_refused():
+    mine = {"mine": ["attn.o", "head"]}
     with pytest.raises(
-        mps.TableError, match=r"'mine' splits the layers attn.q, attn.k, attn.v \(same input\); cut=\['attn.q'\]"
+        mps.TableError, match=r"'mine' splits the layers attn.o, mlp.down \(outputs added\); cut=\['attn.o'\]"
     ):
-        groups(Block(), groups={"mine": ["attn.q", "head"]})
-    assert groups(Block(), groups={"mine": ["attn.q", "head"]}, cut=["attn.q"])["mine"] == {"attn.q", "head"}
+        groups(Block(), mine, tie_residuals=True)
+    assert groups(Block(), mine, tie_residuals=True, cut=["attn.o"]) == {"mine": {"attn.o", "head"}}
+    named = Block(names=("q_proj", "k_proj", "v_proj", "o_proj"))
+    with pytest.raises(
+        mps.TableError, match=r"'mine' splits the layers attn.q_proj, attn.k_proj, attn.v_proj \(one matrix in vllm\)$"
+    ):
+        groups(named, {"mine": ["attn.q_proj", "head"]}, target="vllm")
     with pytest.raises(mps.TableError, match="'head' is in two groups, 'a' and 'b'"):
         groups(Block(), groups={"a": ["head", "attn.o"], "b": ["head", "mlp.down"]})
     with pytest.raises(
@@ -138,7 +159,9 @@ def test_operands_of_residual_sums_are_an_option():
 
 def test_groups_reach_the_plan():
     model = Block()
-    table = mps.profile(model, [X], mps.sensitivity.KLDivergence(), mps.precisions("w2 w4 w8"), progress=False)
+    table = mps.profile(
+        model, [X], mps.sensitivity.KLDivergence(), mps.precisions("w2 w4 w8"), groups="fused", progress=False
+    )
     for bits in (3, 4, 5, 6):
         plan = mps.solve(table, mps.Budget(average_bits=bits)).plan
         assert plan["attn.q"] == plan["attn.k"] == plan["attn.v"]

@@ -151,7 +151,8 @@ def test_listed_profiled_solved_evaluated(name):
         expected = model(**batch).logits
         with unfused(model):
             torch.testing.assert_close(model(**batch).logits, expected)
-    layers = mps.layers(model, batch)
+    assert all("shared weight" in layer.group for layer in mps.layers(model, batch) if layer.group)
+    layers = mps.layers(model, batch, groups="fused")
     groups: dict[str, set[str]] = {}
     for layer in layers:
         if layer.group:

@@ -169,13 +169,15 @@ def test_an_embedding_of_limited_norm_is_not_written_into(bag):
 def test_attention_is_profiled_and_evaluated_as_four_linear_layers():
     """Quantizing the rows of the joined weight by hand gives the measured divergence."""
     model, x = encoder(), torch.randn(6, 5, 8)
-    found = mps.layers(model, x)
+    found = mps.layers(model, x, groups="fused")
     names = [layer.name for layer in found]
     assert names[:4] == [f"0.layers.0.self_attn.{part}_proj" for part in ("q", "k", "v", "out")]
     assert {layer.group for layer in found[:3]} == {"0.layers.0.self_attn.q_proj (same input)"}
     assert [layer.macs for layer in found[:4]] == [5 * 64] * 4
     precision = mps.precisions("w2 w16")
-    measured, gradient = mps.profile(model, [x], [KLDivergence(), FisherProjection()], precision, progress=False)
+    measured, gradient = mps.profile(
+        model, [x], [KLDivergence(), FisherProjection()], precision, layers=found, progress=False
+    )
     changed = copy.deepcopy(model)
     inner = changed[0].layers[0].self_attn
     with torch.no_grad():

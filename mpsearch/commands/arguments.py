@@ -56,6 +56,12 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="layers to take out of their groups; may be repeated",
     )
+    parser.add_argument(
+        "--groups",
+        default="auto",
+        choices=["auto", "fused"],
+        help="what shares a precision: shared weights and what --target needs (default), or what many engines compute as one matrix too",
+    )
     parser.add_argument("--target", help="tool that will carry the plan out: groups and options that it has")
     parser.add_argument(
         "--experts",
@@ -158,6 +164,7 @@ def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) 
         model,
         collect(batches, model)[0],
         exclude=options.exclude,
+        groups=options.groups,
         cut=options.cut,
         target=options.target,
         experts=options.experts,

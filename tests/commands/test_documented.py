@@ -122,7 +122,9 @@ def test_help_tells_every_command_and_its_example(capsys):
 RUNS = {
     "show: a plan": ["show plan.json"],
     "show: a table": ["show table.csv"],
-    "show: a model": ["show nets.py:gated --data nets.py:inputs --precisions 'w4g32 w16' --target onnxruntime"],
+    "show: a model": [
+        "show nets.py:gated --data nets.py:inputs --precisions 'w4g32 w16' --target onnxruntime --groups fused"
+    ],
     "search": [f"{EVERY['search'].example} --max-passes 20"],
     "report": ["report out/ -o report.html"],
     "profile": [EVERY["profile"].example],
@@ -132,8 +134,8 @@ RUNS = {
     "pareto": ["pareto table.csv"],
     "evaluate": [EVERY["evaluate"].example],
     "export": [
-        "export plan.json --to gptqmodel --model nets.py:net -o gptq.json",
-        "export odd.json --to gptqmodel --model nets.py:net --snap -o gptq.json",
+        "export plan.json --to llm-compressor --model nets.py:net -o recipe.yaml",
+        "export odd.json --to llm-compressor --model nets.py:net --snap -o recipe.yaml",
     ],
     "import: a plan": [EVERY["import"].example],
     "import: a table": ["import measurement.json --from exllamav2 --model nets.py:decoder -o theirs.csv"],

@@ -39,6 +39,9 @@ def nets(tmp_path):
 
 def test_a_model_is_shown_before_any_calibration(nets, capsys):
     assert main(["show", f"{nets}:net", "--data", f"{nets}:data", "--precisions", "w4 w16", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["groups"] == {}
+    fused = ["show", f"{nets}:net", "--data", f"{nets}:data", "--precisions", "w4 w16", "--groups", "fused", "--json"]
+    assert main(fused) == 0
     shown = json.loads(capsys.readouterr().out)
     assert [(x["name"], x["macs"]) for x in shown["layers"]] == [("gate", 256), ("up", 256), ("down", 24)]
     assert shown["groups"] == {"gate (same input)": ["gate", "up"]}
@@ -58,6 +61,8 @@ def test_what_a_target_refuses_is_shown(nets, capsys):
         "w4g32 w16",
         "--target",
         "onnxruntime",
+        "--groups",
+        "fused",
     ]
     assert main([*arguments, "--cut", "gate", "--json"]) == 0
     shown = json.loads(capsys.readouterr().out)
@@ -73,7 +78,7 @@ def test_what_a_target_refuses_is_shown(nets, capsys):
 def test_profile_takes_the_same_arguments(nets, tmp_path, capsys):
     out = tmp_path / "table.csv"
     arguments = ["profile", f"{nets}:net", "--data", f"{nets}:data", "--precisions", "w4g32 w16", "-o", str(out)]
-    assert main([*arguments, "--target", "onnxruntime", "--cut", "gate", "--quiet"]) == 0
+    assert main([*arguments, "--target", "onnxruntime", "--groups", "fused", "--cut", "gate", "--quiet"]) == 0
     table = CostTable.load(out)
     assert [layer.group for layer in table.layers] == ["", "", ""]
     assert table.allowed.tolist() == [[True, True], [True, True], [False, True]]
@@ -85,7 +90,7 @@ def test_profile_takes_the_same_arguments(nets, tmp_path, capsys):
         (["show", "{}:net"], "a model is shown by running it: give --data"),
         (["show", "{}:net", "--data", "{}:nothing"], "no batches"),
         (["show", "{}:net", "--data", "{}:data", "--target", "vlm"], "unknown target 'vlm'"),
-        (["show", "{}:net", "--data", "{}:data", "--exclude", "gate"], "in one group with 'up'"),
+        (["show", "{}:net", "--data", "{}:data", "--groups", "fused", "--exclude", "gate"], "in one group with 'up'"),
     ],
 )
 def test_mistakes_are_one_line(nets, capsys, arguments, message):
