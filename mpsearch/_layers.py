@@ -1,5 +1,6 @@
 """The door from a model to its decisions."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,10 @@ from mpsearch.errors import TableError, nearest
 from mpsearch.experts import place_of, routers
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
+from mpsearch.layer_options import Options, with_options
 from mpsearch.model import Batch, preserved, samples
 from mpsearch.modules import canonical, holds_weight, kind_of, weight_of
+from mpsearch.precision import Precision
 from mpsearch.undecided import WORTH_A_WORD, sentence, undecided
 
 
@@ -31,6 +34,8 @@ def layers(
     decide_routers: bool = False,
     tie_residuals: bool = False,
     kv_cache: bool = False,
+    allow: Mapping[str, Options] | None = None,
+    fixed: Mapping[str, str | Precision] | str | os.PathLike[str] | None = None,
 ) -> list[Layer]:
     """Find the quantizable layers of a model, in the order of `named_modules`.
 
@@ -58,13 +63,17 @@ def layers(
         kv_cache: keys and values of each attention layer are decisions too, of kind `kv_cache`: those that attention of transformers
             puts into its cache (`...self_attn.k_cache`, `...self_attn.v_cache`), and modules `mpsearch.KVCache` of the model's own. Their
             MACs are those of the products that read them.
+        allow: options of single layers, name or pattern -> precisions: `{"lm_head": "w8", "*.mlp.*": "w2 w3 w4"}`; of several that match a
+            layer the last one counts. All others may have what a run is given.
+        fixed: what is decided already, in the same way: a plan, the file of one, or name or pattern -> one precision; it counts
+            before `allow`.
 
     Returns:
         The decisions, with shapes, multiply-accumulates of one sample, and groups.
 
     Raises:
         TableError: for a model without quantizable layers, a name or pattern that matches nothing, half of a group
-            excluded, or `kv_cache` of a model that fills none.
+            excluded, `kv_cache` of a model that fills none, or a group without an option in common.
 
     >>> import torch
     >>> [(layer.name, layer.kind, layer.macs) for layer in layers(nn.Sequential(nn.Linear(3, 2)), torch.ones(5, 3))]
@@ -152,7 +161,7 @@ def layers(
             made.append(
                 Layer(name, kind, shape, macs[name], titles[name], str(dtype).removeprefix("torch."), target or "")
             )
-    return made
+    return with_options(made, allow, fixed)
 
 
 def _of(group: fusion.Group, called: Mapping[str, nn.Module]) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.experts import filled, report, without_tokens
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
+from mpsearch.layer_options import Options, columns, with_options
 from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
 from mpsearch.modules import weight_of
 from mpsearch.peak_memory import peak_memory
@@ -37,7 +38,7 @@ from mpsearch.resources.columns import (
     table_fields,
 )
 from mpsearch.table import CostTable, Interactions
-from mpsearch.target_mask import only_allowed, refused_by_target
+from mpsearch.target_mask import only_allowed, refused_options
 from mpsearch.undecided import undecided
 
 #: Samples that are run twice, to see whether the model is random.
@@ -55,6 +56,8 @@ def profile(
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
     groups: Any = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Any = None,
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -73,6 +76,8 @@ def profile(
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
     groups: Any = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Any = None,
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -90,6 +95,8 @@ def profile(
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
     groups: Any = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Any = None,
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -107,6 +114,9 @@ def profile(
         layers: the decisions; by default all that `mps.layers` finds.
         exclude: names or patterns of layers to leave alone, for the default `layers`.
         groups: as for `mps.layers`.
+        allow: options of single layers, `{"lm_head": "w8", "*.mlp.*": "w2 w3"}`, as for `mps.layers`; those that are not in
+            `precisions` are columns that other layers may not have.
+        fixed: what is decided already: a plan, its file, or name or pattern -> one precision.
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
@@ -128,15 +138,16 @@ def profile(
     estimators: Sequence[Estimator] = estimator if isinstance(estimator, Sequence) else [estimator]
     if not estimators:
         raise EstimatorError("no estimator given")
-    options = checked_precisions(precisions)
+    own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
     with preserved(model):
-        decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
+        found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
+        decisions, options = columns(with_options(found, allow, fixed), own)
         check_layers(model, decisions)
         check_caches(estimators, decisions)
         units = units_of(decisions)
-        refused = refused_by_target(decisions, options)
+        refused = refused_options(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
         usage = resource_columns(model, decisions, options, resources, quantize, data[0])
         _probe_determinism(model, few(data[0], PROBED))
@@ -207,13 +218,13 @@ def run_identity(
     loss: Any,
 ) -> dict[str, str]:
     """What a score depends on. The quantizer is known by its settings and by what it does to the smallest layer."""
-    quantizer = only_allowed(quantize, decisions, options, refused_by_target(decisions, options))
+    quantizer = only_allowed(quantize, decisions, options, refused_options(decisions, options))
     sizes = {layer.name: layer.numel for layer in decisions if not layer.is_cache}
     smallest = [(model.get_submodule(name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
         "weights": weights,
         "data": data,
-        "layers": digest(*(f"{layer.name} {layer.group}" for layer in decisions)),
+        "layers": digest(*(_told_apart(layer) for layer in decisions)),
         "precisions": " ".join(map(str, options)),
         "quantizer": digest(
             described(quantize),
@@ -221,6 +232,11 @@ def run_identity(
         ),
         "loss": loss if isinstance(loss, str) else f"{_name(loss)} {digest(described(loss))}",
     }
+
+
+def _told_apart(layer: Layer) -> str:
+    """What of a layer a score depends on, besides its weight: what it may not have is never run."""
+    return f"{layer.name} {layer.group}" + (f" {' '.join(map(str, layer.allowed))}" if layer.allowed else "")
 
 
 def _name(function: Any) -> str:
@@ -237,6 +253,8 @@ def forecast(
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
     groups: Any = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Any = None,
 ) -> Passes | None:
     """The passes over the data that `profile` will take with an estimator, at most; no more than one is run to tell.
 
@@ -248,6 +266,8 @@ def forecast(
         layers: as for `profile`.
         exclude: as for `profile`.
         groups: as for `profile`.
+        allow: as for `profile`.
+        fixed: as for `profile`.
 
     Returns:
         forward and backward passes, each over all batches; None for an estimator that does not tell (no method `cost`).
@@ -260,9 +280,10 @@ def forecast(
     """
     data = collect(batches, model)
     with preserved(model):
-        decisions = list(find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers)
+        found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
+    decisions, options = columns(with_options(found, allow, fixed), checked_precisions(precisions))
     cost = getattr(estimator, "cost", None)
-    return None if cost is None else cost(len(data), len(units_of(decisions)), len(checked_precisions(precisions)))
+    return None if cost is None else cost(len(data), len(units_of(decisions)), len(options))
 
 
 class _Progress:
@@ -341,12 +362,12 @@ def unscored(
     exclude: Sequence[str] = (),
 ) -> CostTable:
     """What every option costs, before any calibration: a table whose sensitivity is 0 where an option is allowed."""
-    options = checked_precisions(precisions)
+    decisions, options = columns(decisions, checked_precisions(precisions))
     with preserved(model):
         check_layers(model, decisions)
         usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
         origin = {"undecided": left_undecided(model, decisions, exclude)}
-    refused = refused_cells(usage) | refused_by_target(decisions, options)
+    refused = refused_cells(usage) | refused_options(decisions, options)
     sensitivity = np.where(refused, np.nan, 0.0)
     return CostTable(tuple(decisions), options, sensitivity, unit="nats", origin=origin, **table_fields(usage))
 

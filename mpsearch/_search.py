@@ -35,6 +35,8 @@ from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
 from mpsearch.identity import described, digest
 from mpsearch.layer import Layer
+from mpsearch.layer_options import Options as LayerOptions
+from mpsearch.layer_options import columns, with_options
 from mpsearch.model import (
     Batch,
     call,
@@ -55,7 +57,7 @@ from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
 from mpsearch.stages import Stages, size
 from mpsearch.table import CostTable
-from mpsearch.target_mask import refused_by_target
+from mpsearch.target_mask import refused_options
 
 Options = NDArray[np.int64]
 Effort = Literal["fast", "default", "thorough"]
@@ -85,6 +87,8 @@ def search(
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
     groups: Any = "auto",
+    allow: Mapping[str, LayerOptions] | None = None,
+    fixed: Any = None,
     quantizer: Quantizer | None = None,
     resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
     checkpoint: str | Path | None = None,
@@ -123,6 +127,10 @@ def search(
         layers: the decisions; by default all that `mps.layers` finds.
         exclude: names or patterns of layers to leave alone, for the default `layers`.
         groups: as for `mps.layers`.
+        allow: options of single layers, `{"lm_head": "w8", "*.mlp.*": "w2 w3"}`, as for `mps.layers`; those that are not in
+            `precisions` are columns that other layers may not have. Uniform precision, which the plan is compared with, is then uniform
+            where that is allowed.
+        fixed: what is decided already: a plan, its file, or name or pattern -> one precision.
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to; a run that finds it there goes on, and ends with the same result.
@@ -142,7 +150,7 @@ def search(
     """
     seed = int(seed)  # numpy's whole numbers are none of JSON
     goal = Goal(budget, None if tolerance is None else float(tolerance), minimize, front)
-    options = checked_precisions(precisions)
+    own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     damage = Damage(_known_metric(metric), higher_is_better)
     _check_effort(effort, max_passes)
@@ -158,7 +166,7 @@ def search(
         example = few(parts["score"][0], PROBED)
         with _shapes(model) as shapes:
             found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
-            decisions = list(found)
+            decisions, options = columns(with_options(found, allow, fixed), own)
             check_layers(model, decisions)
             check_caches(estimators or (), decisions)
             usage = resource_columns(model, decisions, options, resources, quantize, example)
@@ -173,7 +181,7 @@ def search(
         base = CostTable(
             tuple(decisions),
             options,
-            np.where(refused_cells(usage) | refused_by_target(decisions, options), np.nan, 0.0),
+            np.where(refused_cells(usage) | refused_options(decisions, options), np.nan, 0.0),
             unit="nats",
             origin={"undecided": left_undecided(model, decisions, exclude)},
             **table_fields(usage),

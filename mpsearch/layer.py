@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from mpsearch.errors import TableError
+from mpsearch.precision import Precision
 
 #: Bytes of one element of the types in which weights are stored.
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -21,6 +22,7 @@ class Layer:
         group: layers with the same non-empty group share one precision.
         dtype: type in which the unquantized weight is stored.
         target: name of the tool that will carry the plan out; what it cannot express is not allowed. Empty: any.
+        allowed: the options of this layer alone; empty: all that a run is given.
 
     >>> Layer("conv1", "conv2d", (16, 3, 3, 3), macs=442368).numel
     432
@@ -33,6 +35,7 @@ class Layer:
     group: str = ""
     dtype: str = "float32"
     target: str = ""
+    allowed: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.name:

@@ -1,7 +1,7 @@
 """From a table and a budget to the arrays that a solver takes, and back to names."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -262,11 +262,41 @@ def usage_of(table: CostTable, options: NDArray[np.int64]) -> dict[str, float]:
 
 
 def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
-    """The plans that give every layer the same precision, where that is allowed: name and totals as in `usage_of`."""
-    found = []
-    for column, precision in enumerate(table.precisions):
-        if table.allowed[:, column].all():
-            found.append((str(precision), usage_of(table, np.full(len(table.layers), column))))
+    """The plans of `uniform_options`: name and totals as in `usage_of`."""
+    rows = _rows(table.layers)
+    allowed = ~np.isnan(merged(table.sensitivity, rows)[0])
+    if not allowed.any(axis=1).all():
+        return []
+    every = uniform_options(allowed, table.precisions)
+    return [(name, usage_of(table, options[rows])) for name, options in every.items()]
+
+
+def uniform_options(allowed: NDArray[np.bool_], precisions: Sequence[Precision]) -> dict[str, NDArray[np.int64]]:
+    """Name -> the plan (G,) that gives every row the same precision.
+
+    A row that may not have it, pinned by the user or refused by a target, takes the next wider option that it has, else its widest, and the
+    name says `where allowed`. Precisions that less than half of the rows may have are left out.
+
+    >>> from mpsearch import precisions
+    >>> for name, options in uniform_options(np.array([[True, True, False]] * 2 + [[False, False, True]]), precisions("w2 w4 w8")).items():
+    ...     print(name, options)
+    w2 where allowed [0 0 2]
+    w4 where allowed [1 1 2]
+    """
+    bits = np.array([[p.weight_bits, p.activation_bits] for p in precisions])
+    found: dict[str, NDArray[np.int64]] = {}
+    for column, precision in enumerate(precisions):
+        can = allowed[:, column]
+        if 2 * can.sum() < len(can):
+            continue
+        wider = (bits >= bits[column]).all(axis=1)
+        order = np.lexsort((np.arange(len(bits)), bits[:, 1], bits[:, 0]))  # the narrowest first
+        options = np.full(len(can), column)
+        for row in np.flatnonzero(~can):
+            having = [int(p) for p in order if allowed[row, p]]
+            options[row] = next((p for p in having if wider[p]), having[-1])
+        if not any(np.array_equal(options, other) for other in found.values()):
+            found[str(precision) if can.all() else f"{precision} where allowed"] = options
     return found
 
 

@@ -19,7 +19,7 @@ from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.model import Batch, samples
 from mpsearch.plan import Plan
 from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
-from mpsearch.problem import Problem, named
+from mpsearch.problem import Problem, named, uniform_options
 from mpsearch.proposers import AdditiveOutput, Crossing, Moves, Record, Thompson
 from mpsearch.report_part import Reported, report_on
 from mpsearch.scoring import FEW, forecast, scores, starting
@@ -104,6 +104,7 @@ class Stages:
             if self.finalists < 2:
                 self.between = None
         self.rows = _unit_of_layers(self.base, self.setting)
+        self.uniforms = uniform_options(~np.isnan(Problem.of(self.base, Budget()).objective), self.setting.precisions)
 
     @property
     def reserve(self) -> float:
@@ -189,12 +190,12 @@ class Stages:
         return hunt
 
     def _uniform(self) -> list[Options]:
-        """Uniform plans that are allowed, the least damaging last by what is expected."""
-        allowed = ~np.isnan(Problem.of(self.base, Budget()).objective)
-        units = len(self.setting.units)
-        plans = [np.full(units, p) for p in np.flatnonzero(allowed.all(0))]
-        rows = np.arange(units)
-        return sorted(plans, key=lambda options: -float(self.scores.prior[rows, options].sum()))
+        """Uniform plans, the least damaging last by what is expected."""
+        rows = np.arange(len(self.setting.units))
+        return sorted(self.uniforms.values(), key=lambda options: -float(self.scores.prior[rows, options].sum()))
+
+    def _uniform_name(self, options: Options) -> str:
+        return next(name for name, plan in self.uniforms.items() if np.array_equal(plan, options))
 
     def _measure_uniform(self) -> None:
         """All of them, those that are expected to be best first, as far as the passes go."""
@@ -350,14 +351,13 @@ class Stages:
 
     def _report(self, hunt: Hunt, chosen: Options) -> SearchResult:
         """Measure the plan, uniform precisions and the best plan of one table on the report part."""
-        names = [str(option) for option in self.setting.precisions]
         uniform = self._best_uniform(hunt.record)
         plans: dict[str, tuple[str, Options]] = {"plan": ("plan", chosen)}
         if uniform is not None:
-            plans["uniform"] = (names[int(uniform[0])], uniform)
+            plans["uniform"] = (self._uniform_name(uniform), uniform)
         above = self._next_uniform(hunt.record)
         if above is not None and self.goal.tolerance is None:
-            plans["uniform above"] = (names[int(above[0])], above)
+            plans["uniform above"] = (self._uniform_name(above), above)
         single = self._best_of_tables(hunt.record)
         if single is not None:
             plans["table"] = single

@@ -1,4 +1,4 @@
-"""Options that a target cannot carry out: not allowed in the table, left as they are in the model."""
+"""Options that a layer may not have, or that its target cannot carry out: not allowed in the table, left as they are in the model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,20 +15,17 @@ from mpsearch.precision import Precision
 from mpsearch.quantize import stored_bytes
 
 
-def refused_by_target(layers: Sequence[Layer], options: Sequence[Precision]) -> NDArray[np.bool_]:
-    """(L, P) True where `Layer.target` cannot give a layer, or one of its group, a precision.
+def refused_options(layers: Sequence[Layer], options: Sequence[Precision]) -> NDArray[np.bool_]:
+    """(L, P) True where a precision is none of `Layer.allowed`, or `Layer.target` cannot give it, of a layer or one of its group.
 
     Raises:
-        TableError: where a decision has no option left, with the target's reason.
+        TableError: where a decision has no option left, with the reasons.
 
     >>> from mpsearch import precisions
-    >>> refused_by_target([Layer("fc", "linear", (8, 64), target="onnxruntime")], precisions("w3g32 w4g32 w16"))
+    >>> refused_options([Layer("fc", "linear", (8, 64), target="onnxruntime")], precisions("w3g32 w4g32 w16"))
     array([[ True, False, False]])
     """
-    reasons = [
-        [TARGETS[layer.target].refusal(layer, option) if layer.target else None for option in options]
-        for layer in layers
-    ]
+    reasons = [[_reason(layer, option) for option in options] for layer in layers]
     refused = np.array([[reason is not None for reason in row] for row in reasons], bool)
     rows: dict[str, list[int]] = {}
     for row, layer in enumerate(layers):
@@ -36,13 +33,21 @@ def refused_by_target(layers: Sequence[Layer], options: Sequence[Precision]) -> 
     for members in rows.values():
         refused[members] = refused[members].any(axis=0)
         if refused[members[0]].all():
-            reason = next(reason for row in members for reason in reasons[row] if reason)
+            why = list(dict.fromkeys(reason for row in members for reason in reasons[row] if reason))
+            reason = "; ".join(why[:3])
             raise TableError(
                 f"{reason}; of {', '.join(map(str, options))} nothing is left for {layers[members[0]].name!r}"
                 + (f" and its group {layers[members[0]].group!r}" if len(members) > 1 else "")
-                + ": add an option that the target has, such as w16, or exclude the layer"
+                + ": add an option that all of them can have, such as w16, or exclude the layer"
             )
     return refused
+
+
+def _reason(layer: Layer, option: Precision) -> str | None:
+    """Why a layer cannot have an option; None where it can."""
+    if layer.allowed and option not in layer.allowed:
+        return f"{layer.name!r} may be {' or '.join(map(str, layer.allowed))} alone"
+    return TARGETS[layer.target].refusal(layer, option) if layer.target else None
 
 
 @dataclass(frozen=True)

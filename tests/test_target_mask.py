@@ -9,7 +9,7 @@ import mpsearch as mps
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.sensitivity import FisherProjection, KLDivergence
-from mpsearch.target_mask import refused_by_target
+from mpsearch.target_mask import refused_options
 
 
 def model():
@@ -32,7 +32,7 @@ def test_the_table_holds_what_the_rules_allow(target):
 
 
 def test_without_a_target_nothing_is_refused():
-    assert not refused_by_target(mps.layers(model(), X), mps.precisions("w2 w4g7")).any()
+    assert not refused_options(mps.layers(model(), X), mps.precisions("w2 w4g7")).any()
 
 
 def test_a_group_is_refused_together():
@@ -41,7 +41,7 @@ def test_a_group_is_refused_together():
         Layer("b", "linear", (8, 48), group="g", target="onnxruntime"),
         Layer("c", "linear", (8, 64), target="onnxruntime"),
     ]
-    found = refused_by_target(layers, mps.precisions("w4g32 w4g16 w16"))
+    found = refused_options(layers, mps.precisions("w4g32 w4g16 w16"))
     assert found.tolist() == [[True, False, False], [True, False, False], [False, False, False]]
 
 
@@ -107,7 +107,7 @@ class Gates(nn.Module):
 )
 def test_rows_are_taken_as_each_tool_takes_them(target, taken):
     options = mps.precisions("w4g32 w16")
-    refused = refused_by_target(mps.layers(Gates(), torch.randn(2, 64), target=target), options)
+    refused = refused_options(mps.layers(Gates(), torch.randn(2, 64), target=target), options)
     assert refused.tolist() == [[False, False], [not taken, False]]
 
 

@@ -62,6 +62,14 @@ def add_layers(parser: argparse.ArgumentParser) -> None:
         choices=["auto", "fused"],
         help="what shares a precision: shared weights and what --target needs (default), or what many engines compute as one matrix too",
     )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISIONS",
+        help="options of single layers, such as 'lm_head=w8' or '*.mlp.*=w2 w3'; may be repeated, the last one that matches counts",
+    )
+    parser.add_argument("--fixed", metavar="FILE", help="plan of layers that are decided already")
     parser.add_argument("--target", help="tool that will carry the plan out: groups and options that it has")
     parser.add_argument(
         "--experts",
@@ -169,7 +177,20 @@ def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) 
         target=options.target,
         experts=options.experts,
         kv_cache=options.kv_cache,
+        allow=_allowed(options.allow),
+        fixed=options.fixed,
     )
+
+
+def _allowed(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, equals, options = text.rpartition("=")
+        if not equals or not pattern.strip() or not options.strip():
+            raise UsageError(f"--allow {text!r}: expected PATTERN=PRECISIONS, such as 'lm_head=w8'")
+        found.pop(pattern.strip(), None)  # the last one counts
+        found[pattern.strip()] = options
+    return found
 
 
 def resources(options: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
-    arguments.add_budget(parser, required=False, about="upper limit; may be repeated")
+    arguments.add_budget(parser, required=False, about="upper limit, or lower..upper; may be repeated")
     parser.add_argument(
         "--effort",
         default="default",

@@ -17,7 +17,7 @@ from mpsearch.problem import uniform
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("table", help="cost table, .csv or .npz")
-    arguments.add_budget(parser, required=True, about="upper limit; may be repeated")
+    arguments.add_budget(parser, required=True, about="upper limit, or lower..upper; may be repeated")
     parser.add_argument(
         "--minimize", default="sensitivity", help="a resource instead of the damage, within --budget sensitivity=DAMAGE"
     )

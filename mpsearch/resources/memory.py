@@ -83,7 +83,7 @@ class MemoryBytes:
                 return TARGETS[layer.target].stored_bytes(layer, precision, symmetric=is_symmetric(self.quantizer))
             return stored_bytes(self.quantizer, layer, precision)
         except EstimatorError as error:
-            if layer.target:  # whose rules say so
+            if layer.target or precision not in (layer.allowed or (precision,)):  # it may not have it anyway
                 return np.nan
             raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
 
