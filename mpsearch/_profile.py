@@ -1,6 +1,8 @@
 """The door from a model and data to a cost table."""
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import time
 import warnings
@@ -9,21 +11,20 @@ from pathlib import Path
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
-from mpsearch.checkpoint import Checkpoint, NoCheckpoint
-from mpsearch.data_split import few
+from mpsearch.checkpoint import Checkpoint, Counted, NoCheckpoint
+from mpsearch.determinism import probed_output
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.experts import filled, report, without_tokens
-from mpsearch.identity import described, digest
+from mpsearch.identity import described, digest, output_identity
 from mpsearch.layer import Layer
 from mpsearch.layer_options import Options, columns, with_options
-from mpsearch.model import Batch, call, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
+from mpsearch.model import Batch, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
 from mpsearch.modules import weight_of
 from mpsearch.peak_memory import peak_memory
 from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
@@ -40,9 +41,6 @@ from mpsearch.resources.columns import (
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import only_allowed, refused_options
 from mpsearch.undecided import undecided
-
-#: Samples that are run twice, to see whether the model is random.
-PROBED = 8
 
 
 @overload
@@ -120,12 +118,14 @@ def profile(
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
-            weights, data, quantizer, layers, precisions or loss are not those that it was written for. An open
-            `Checkpoint` is written to as it is, and stays open.
+            weights, output, data, quantizer, layers, precisions or loss are not those that it was written for; an output that differs
+            by no more than rounding (another machine, another number of threads) is warned of. An open `Checkpoint` is
+            written to as it is, and stays open.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
-        One table an estimator, with `origin` telling estimator, settings, passes, seconds, peak memory and fingerprints.
+        One table an estimator, with `origin` telling estimator, settings, passes, seconds, peak memory and fingerprints. `passes` are
+        those of all runs that the table took; `passes_in_this_run` are fewer where a checkpoint had finished work.
         Estimators of one family (gradients; one unit at a time) run together and share passes: each of their tables
         tells the passes of them all, and under `shared_with` how many others they served.
 
@@ -150,7 +150,7 @@ def profile(
         refused = refused_options(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
         usage = resource_columns(model, decisions, options, resources, quantize, data[0])
-        _probe_determinism(model, few(data[0], PROBED))
+        output = None if isinstance(checkpoint, Checkpoint) else probed_output(model, data[0])
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])
@@ -161,13 +161,25 @@ def profile(
         keep: contextlib.AbstractContextManager[Checkpoint | NoCheckpoint] = NoCheckpoint()
         if isinstance(checkpoint, Checkpoint):
             keep = contextlib.nullcontext(checkpoint)
-        elif checkpoint is not None:
-            keep = Checkpoint(checkpoint, run_identity(model, before, seen, decisions, options, quantize, chosen))
+        elif checkpoint is not None and output is not None:
+            identity = run_identity(model, output, before, seen, decisions, options, quantize, chosen)
+            keep = Checkpoint(checkpoint, identity)
         with keep as kept:
             tables: dict[int, CostTable] = {}
             for members in families(estimators):
+                passes = Passes()
+                results = Counted(kept, functools.partial(dataclasses.astuple, passes))
                 setting = Setting(
-                    model, data, units, options, allowed, ranges, chosen, _Progress(progress), checkpoint=kept
+                    model,
+                    data,
+                    units,
+                    options,
+                    allowed,
+                    ranges,
+                    chosen,
+                    _Progress(progress),
+                    passes,
+                    checkpoint=results,
                 )
                 family = [estimators[place] for place in members]
                 start = time.perf_counter()
@@ -181,7 +193,8 @@ def profile(
                         "quantizer": repr(quantize),
                         "loss": chosen if isinstance(chosen, str) else _name(chosen),
                         "batches": len(data),
-                        "passes": {"forward": setting.passes.forward, "backward": setting.passes.backward},
+                        "passes": dataclasses.asdict(passes + Passes(*results.earlier)),
+                        "passes_in_this_run": dataclasses.asdict(passes),
                         "shared_with": len(members) - 1,
                         "seconds": round(seconds, 3),
                         "peak_memory_bytes": peak.bytes,
@@ -210,6 +223,7 @@ def families(estimators: Sequence[Estimator]) -> list[list[int]]:
 
 def run_identity(
     model: nn.Module,
+    output: Tensor,
     weights: str,
     data: str,
     decisions: Sequence[Layer],
@@ -217,12 +231,16 @@ def run_identity(
     quantize: Quantizer,
     loss: Any,
 ) -> dict[str, str]:
-    """What a score depends on. The quantizer is known by its settings and by what it does to the smallest layer."""
+    """What a score depends on: the model by its weights and by its output on a few samples.
+
+    The quantizer is known by its settings and by what it does to the smallest layer.
+    """
     quantizer = only_allowed(quantize, decisions, options, refused_options(decisions, options))
     sizes = {layer.name: layer.numel for layer in decisions if not layer.is_cache}
     smallest = [(model.get_submodule(name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
         "weights": weights,
+        "output": output_identity(model, output),
         "data": data,
         "layers": digest(*(_told_apart(layer) for layer in decisions)),
         "precisions": " ".join(map(str, options)),
@@ -376,24 +394,6 @@ def left_undecided(model: nn.Module, decisions: Sequence[Layer], exclude: Sequen
     """What no decision touches, for the origin of a table."""
     weights = [weight_of(model.get_submodule(layer.name)) for layer in decisions if not layer.is_cache]
     return undecided(model, weights, exclude)
-
-
-def _probe_determinism(model: nn.Module, batch: Batch) -> None:
-    """Two passes must agree: catches dropout that evaluation mode does not turn off, and other randomness."""
-    with torch.no_grad():
-        first, second = call(model, batch), call(model, batch)
-    if not torch.isfinite(first).all():
-        raise EstimatorError("the output of the unquantized model on the first batch is not finite")
-    if first.shape != second.shape:
-        raise EstimatorError(
-            f"two passes over the same batch return {tuple(first.shape)} and {tuple(second.shape)}: the model is random in evaluation mode"
-        )
-    if not torch.allclose(first, second, rtol=1e-4, atol=1e-5):
-        change = float((first - second).abs().max())
-        raise EstimatorError(
-            f"two passes over the same batch differ by up to {change:.3g}: the model is random in evaluation mode "
-            "(functional dropout without training=self.training?)"
-        )
 
 
 def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -> None:

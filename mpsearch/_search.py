@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
 from mpsearch._profile import (
-    PROBED,
     check_caches,
     check_layers,
     checked_precisions,
@@ -29,11 +28,12 @@ from mpsearch.batches import missing_labels
 from mpsearch.budget import Budget
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.data_split import check_sizes, few, split
+from mpsearch.determinism import PROBED, probed_output
 from mpsearch.environment import environment
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
-from mpsearch.identity import described, digest
+from mpsearch.identity import described, difference, digest
 from mpsearch.layer import Layer
 from mpsearch.layer_options import Options as LayerOptions
 from mpsearch.layer_options import columns, with_options
@@ -187,15 +187,18 @@ def search(
             **table_fields(usage),
         )
         goal.check(base)
+        output = probed_output(model, example)
         everything = [batch for part in given.values() for batch in part]
         identity = {
-            **run_identity(model, before, data_fingerprint(everything), decisions, options, quantize, "kl"),
+            **run_identity(model, output, before, data_fingerprint(everything), decisions, options, quantize, "kl"),
             "parts": " ".join(f"{name}: {sum(map(samples, part))}" for name, part in parts.items()) + f", seed {seed}",
             "metric": metric if isinstance(metric, str) else f"{digest(described(metric))} {higher_is_better}",
         }
         earlier = SearchResult.load(previous) if isinstance(previous, str | Path) else previous
         if earlier is not None:
-            _check_identity(earlier.identity, identity)
+            reason = difference(earlier.identity, {**earlier.identity, **identity})
+            if reason is not None:
+                raise EstimatorError(f"the previous search was for {reason}")
         units = units_of(decisions)
         limit = _limit(effort, max_passes, len(units) * len(options))
         with Checkpoint(":memory:" if checkpoint is None else checkpoint, identity) as kept:
@@ -311,11 +314,3 @@ def _limit(effort: Effort, max_passes: float | None, cells: int) -> float:
     if max_passes is not None:
         return float(max_passes)
     return {"fast": 8.0, "default": 40.0 + cells, "thorough": 4 * (40.0 + cells)}[effort]
-
-
-def _check_identity(found: Mapping[str, str], wanted: Mapping[str, str]) -> None:
-    for name in wanted:
-        if found.get(name) != wanted[name]:
-            raise EstimatorError(
-                f"the previous search was for other {name}: it has {found.get(name)}, this one has {wanted[name]}"
-            )

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpsearch.batches import given_of, missing_labels
-from mpsearch.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.checkpoint import NoCheckpoint, Results
 from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
 from mpsearch.measure import kl_divergence, log_softmax
@@ -50,6 +50,9 @@ class Passes:
         """Count runs over one of `batches` batches."""
         self.forward += forward / batches
         self.backward += backward / batches
+
+    def __add__(self, other: "Passes") -> "Passes":
+        return Passes(self.forward + other.forward, self.backward + other.backward)
 
 
 @dataclass(eq=False)
@@ -94,7 +97,7 @@ class Setting:
     loss: Loss | Literal["kl", "cross-entropy"]
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
-    checkpoint: Checkpoint | NoCheckpoint = field(default_factory=NoCheckpoint)
+    checkpoint: Results = field(default_factory=NoCheckpoint)
     kept: Kept = field(default_factory=Kept)
 
     def module(self, layer: Layer) -> nn.Module:

@@ -61,7 +61,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except OSError as error:
         if error.filename not in (None, str(path), str(part), str(target)):
             raise
-        raise _named(error, path) from None
+        raise named(error, path) from None
     finally:
         if part is not None:
             part.unlink(missing_ok=True)
@@ -73,7 +73,9 @@ def sync(path: Path) -> None:
     Raises:
         OSError: where the disk is full or fails.
     """
-    handle = os.open(path, os.O_RDONLY)
+    if path.is_dir() and os.name == "nt":  # where folders are not opened
+        return
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(handle)
     finally:
@@ -92,7 +94,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     except FileNotFoundError:
         mode = 0
     except OSError as error:  # a ring of links, a file in place of a folder
-        raise _named(error, path) from None
+        raise named(error, path) from None
     if stat.S_ISDIR(mode) or (not mode and os.fspath(path).endswith(os.sep)):
         raise _error(errno.EISDIR, path)
     if mode and (not stat.S_ISREG(mode) or _descriptor(path)):
@@ -156,8 +158,8 @@ def _error(code: int, path: str | os.PathLike[str]) -> OSError:
     return OSError(code, os.strerror(code), os.fspath(path))
 
 
-def _named(error: OSError, path: str | os.PathLike[str]) -> OSError:
-    """The same error, of the file that was asked for: a full disk names none, a temporary file is not the user's."""
+def named(error: OSError, path: str | os.PathLike[str]) -> OSError:
+    """The same error of the file that was asked for: a full disk names none, a temporary file is not the user's."""
     code = error.errno or errno.EIO
     return OSError(code, error.strerror or os.strerror(code), os.fspath(path))
 
@@ -199,24 +201,6 @@ def csv_rows(text: str) -> list[list[str]]:
     [['a', 'b'], ['1\u2028', '2\n3']]
     """
     return list(csv.reader(io.StringIO(text, newline=""), strict=True))
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a JSON file (`json.loads(..., object_pairs_hook=unique_keys)`), of which no key may occur twice.
-
-    Raises:
-        ValueError: names the key.
-
-    >>> json.loads('{"a": 1, "b": {"c": 1, "c": 2}}', object_pairs_hook=unique_keys)
-    Traceback (most recent call last):
-    ValueError: the key 'c' occurs twice
-    """
-    content: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in content:
-            raise ValueError(f"the key {key!r} occurs twice")
-        content[key] = value
-    return content
 
 
 def json_text(content: Any) -> str:

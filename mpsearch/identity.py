@@ -1,11 +1,14 @@
-"""What a run depends on, as text that is the same in every process."""
+"""What a run depends on, as text that is the same in every process, and how two of them differ."""
 
 import contextlib
 import dataclasses
 import functools
 import hashlib
+import json
+import math
 import re
 import types
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +41,85 @@ def digest(*parts: str) -> str:
     """
     text = re.sub(r" at 0x[0-9a-fA-F]+", "", "\0".join(parts))
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+#: Signs that an output is summed up with: so many sums, over pieces of so many numbers.
+_SUMS, _PIECE = 8, 2**14
+
+
+def output_identity(model: nn.Module, output: Tensor) -> str:
+    """What the unquantized model says of some samples: a hash of it, and random sums that tell how far another one is away.
+
+    With signs s of expectation 0, the mean of <s, y - y'>^2 over draws is |y - y'|^2 (Alon, Matias & Szegedy, The space complexity of
+    approximating the frequency moments, 1996), so two outputs can be compared by a few numbers of each.
+
+    Args:
+        model: tells in which type it computes.
+        output: of any shape.
+
+    Returns:
+        JSON: `hash`, `shape`, `eps` of the coarsest type, `norm`, `sums`.
+    """
+    types = {tensor.dtype for tensor in (output, *model.parameters()) if tensor.is_floating_point()}
+    generator = torch.Generator().manual_seed(0)
+    signs = (2 * torch.randint(0, 2, (_SUMS, _PIECE), generator=generator) - 1).double()
+    sums, square = torch.zeros(_SUMS, dtype=torch.float64), 0.0
+    for piece in output.detach().reshape(-1).split(_PIECE):
+        values = piece.double().cpu()
+        turn = 2 * int(torch.randint(0, 2, (), generator=generator)) - 1
+        sums += turn * (signs[:, : len(values)] @ values)
+        square += float(values.square().sum())
+    return json.dumps(
+        {
+            "hash": fingerprint([output]),
+            "shape": list(output.shape),
+            "eps": max(torch.finfo(kind).eps for kind in types),
+            "norm": math.sqrt(square),
+            "sums": sums.tolist(),
+        }
+    )
+
+
+def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | None:
+    """In what two identities differ, in words that follow `for`; None where they are the same.
+
+    Outputs that agree to half of the digits of their type are taken for the same model on another machine, or with another number of
+    threads: there a warning tells that results agree within rounding.
+
+    >>> difference({"weights": "a", "data": "b"}, {"weights": "a", "data": "c"})
+    'other data: it has b, this run has c'
+    """
+    for name in sorted({**wanted, **stored}, key=lambda name: name == "output"):  # which comes of all the others
+        ours, theirs = wanted.get(name), stored.get(name)
+        if ours == theirs:
+            continue
+        if name != "output" or ours is None or theirs is None:
+            return f"other {name}: it has {theirs}, this run has {ours}"
+        try:
+            change, tolerance = _change(json.loads(theirs), json.loads(ours))
+        except (ValueError, KeyError, TypeError):
+            return "an output of the unquantized model that cannot be read"
+        if not change <= tolerance:
+            return (
+                f"another output of the unquantized model: on the first samples the two differ by {change:.2g} of its size, and rounding "
+                f"explains {tolerance:.2g} (another forward, an attribute, other code with the same weights?)"
+            )
+        if change:
+            warnings.warn(
+                f"the output of the unquantized model differs by {change:.2g} of its size from that of the earlier run, as on another "
+                "machine or with another number of threads: results agree within rounding, not bit for bit",
+                stacklevel=4,
+            )
+    return None
+
+
+def _change(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:
+    """How far two outputs are apart, over the size of the larger one, and what rounding may do."""
+    tolerance = math.sqrt(max(first["eps"], second["eps"]))
+    if first["shape"] != second["shape"]:
+        return math.inf, tolerance
+    apart = math.sqrt(np.mean(np.square(np.subtract(first["sums"], second["sums"]))))
+    return apart / max(first["norm"], second["norm"], 1e-300), tolerance
 
 
 class _Describer:

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.checkpoint import Results
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.measure import kl_divergence, log_softmax
@@ -109,7 +109,7 @@ class Surrogate:
         return found
 
 
-def surrogate(checkpoint: Checkpoint | NoCheckpoint, units: int, precisions: Sequence[Precision]) -> Surrogate | None:
+def surrogate(checkpoint: Results, units: int, precisions: Sequence[Precision]) -> Surrogate | None:
     """The surrogate from what `LogitShift` has written to a checkpoint; None where that is nothing.
 
     A cell that changes nothing has no shift.

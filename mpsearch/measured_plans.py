@@ -130,6 +130,10 @@ class MeasuredPlans:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plans as CSV, atomically; every number survives to the last bit."""
+        write_atomically(path, self.to_csv())
+
+    def to_csv(self) -> str:
+        """Content of a file of measured plans."""
         text = io.StringIO()
         text.write(f"{_MARK} {_VERSION}\n# {json.dumps({'unit': self.unit, 'origin': self.origin})}\n")
         numbers = {name: getattr(self, name) for name in _NUMBERS if getattr(self, name) is not None}
@@ -137,7 +141,7 @@ class MeasuredPlans:
         writer.writerow([*numbers, *self.layers])
         for number, plan in enumerate(self.plans):
             writer.writerow([*(float(v[number]) for v in numbers.values()), *(str(plan[name]) for name in self.layers)])
-        write_atomically(path, text.getvalue())
+        return text.getvalue()
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeasuredPlans":

@@ -99,6 +99,10 @@ class Plan(Mapping[str, Precision]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
+        write_atomically(path, self.to_json())
+
+    def to_json(self) -> str:
+        """Content of a plan file."""
         content = {
             "mpsearch_plan": _VERSION,
             "layers": {name: str(precision) for name, precision in self.layers.items()},
@@ -107,7 +111,7 @@ class Plan(Mapping[str, Precision]):
             "usage": dict(self.usage),
             "origin": dict(self.origin),
         }
-        write_atomically(path, json.dumps(content, indent=1) + "\n")
+        return json.dumps(content, indent=1) + "\n"
 
     def _repr_html_(self) -> str:
         from mpsearch.html import display

@@ -90,7 +90,7 @@ def scores(
         key = f"search | tables | {digest(*map(described, family))}"
         passes = setting.checkpoint.get(key)
         if passes is None:
-            passes = _taken(setting, family, made[places[0]].origin["passes"])
+            passes = _taken(setting, family, made[places[0]].origin["passes_in_this_run"])
             setting.checkpoint.put(key, passes)
         if key not in spending.free:
             taken.append(passes)

@@ -1,22 +1,19 @@
 """What a search found, and the folder that keeps it."""
 
-import csv
 import dataclasses
-import errno
-import io
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Required, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required, TypedDict
 
 import numpy as np
 
 from mpsearch import report
 from mpsearch.errors import FileError, PlanError, nearest
 from mpsearch.evaluation import Evaluation
-from mpsearch.files import json_text, write_atomically
+from mpsearch.file_set import FileSet, hash_of
+from mpsearch.files import csv_text, json_text, write_atomically
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.plan import Plan
 from mpsearch.schema import OPEN, checked, parse_json
@@ -29,7 +26,8 @@ if TYPE_CHECKING:
 
     from mpsearch.logit_shift import Surrogate
 
-_VERSION = 1
+_VERSION = 2
+_INDEX = "summary.json"
 
 #: What `SearchResult.plot` draws.
 Picture = Literal["front", "plan", "sensitivity", "usage", "agreement", "prediction"]
@@ -88,12 +86,12 @@ class MeasuredFront:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the rows of `to_frame` as CSV."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
+        write_atomically(path, self.to_csv())
+
+    def to_csv(self) -> str:
+        """The rows of `to_frame` as CSV."""
         columns, rows = self._rows()
-        writer.writerow(columns)
-        writer.writerows(rows)
-        write_atomically(path, text.getvalue())
+        return csv_text([columns, *rows])
 
     def _rows(self) -> tuple[list[str], list[list[Any]]]:
         resources = list(self.plans.plans[0].usage)
@@ -190,25 +188,26 @@ class SearchResult:
         return "over budget" if self.settings["budget"] else "larger"
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write plan.json, tables/*.csv, plans.csv, front.csv, summary.json and passes.db into a folder.
+        """Write plan.json, tables/*.csv, plans.csv, front.csv, passes.db, and summary.json with their hashes, into a folder.
+
+        Over an earlier result all files are replaced together: a run that is killed, or finds the disk full, leaves a folder that loads
+        as the old result or as the new one (`FileSet`).
 
         Raises:
-            OSError: where the folder cannot be made or written.
+            OSError: names the file that cannot be written whole, or the folder that cannot be made.
         """
         from mpsearch.checkpoint import Checkpoint
+        from mpsearch.table_files import to_csv
 
-        path = Path(folder)
-        (path / "tables").mkdir(parents=True, exist_ok=True)
-        self.plan.save(path / "plan.json")
-        for name, table in self.tables.items():
-            table.save(path / "tables" / f"{name}.csv")
-        self.plans.save(path / "plans.csv")
-        self.front.save(path / "front.csv")
-        with tempfile.TemporaryDirectory(dir=path, prefix=".passes.") as part:  # a run killed here leaves the old file
-            with Checkpoint(Path(part) / "passes.db", self.identity) as kept:
-                kept.fill(self.finished)
-            (Path(part) / "passes.db").replace(path / "passes.db")
-        write_atomically(path / "summary.json", json_text(self.summary()) + "\n")
+        files = {
+            "plan.json": self.plan.to_json().encode(),
+            **{f"tables/{name}.csv": to_csv(table).encode() for name, table in self.tables.items()},
+            "plans.csv": self.plans.to_csv().encode(),
+            "front.csv": self.front.to_csv().encode(),
+            "passes.db": Checkpoint.to_bytes(self.finished, self.identity),
+        }
+        content = {**self.summary(), "files": {name: hash_of(data) for name, data in files.items()}}
+        FileSet(folder, _INDEX).write({**files, _INDEX: f"{json_text(content)}\n".encode()})
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, kind: Picture = "front", title: str = "") -> "Figure":
         """Draw one side of the result.
@@ -275,28 +274,32 @@ class SearchResult:
         """Read what `save` wrote.
 
         Raises:
-            PlanError: where a file is damaged, with the place.
+            PlanError: where a file is damaged, or not of this result, with the place.
             OSError: where a file is missing.
         """
         from mpsearch.checkpoint import Checkpoint
         from mpsearch.logit_shift import surrogate
 
-        path = Path(folder)
-        summary = _read(path / "summary.json")
-        if not (path / "passes.db").is_file():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path / "passes.db"))
-        tables = {name: CostTable.load(path / "tables" / f"{name}.csv") for name in summary["tables"]}
-        posterior = tables["posterior"]
-        plan = _plan_of(Plan.load(path / "plan.json"), posterior, path / "plan.json")
-        plans = _plans_of(MeasuredPlans.load(path / "plans.csv"), posterior, path / "plans.csv")
+        files = FileSet(folder, _INDEX)
+        index = files.place(_INDEX)
+        summary = _read(index)
+        hashes = summary.get("files")
+        tables = {name: f"tables/{name}.csv" for name in summary["tables"]}
+        for path in ("passes.db", "plan.json", "plans.csv", *tables.values()):
+            files.read(path, hashes)
+        loaded = {name: CostTable.load(files.place(path)) for name, path in tables.items()}
+        posterior = loaded["posterior"]
+        plan = _plan_of(Plan.load(files.place("plan.json")), posterior, files.place("plan.json"))
+        plans = _plans_of(MeasuredPlans.load(files.place("plans.csv")), posterior, files.place("plans.csv"))
         evaluations = {row.role: row.evaluation for row in summary["comparison"]}
         name, over = summary["uniform"], summary["over"]
         needed = {"plan"} if name is None else {"plan", "uniform"}
         if needed - evaluations.keys() or any(row.usage.keys() != plan.usage.keys() for row in summary["comparison"]):
-            raise PlanError(f"{path / 'summary.json'}: the comparison does not fit the plan and the tables")
+            raise PlanError(f"{index}: the comparison does not fit the plan and the tables")
         if over not in plan.usage:
-            raise PlanError(f"{path / 'summary.json'}: $.over is {over!r}{nearest(over, plan.usage)}")
-        with Checkpoint.copy_of(path / "passes.db", summary["identity"]) as kept:
+            raise PlanError(f"{index}: $.over is {over!r}{nearest(over, plan.usage)}")
+        passes = files.read("passes.db", hashes)
+        with Checkpoint.of_bytes(files.place("passes.db"), passes, summary["identity"]) as kept:
             finished = kept.rows()
             units = len({(bool(layer.group), layer.group or layer.name) for layer in posterior.layers})
             shifts = surrogate(kept, units, posterior.precisions)
@@ -308,7 +311,7 @@ class SearchResult:
             None if name is None else (name, evaluations["uniform"]),
             summary["comparison"],
             measured_front(plans, over),
-            tables,
+            loaded,
             plans,
             summary["passes"],
             summary["settings"],
@@ -431,6 +434,7 @@ class _Summary(TypedDict):
     tables: list[str]
     settings: Annotated[_Settings, OPEN]
     identity: dict[str, str]
+    files: NotRequired[dict[str, str]]  # since version 2
 
 
 class _Selected(TypedDict):
@@ -454,9 +458,12 @@ class _PlansOrigin(TypedDict):
 def _read(path: Path) -> _Summary:
     try:
         content = parse_json(path.read_bytes())
-        if not isinstance(content, dict) or content.get("mpsearch_search") != _VERSION:
+        version = content.get("mpsearch_search") if isinstance(content, dict) else None
+        if version not in (1, _VERSION):
             raise FileError("no summary of a search that this mpsearch reads")
         summary = checked(content, _Summary)
+        if version == _VERSION and "files" not in summary:
+            raise FileError("the key 'files' is missing")
     except FileError as error:
         raise PlanError(f"{path}: {error}") from None
     for name in summary["tables"]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.checkpoint import Checkpoint
+from mpsearch.checkpoint import Checkpoint, Counted
 from mpsearch.quantize import RoundToNearest
 from mpsearch.sensitivity import DeltaLoss, Fisher, HessianTrace, KLDivergence, PathShapley
 
@@ -98,6 +98,64 @@ def test_a_file_cut_off_goes_on_or_is_refused(tmp_path, left):
         assert "\n" not in said
 
 
+def damaged(path, statement):
+    file = sqlite3.connect(path)
+    with file:
+        file.execute(statement)
+    file.close()
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        (
+            "UPDATE result SET value = cast(x'00' || substr(value, 2) AS BLOB) WHERE name = 'b'",
+            "'b' does not fit its checksum",
+        ),
+        ("UPDATE result SET value = (SELECT value FROM result WHERE name = 'a')", "'b' does not fit its checksum"),
+        ("UPDATE result SET value = NULL WHERE name = 'b'", "'b' does not fit its checksum"),
+        ("UPDATE result SET checksum = 5 WHERE name = 'b'", "'b' does not fit its checksum"),
+        ("UPDATE result SET name = 'b' WHERE name = 'c'", "'b' does not fit its checksum"),
+        ("UPDATE identity SET value = '2' WHERE name = 'checkpoint version'", "of version 2 of the checkpoints, .* 3"),
+        ("UPDATE identity SET value = '9' WHERE name = 'checkpoint version'", "of version 9 of the checkpoints, .* 3"),
+        ("DELETE FROM identity WHERE name = 'checkpoint version'", "checkpoint version"),
+        ("CREATE VIEW extra AS SELECT 1", "a database with the view 'extra'"),
+        ("DROP TABLE result", None),
+    ],
+)
+def test_damage_is_told_in_one_line(tmp_path, statement, words):
+    """A result that does not fit its checksum is refused, and so is the file: others may have come of it."""
+    path = tmp_path / "run.db"
+    with Checkpoint(path, {"weights": "a"}) as file:
+        for name in "ab" if "'c'" not in statement else "ac":
+            file.put(name, torch.zeros(3) + ord(name))
+    damaged(path, statement)
+    if words is None:
+        with Checkpoint(path, {"weights": "a"}) as file:
+            assert file.get("b") is None
+        return
+    with pytest.raises(mps.EstimatorError, match=words) as caught, Checkpoint(path, {"weights": "a"}) as file:
+        file.get("b")
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+def test_no_checkpoint_where_no_file_can_be(tmp_path):
+    for path in ("", "/dev/null", tmp_path):
+        with pytest.raises(mps.EstimatorError, match="cannot be opened"):
+            Checkpoint(path, {})
+
+
+def test_a_result_that_finds_no_room_leaves_those_before(tmp_path, monkeypatch):
+    with Checkpoint(tmp_path / "run.db", {}) as file:
+        file.put("a", 1)
+        file._file.execute("PRAGMA max_page_count=8")
+        with pytest.raises(mps.EstimatorError, match=r"run.db cannot be written or read: database or disk is full"):
+            file.put("b", torch.zeros(100_000))
+    with Checkpoint(tmp_path / "run.db", {}) as file:
+        assert (file.get("a"), file.get("b")) == (1, None)
+
+
 def test_two_runs_at_once_are_told_apart(tmp_path):
     """The second sees what the first has finished; both may write."""
     first, second = (Checkpoint(tmp_path / "run.db", {"weights": "a"}) for _ in range(2))
@@ -136,8 +194,12 @@ def test_a_finished_run_is_read_back(tmp_path):
     for one, other in zip(first, second, strict=True):
         np.testing.assert_array_equal(one.sensitivity, other.sensitivity)
         np.testing.assert_array_equal(one.sensitivity_se, other.sensitivity_se)
-        assert other.origin["passes"]["backward"] == 0
-        assert other.origin["passes"]["forward"] <= 1 + 1  # noise of inputs, the record of calls, references
+        now, whole = (other.origin[name] for name in ("passes_in_this_run", "passes"))
+        assert now["backward"] == 0
+        assert now["forward"] <= 1 + 1  # noise of inputs, the record of calls, references
+        for kind, most in one.origin["passes"].items():  # but what ran after the last result, which runs again
+            assert most - 1 <= whole[kind] - now[kind] <= most + 1e-9
+        assert one.origin["passes_in_this_run"] == one.origin["passes"]
     plain = mps.profile(net(), batches(), FAMILY, OPTIONS)
     for one, other in zip(first, plain, strict=True):
         np.testing.assert_array_equal(one.sensitivity, other.sensitivity)
@@ -148,7 +210,8 @@ def test_more_estimators_in_the_same_file(tmp_path):
     alone = mps.profile(net(), batches(), KLDivergence(), OPTIONS, checkpoint=path)
     both = mps.profile(net(), batches(), [KLDivergence(), Fisher(), Fisher(seed=1)], OPTIONS, checkpoint=path)
     np.testing.assert_array_equal(alone.sensitivity, both[0].sensitivity)
-    assert both[0].origin["passes"]["forward"] < 1
+    assert both[0].origin["passes_in_this_run"]["forward"] < 1
+    assert both[0].origin["passes"]["forward"] > alone.origin["passes"]["forward"] > 5.9
     assert both[1].origin["passes"]["backward"] == pytest.approx(2)
     for table, seed in zip(both[1:], (0, 1), strict=True):
         plain = mps.profile(net(), batches(), Fisher(seed=seed), OPTIONS)
@@ -173,6 +236,86 @@ def test_a_run_of_something_else_is_refused(tmp_path, what):
         settings["loss"] = functools.partial(own, weight=2.0)
     with pytest.raises(mps.EstimatorError, match=rf"run.db was written for other {what}: it has .*; give another file"):
         mps.profile(model, data, KLDivergence(), options, **settings)
+
+
+class Net(nn.Sequential):
+    """A model with an attribute that its forward reads."""
+
+    scale = 1.0
+
+    def forward(self, x):
+        return super().forward(x) * self.scale
+
+
+def other_code(model):
+    model.forward = lambda x: model[2](torch.relu(model[0](x)))
+
+
+FORWARDS = {
+    "a module": lambda model: model.__setitem__(1, nn.Tanh()),
+    "an attribute": lambda model: setattr(model, "scale", 1.01),
+    "a setting": lambda model: setattr(model[1], "negative_slope", 0.5),
+    "code": other_code,
+    "a hook": lambda model: model[1].register_forward_hook(lambda module, inputs, output: output + 1),
+}
+
+
+def forward_net():
+    torch.manual_seed(0)
+    return Net(nn.Linear(6, 8), nn.LeakyReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize("what", FORWARDS)
+def test_another_forward_with_the_same_weights_is_refused(tmp_path, what):
+    run = functools.partial(mps.profile, precisions=OPTIONS, checkpoint=tmp_path / "run.db")
+    model = forward_net()
+    layers = mps.layers(model, batches()[0])
+    run(model, batches(), KLDivergence(), layers=layers)
+    run(model, batches(), Fisher(), layers=layers)
+    FORWARDS[what](model)
+    words = r"run.db was written for another output of the unquantized model: on the first samples the two differ by "
+    with pytest.raises(mps.EstimatorError, match=words):
+        run(model, batches(), KLDivergence(), layers=layers)
+
+
+def test_rounding_of_another_machine_is_told_and_taken(tmp_path, recwarn):
+    run = functools.partial(mps.profile, precisions=OPTIONS, checkpoint=tmp_path / "run.db")
+    model = forward_net()
+    first = run(model, batches(), KLDivergence())
+    assert not recwarn
+    model.scale = 1 + 2e-6
+    with pytest.warns(UserWarning, match=r"differs by [0-9.]+e-06 of its size .* within rounding, not bit for bit"):
+        second = run(model, batches(), KLDivergence())
+    np.testing.assert_array_equal(first.sensitivity, second.sensitivity)
+
+
+@pytest.mark.parametrize("estimator", [KLDivergence(), Fisher(2), HessianTrace(2), DeltaLoss()], ids=repr)
+@pytest.mark.parametrize("after", [1, 2, 5])
+def test_passes_of_an_interrupted_run_are_told_once_and_as_run(tmp_path, monkeypatch, estimator, after):
+    """Against the model's own count: all that was run until the last result that was stored, and all of the second run."""
+    run = functools.partial(mps.profile, net(), batches(), estimator, mps.precisions("w2 w4"), loss="cross-entropy")
+    run = functools.partial(run, checkpoint=tmp_path / "run.db")
+    puts, passes, put = [], [], Counted.put
+
+    def counted(self, name, value):
+        if len(puts) == after:
+            raise KeyboardInterrupt
+        puts.append(name)
+        put(self, name, value)
+        passes.append(self._passes())
+
+    monkeypatch.setattr(Counted, "put", counted)
+    try:
+        run()
+    except KeyboardInterrupt:
+        monkeypatch.setattr(Counted, "put", put)
+        second = run().origin
+        now, told = second["passes_in_this_run"], second["passes"]
+        assert passes[-1] != (0.0, 0.0)
+        assert (told["forward"] - now["forward"], told["backward"] - now["backward"]) == pytest.approx(passes[-1])
+        assert run().origin["passes_in_this_run"]["backward"] == 0
+    else:
+        assert len(puts) <= after
 
 
 # Runs that are killed: children forked from a process of one thread, which spares them loading torch.

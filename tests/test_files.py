@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import resource
 import stat
@@ -205,10 +204,3 @@ def test_cells_of_any_text_survive(rows):
     assert list(csv.reader(io.StringIO(text, newline=""))) == rows
     unbroken = [[cell.translate(dict.fromkeys(map(ord, BREAKS))) for cell in row] for row in rows]
     assert csv_text(unbroken).count("\n") == len(rows)
-
-
-def test_json_of_an_object():
-    from mpsearch.files import unique_keys
-
-    with pytest.raises(ValueError, match="the key 'a' occurs twice"):
-        json.loads('[{"a": 1, "a": 1}]', object_pairs_hook=unique_keys)

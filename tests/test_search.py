@@ -690,9 +690,9 @@ def test_an_earlier_search_for_something_else_is_refused_with_what_differs():
     for options, words in (
         ({"model": other}, "other weights"),
         ({"batches": data(160, 32, 2)}, "other data"),
-        ({"seed": 1}, "other parts: it has score: 88 select: 40 report: 32, seed 0, this one has .* seed 1"),
-        ({"precisions": "w2 w4"}, "other precisions: it has w2 w3 w4, this one has w2 w4"),
-        ({"metric": "loss"}, "other metric: it has kl, this one has loss"),
+        ({"seed": 1}, "other parts: it has score: 88 select: 40 report: 32, seed 0, this run has .* seed 1"),
+        ({"precisions": "w2 w4"}, "other precisions: it has w2 w3 w4, this run has w2 w4"),
+        ({"metric": "loss"}, "other metric: it has kl, this run has loss"),
         ({"quantizer": RoundToNearest(scale="max")}, "other quantizer"),
         ({"exclude": ["0"]}, "other layers"),
     ):
@@ -754,9 +754,9 @@ import mpsearch as mps
 from mpsearch.checkpoint import Checkpoint
 left = int(sys.argv[1])
 put = Checkpoint.put
-def counted(self, name, value):
+def counted(self, name, value, works=None):
     global left
-    put(self, name, value)
+    put(self, name, value, works)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)

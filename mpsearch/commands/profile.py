@@ -60,19 +60,21 @@ def run(options: argparse.Namespace) -> Answer:
     table.save(options.out)
     if options.plot:
         table.plot(options.plot)
-    used, peak = table.origin["passes"], table.origin["peak_memory_bytes"]
+    used, now, peak = (table.origin[name] for name in ("passes", "passes_in_this_run", "peak_memory_bytes"))
     content = {
         "table": options.out,
         "layers": len(table.layers),
         "precisions": [str(p) for p in table.precisions],
         "passes": used,
+        "passes_in_this_run": now,
         "seconds": table.origin["seconds"],
         "peak_memory_bytes": peak,
         "unit": table.unit,
     }
 
     def text(screen: Screen) -> str:
-        spent = f"{table.origin['estimator']}: {report.passes(**used)}, {table.origin['seconds']:.1f} s"
+        again = "" if now == used else f" (of which in this run {report.passes(**now)})"
+        spent = f"{table.origin['estimator']}: {report.passes(**used)}{again}, {table.origin['seconds']:.1f} s"
         if peak is not None:
             spent += f", at most {report.amount('memory_bytes', peak)} above the model and data"
         return f"{table_text(table, screen)}\n\n{screen.prose(spent)}"
