@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch.batches import given_of
+from mpsearch.determinism import probed_output
 from mpsearch.errors import EstimatorError, PlanError, nearest
 from mpsearch.estimator import Loss
 from mpsearch.evaluation import Evaluation
@@ -49,7 +50,7 @@ def evaluate(
 
     Raises:
         PlanError: where the plan names a layer that the model does not have, or tied layers at two precisions.
-        EstimatorError: for unusable data, or an output that is not finite.
+        EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
     """
     data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
@@ -57,6 +58,7 @@ def evaluate(
     with preserved(model), torch.no_grad():
         _check_plan(model, plan)
         tell_unnamed(model, named_weights(model, plan), len(plan))
+        probed_output(model, data[0])
         ranges = {}
         names = [name for name, precision in plan.items() if precision.quantizes_activation]
         if names:

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from mpsearch._evaluate import _check_plan as check_plan
 from mpsearch._evaluate import named_weights
+from mpsearch.determinism import probed_output
 from mpsearch.errors import EstimatorError, PlanError
 from mpsearch.measure import Mean, kl_divergence
 from mpsearch.measured_plans import MeasuredPlans
@@ -50,7 +51,7 @@ def measure_plans(
 
     Raises:
         PlanError: for no plans, plans over different layers, or one that does not fit the model.
-        EstimatorError: for unusable data, or an output that is not finite.
+        EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
 
     >>> _ = torch.manual_seed(0)
     >>> plans = [Plan({"0": Precision(bits)}) for bits in ("2", "8", "16")]
@@ -70,6 +71,7 @@ def measure_plans(
             except PlanError as error:
                 raise PlanError(f"plan {number}: {error}") from None
         tell_unnamed(model, named_weights(model, plans[0]), len(plans[0]))
+        probed_output(model, data[0])
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
         ranges = (
             input_ranges(model, data if calibration is None else collect(calibration, model), names) if names else {}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
+from mpsearch.held import random_states
 
 #: Whatever a data loader yields; `arranged` tells how it is read.
 Batch = Any
@@ -91,7 +92,8 @@ def collect(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     """
     if isinstance(batches, Tensor | Mapping) or not isinstance(batches, Iterable):
         raise EstimatorError(f"expected a sequence of batches, got one {type(batches).__name__}; write [batch]")
-    loaded = list(batches)
+    with random_states():  # a loader draws a seed for its workers, and the order
+        loaded = list(batches)
     if not loaded:
         raise EstimatorError("the data set is empty: no batches (an iterator that was already used up?)")
     read = [_read(batch, model) for batch in loaded]

@@ -2,13 +2,10 @@
 
 import contextlib
 import itertools
-import random
 import sys
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +20,7 @@ from mpsearch.batches import moved as moved
 from mpsearch.batches import samples as samples
 from mpsearch.batches import targets_of as targets_of
 from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.held import held, random_states
 from mpsearch.unfused import unfused
 
 
@@ -144,20 +142,17 @@ def shifts_labels(model: nn.Module) -> bool:
 def preserved(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; outside, the model and every random generator are as they were.
 
-    Training flags, `requires_grad`, gradients, buffers, attributes, hooks and random states are put back whatever happens inside.
-    Parameters are never written to: quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`). Fused
-    weights lie in modules of their own (`mpsearch.unfused`). Compiled modules run as they are written.
+    Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.held`), hooks and random states are
+    put back whatever happens inside; what a model keeps elsewhere (globals of its file) is not. Parameters are never written to:
+    quantized weights are put in their place and taken out again (`mpsearch.perturb.weights`). Fused weights lie in modules of their own
+    (`mpsearch.unfused`). Compiled modules run as they are written.
 
     Raises:
         EstimatorError: for a parameter without values, or a model that has no evaluation mode.
     """
     check_values(model)
-    modes = {module: module.training for module in model.modules()}
-    attributes = [(vars(module), _held(vars(module))) for module in model.modules()]
+    restore = held(model)
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 the user's global state
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
     try:
         try:
             model.eval()
@@ -165,40 +160,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
             raise EstimatorError(
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
-        with _uncompiled(), unfused(model):
+        with random_states(), _uncompiled(), unfused(model):
             yield
     finally:
-        for own, held in attributes:
-            _put_back(own, held)
-        for module, training in modes.items():
-            module.training = training
+        restore()
         for parameter, requires_grad, grad in grads:
-            parameter.requires_grad_(requires_grad)
+            if parameter.requires_grad != requires_grad:
+                parameter.requires_grad_(requires_grad)
             parameter.grad = grad
-        with torch.no_grad():
-            for buffer, value in buffers:
-                if not torch.equal(buffer, value):
-                    buffer.copy_(value)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-def _held(own: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Attributes, and the contents of those that are dicts: parameters, buffers, modules, hooks."""
-    return {name: (value, value.copy() if type(value) in (dict, OrderedDict) else None) for name, value in own.items()}
-
-
-def _put_back(own: dict[str, Any], held: Mapping[str, tuple[Any, Any]]) -> None:
-    for name in own.keys() - held.keys():
-        del own[name]
-    for name, (value, contents) in held.items():
-        own[name] = value
-        if contents is not None:
-            value.clear()
-            value.update(contents)
 
 
 def _uncompiled() -> contextlib.AbstractContextManager[Any]:

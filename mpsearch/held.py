@@ -1,0 +1,168 @@
+"""What a model and the random generators hold, so that it can be put back."""
+
+import contextlib
+import functools
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Restore = Callable[[], object]
+
+
+def held(model: nn.Module) -> Restore:
+    """Note the attributes of all modules, and what is in them; parameters aside, which nobody writes to.
+
+    Contents of lists, dicts, sets, queues, tensors (buffers and plain ones), arrays and random generators are noted, one in another at
+    any depth, and those of the attributes of other objects, one object deep.
+
+    Returns:
+        Puts back all that has changed, in the very objects that hold it.
+
+    >>> model = nn.Identity()
+    >>> model.calls, model.seen = [1], {"sum": torch.zeros(2)}
+    >>> restore = held(model)
+    >>> model.calls.append(2); model.seen["sum"] += 1; model.new = 3
+    >>> restore()
+    >>> model.calls, model.seen, hasattr(model, "new")
+    ([1], {'sum': tensor([0., 0.])}, False)
+    """
+    noted = _Noted()
+    for module in model.modules():
+        noted.add(vars(module), inside=False)
+    return noted.restore
+
+
+@contextlib.contextmanager
+def random_states() -> Iterator[None]:
+    """Python's, numpy's and torch's global random generators are afterwards as they were before."""
+    states = (random.getstate(), np.random.get_state(), torch.get_rng_state())  # noqa: NPY002 the user's global state
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+        torch.set_rng_state(states[2])
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+class _Noted:
+    def __init__(self) -> None:
+        self._restores: list[Restore] = []
+        self._seen: dict[int, Any] = {}  # values are kept, so that no address is given out twice
+
+    def add(self, value: Any, *, inside: bool) -> None:
+        """Note a value; of an object `inside` another one, attributes are not looked at."""
+        if isinstance(value, nn.Module | nn.Parameter | type) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, Tensor):
+            if value.layout is torch.strided and not value.is_meta:
+                self._restores.append(_tensor(value))
+        elif isinstance(value, np.ndarray):
+            self._restores.append(_array(value))
+        elif isinstance(value, dict):
+            self._restores.append(_mapping(value))
+            self._add_all(value.values(), inside)
+        elif isinstance(value, list | deque):
+            self._restores.append(_sequence(value))
+            self._add_all(value, inside)
+        elif isinstance(value, set):
+            self._restores.append(_set(value))
+        elif isinstance(value, tuple):
+            self._add_all(value, inside)
+        elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
+            self._restores.append(_generator(value))
+        elif not inside and hasattr(value, "__dict__") and not _is_of_python(value):
+            self._restores.append(_mapping(vars(value)))
+            self._add_all(vars(value).values(), True)
+
+    def _add_all(self, values: Any, inside: bool) -> None:
+        for value in list(values):
+            if not isinstance(value, str | bytes | int | float | None):
+                self.add(value, inside=inside)
+
+    def restore(self) -> None:
+        for restore in self._restores:
+            restore()
+
+
+def _is_of_python(value: Any) -> bool:
+    """True for locks, loggers, functions, partial functions: parts of the process, not of the model."""
+    return type(value).__module__.partition(".")[0] in sys.stdlib_module_names
+
+
+def _tensor(value: Tensor) -> Restore:
+    copy = value.detach().clone()
+
+    def restore() -> None:
+        if value.shape == copy.shape and torch.equal(value, copy):
+            return
+        with torch.inference_mode(value.is_inference()), torch.no_grad():
+            if value.shape != copy.shape:
+                value.resize_(copy.shape)
+            value.copy_(copy)
+
+    return restore
+
+
+def _array(value: Any) -> Restore:
+    copy = value.copy()
+
+    def restore() -> None:
+        if value.flags.writeable and value.shape == copy.shape:
+            value[...] = copy
+
+    return restore
+
+
+def _mapping(value: dict[Any, Any]) -> Restore:
+    items = list(value.items())
+
+    def restore() -> None:
+        now = list(value.items())
+        same = len(now) == len(items) and all(a == c and b is d for (a, b), (c, d) in zip(now, items, strict=True))
+        if not same:
+            value.clear()
+            value.update(items)
+
+    return restore
+
+
+def _sequence(value: Any) -> Restore:
+    items = list(value)
+
+    def restore() -> None:
+        if len(value) != len(items) or any(a is not b for a, b in zip(value, items, strict=True)):
+            value.clear()
+            value.extend(items)
+
+    return restore
+
+
+def _set(value: set[Any]) -> Restore:
+    items = set(value)
+
+    def restore() -> None:
+        if value != items:
+            value.clear()
+            value.update(items)
+
+    return restore
+
+
+def _generator(value: Any) -> Restore:
+    if isinstance(value, torch.Generator):
+        return functools.partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return functools.partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return functools.partial(value.set_state, value.get_state())
+    return functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
