@@ -39,7 +39,7 @@ from mpsearch.resources.columns import (
     table_fields,
 )
 from mpsearch.table import CostTable, Interactions
-from mpsearch.target_mask import only_allowed, refused_options
+from mpsearch.target_mask import decidable, only_allowed, refused_options
 from mpsearch.undecided import undecided
 
 
@@ -146,6 +146,7 @@ def profile(
         decisions, options = columns(with_options(found, allow, fixed), own)
         check_layers(model, decisions)
         check_caches(estimators, decisions)
+        decisions, without = decidable(decisions, options)
         units = units_of(decisions)
         refused = refused_options(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
@@ -157,7 +158,7 @@ def profile(
         chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
         unseen = without_tokens(model, decisions, data)
         seen = data_fingerprint(data)
-        undecided_facts = left_undecided(model, decisions, exclude)
+        undecided_facts = left_undecided(model, decisions, exclude, without)
         keep: contextlib.AbstractContextManager[Checkpoint | NoCheckpoint] = NoCheckpoint()
         if isinstance(checkpoint, Checkpoint):
             keep = contextlib.nullcontext(checkpoint)
@@ -383,17 +384,20 @@ def unscored(
     decisions, options = columns(decisions, checked_precisions(precisions))
     with preserved(model):
         check_layers(model, decisions)
+        decisions, without = decidable(decisions, options)
         usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
-        origin = {"undecided": left_undecided(model, decisions, exclude)}
+        origin = {"undecided": left_undecided(model, decisions, exclude, without)}
     refused = refused_cells(usage) | refused_options(decisions, options)
     sensitivity = np.where(refused, np.nan, 0.0)
     return CostTable(tuple(decisions), options, sensitivity, unit="nats", origin=origin, **table_fields(usage))
 
 
-def left_undecided(model: nn.Module, decisions: Sequence[Layer], exclude: Sequence[str]) -> dict[str, Any]:
-    """What no decision touches, for the origin of a table."""
+def left_undecided(
+    model: nn.Module, decisions: Sequence[Layer], exclude: Sequence[str], without: Mapping[str, str]
+) -> dict[str, Any]:
+    """What no decision touches, for the origin of a table; `without` has the layers that no option fits, with the reasons."""
     weights = [weight_of(model.get_submodule(layer.name)) for layer in decisions if not layer.is_cache]
-    return undecided(model, weights, exclude)
+    return undecided(model, weights, exclude) | ({"without_option": dict(without)} if without else {})
 
 
 def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -> None:

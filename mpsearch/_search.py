@@ -57,7 +57,7 @@ from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
 from mpsearch.stages import Stages, size
 from mpsearch.table import CostTable
-from mpsearch.target_mask import refused_options
+from mpsearch.target_mask import decidable, refused_options
 
 Options = NDArray[np.int64]
 Effort = Literal["fast", "default", "thorough"]
@@ -169,6 +169,7 @@ def search(
             decisions, options = columns(with_options(found, allow, fixed), own)
             check_layers(model, decisions)
             check_caches(estimators or (), decisions)
+            decisions, without = decidable(decisions, options)
             usage = resource_columns(model, decisions, options, resources, quantize, example)
             if not shapes:  # nobody needed a run
                 with torch.no_grad():
@@ -183,7 +184,7 @@ def search(
             options,
             np.where(refused_cells(usage) | refused_options(decisions, options), np.nan, 0.0),
             unit="nats",
-            origin={"undecided": left_undecided(model, decisions, exclude)},
+            origin={"undecided": left_undecided(model, decisions, exclude, without)},
             **table_fields(usage),
         )
         goal.check(base)

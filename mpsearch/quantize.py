@@ -508,6 +508,22 @@ def stored_bytes(quantizer: Any, layer: Layer, precision: Precision) -> int:
     return whole
 
 
+def row_misfit(layer: Layer, precision: Precision) -> str | None:
+    """Why a format cannot hold the rows of a layer; None where it can, and for unknown shapes.
+
+    A group that is wider than a row ends with it, and so does a block of MX; the types of GGUF have whole blocks alone.
+
+    >>> row_misfit(Layer("fc", "linear", (8, 4)), Precision("q8_0"))
+    'q8_0 packs rows in multiples of 32 weights, the weight has 4'
+    >>> row_misfit(Layer("fc", "linear", (8, 4)), Precision.parse("w4g64"))
+    """
+    name, shape = precision.weight, layer.weight_shape
+    if name not in ggml.TYPES or len(shape) < 2 or layer.is_cache:
+        return None
+    width, block = math.prod(shape[1:]), ggml.TYPES[name].size
+    return f"{name} packs rows in multiples of {block} weights, the weight has {width}" if width % block else None
+
+
 def is_symmetric(quantizer: Any) -> bool:
     """False for a quantizer with zero-points; True where it does not tell.
 

@@ -1,5 +1,6 @@
-"""Options that a layer may not have, or that its target cannot carry out: not allowed in the table, left as they are in the model."""
+"""Options that a layer may not have, is too small for, or that its target cannot carry out: not allowed, left as they are in the model."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,47 +13,80 @@ from mpsearch.errors import TableError
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
-from mpsearch.quantize import stored_bytes
+from mpsearch.quantize import row_misfit, stored_bytes
+from mpsearch.undecided import without_option
 
 
 def refused_options(layers: Sequence[Layer], options: Sequence[Precision]) -> NDArray[np.bool_]:
-    """(L, P) True where a precision is none of `Layer.allowed`, or `Layer.target` cannot give it, of a layer or one of its group.
-
-    Raises:
-        TableError: where a decision has no option left, with the reasons.
+    """(L, P) True where a layer, or one of its group, cannot have a precision: `Layer.allowed`, its target, or its rows are against it.
 
     >>> from mpsearch import precisions
     >>> refused_options([Layer("fc", "linear", (8, 64), target="onnxruntime")], precisions("w3g32 w4g32 w16"))
     array([[ True, False, False]])
+    >>> refused_options([Layer("fc", "linear", (8, 64))], precisions("wq4_k wq8_0"))
+    array([[ True, False]])
     """
-    reasons = [[_reason(layer, option) for option in options] for layer in layers]
-    refused = np.array([[reason is not None for reason in row] for row in reasons], bool)
-    rows: dict[str, list[int]] = {}
-    for row, layer in enumerate(layers):
-        rows.setdefault(layer.group or f"{layer.name} alone", []).append(row)
-    for members in rows.values():
+    refused = np.array([[_reason(layer, option) is not None for option in options] for layer in layers], bool)
+    for members in _groups(layers):
         refused[members] = refused[members].any(axis=0)
-        if refused[members[0]].all():
-            why = list(dict.fromkeys(reason for row in members for reason in reasons[row] if reason))
-            reason = "; ".join(why[:3])
-            raise TableError(
-                f"{reason}; of {', '.join(map(str, options))} nothing is left for {layers[members[0]].name!r}"
-                + (f" and its group {layers[members[0]].group!r}" if len(members) > 1 else "")
-                + ": add an option that all of them can have, such as w16, or exclude the layer"
-            )
     return refused
+
+
+def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that have an option, and why the others have none: those are left alone, and a warning names them.
+
+    Raises:
+        TableError: where no layer is left, or each layer of a group has options, but they have none in common.
+
+    >>> from mpsearch import precisions
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     left, reasons = decidable([Layer("gate", "linear", (4, 4)), Layer("fc", "linear", (4, 256))], precisions("wq4_k"))
+    >>> [layer.name for layer in left], reasons
+    (['fc'], {'gate': 'q4_k packs rows in multiples of 256 weights, the weight has 4'})
+    """
+    alone = np.array([[_reason(layer, option) is None for option in options] for layer in layers], bool)
+    reasons: dict[str, str] = {}
+    for members in _groups(layers):
+        if alone[members].all(axis=0).any():
+            continue
+        told = dict.fromkeys(_reason(layers[row], option) or "" for row in members for option in options)
+        reason = "; ".join(list(filter(None, told))[:3])
+        if len(members) > 1 and alone[members].any(axis=1).all():
+            raise TableError(
+                f"{reason}; of {', '.join(map(str, options))} nothing is left for {layers[members[0]].name!r} and its group "
+                f"{layers[members[0]].group!r}: add an option that all of them can have, such as w16, or exclude them"
+            )
+        reasons.update((layers[row].name, reason) for row in members)
+    if len(reasons) == len(layers):
+        name, reason = next(iter(reasons.items()))
+        raise TableError(
+            f"{reason}; of {', '.join(map(str, options))} nothing is left for {name!r}, nor for any other layer: add an option that "
+            "fits, such as w16"
+        )
+    if reasons:
+        warnings.warn(without_option(reasons), stacklevel=3)
+    return [layer for layer in layers if layer.name not in reasons], reasons
 
 
 def _reason(layer: Layer, option: Precision) -> str | None:
     """Why a layer cannot have an option; None where it can."""
     if layer.allowed and option not in layer.allowed:
         return f"{layer.name!r} may be {' or '.join(map(str, layer.allowed))} alone"
-    return TARGETS[layer.target].refusal(layer, option) if layer.target else None
+    return TARGETS[layer.target].refusal(layer, option) if layer.target else row_misfit(layer, option)
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Rows of the layers that share a precision."""
+    rows: dict[tuple[bool, str], list[int]] = {}
+    for row, layer in enumerate(layers):
+        rows.setdefault((bool(layer.group), layer.group or layer.name), []).append(row)
+    return list(rows.values())
 
 
 @dataclass(frozen=True)
 class OnlyAllowed:
-    """A quantizer that leaves a weight as it is where the target refuses the precision, so that nothing is spent on it.
+    """A quantizer that leaves a weight as it is where a precision is refused, so that nothing is spent on it.
 
     Attributes:
         quantizer: for all else.

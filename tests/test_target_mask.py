@@ -1,5 +1,8 @@
 """`layers(target=...)`: cells that a target refuses are not in the table."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,7 @@ import mpsearch as mps
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.sensitivity import FisherProjection, KLDivergence
-from mpsearch.target_mask import refused_options
+from mpsearch.target_mask import decidable, refused_options
 
 
 def model():
@@ -45,12 +48,79 @@ def test_a_group_is_refused_together():
     assert found.tolist() == [[True, False, False], [True, False, False], [False, False, False]]
 
 
-def test_nothing_left_is_told_with_the_reason():
+def test_a_layer_without_an_option_is_left_alone_with_a_word():
     layers = mps.layers(model(), X, target="onnxruntime")
+    reason = "onnxruntime cannot express w4g32 for '0': it quantizes linear, not conv2d"
+    with pytest.warns(UserWarning, match=re.escape(f"no option fits 0: left alone ({reason})")):
+        table = mps.profile(model(), [X], KLDivergence(), mps.precisions("w4g32"), layers=layers, progress=False)
+    assert [layer.name for layer in table.layers] == ["2", "4"]
+    assert table.origin["undecided"]["without_option"] == {"0": reason}
     with pytest.raises(
-        mps.TableError, match="onnxruntime cannot express w4g32 for '0': it quantizes linear, not conv2d"
+        mps.TableError, match=r"of w4g128 nothing is left for '0', nor for any other layer: add an option"
     ):
-        mps.profile(model(), [X], KLDivergence(), mps.precisions("w4g32"), layers=layers, progress=False)
+        mps.profile(model(), [X], KLDivergence(), mps.precisions("w4g128"), layers=layers, progress=False)
+
+
+class Small(nn.Module):
+    """A gate of 4 columns beside layers of 256."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.gate, self.b = nn.Linear(256, 256), nn.Linear(4, 4), nn.Linear(256, 8)
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        return self.b(h) + self.gate(h[:, :4]).sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("target", "options", "decided"),
+    [
+        (None, "wq4_k wq8_0", "a b"),
+        (None, "wq4_k wq8_0 w8", "a gate b"),
+        (None, "wq2_k wiq4_xs", "a b"),
+        (None, "w4g64 w8g64", "a gate b"),  # one short group
+        (None, "wmxfp4 w8", "a gate b"),
+        ("mlx", "w4g64 w8g64", "a b"),
+        ("mlx", "w4g64 w8g64 w16", "a gate b"),
+        ("gguf", "wq4_k wq8_0", "a b"),
+        ("hqq", "w4g64 w8g64", "a b"),
+        ("onnxruntime", "w4g32 w8g32", "a b"),
+        ("gptqmodel", "w4g32 w8g32", "a"),
+    ],
+)
+def test_layers_smaller_than_a_group_do_not_stop_a_search(target, options, decided):
+    net, data = Small(), [torch.randn(12, 256, generator=torch.Generator().manual_seed(n)) for n in range(4)]
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = mps.search(
+            net,
+            data,
+            mps.Budget(memory_bytes="90%"),
+            mps.precisions(options),
+            layers=mps.layers(net, data[0], target=target),
+            max_passes=25,
+            progress=False,
+        )
+    left = [name for name in ("a", "gate", "b") if name not in decided.split()]
+    assert list(result.plan) == decided.split()
+    words = f"no option fits {', '.join(left)}: left alone"
+    assert any(words in str(one.message) for one in caught) == bool(left)
+    assert (words in str(result)) == bool(left)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_a_group_with_a_member_that_no_option_fits_is_left_alone_whole():
+    layers = [
+        Layer("a", "linear", (8, 256), group="g"),
+        Layer("b", "linear", (8, 4), group="g"),
+        Layer("c", "linear", (8, 256)),
+    ]
+    with pytest.warns(UserWarning, match="no option fits a, b: left alone"):
+        left, reasons = decidable(layers, mps.precisions("wq4_k"))
+    assert ([layer.name for layer in left], list(reasons)) == (["c"], ["a", "b"])
 
 
 def test_unknown_targets_are_refused():

@@ -14,7 +14,7 @@ from mpsearch.layer import Layer
 from mpsearch.left_alone import Place, every_tensor, left_alone_bytes
 from mpsearch.modules import canonical, storage_of, weight_of
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, StoresBytes, is_symmetric, stored_bytes
+from mpsearch.quantize import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
 from mpsearch.resources.resource import Resource
 
 
@@ -78,6 +78,8 @@ class MemoryBytes:
         return Resource(usage, float(left_alone_bytes(model, seen, storage)), float(reference))
 
     def _bytes(self, layer: Layer, precision: Precision) -> float:
+        if row_misfit(layer, precision) is not None:
+            return np.nan
         try:
             if layer.target:
                 return TARGETS[layer.target].stored_bytes(layer, precision, symmetric=is_symmetric(self.quantizer))
