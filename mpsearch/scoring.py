@@ -121,6 +121,7 @@ def starting(
     setting: Setting,
     share: float,
     limit: float,
+    room: float,
     estimators: Sequence[Estimator] | None,
     seed: int,
     *,
@@ -132,6 +133,7 @@ def starting(
         setting: score part, units, precisions.
         share: of all samples that the score part has.
         limit: passes of the whole search.
+        room: passes that tables may take at most, for the rest to be done.
         estimators: instead of the default ones.
         seed: of the default ones.
         one_output: the model gives one number a prediction, which has no divergence.
@@ -153,10 +155,19 @@ def starting(
     }
     measured = KLDivergence()
     cost = measured.cost(len(setting.batches), len(setting.units), len(setting.precisions))
-    if share * cost.forward < _MOST * limit:
-        chosen["kl-divergence"] = measured
-        return chosen, [*chosen.values(), LogitShift()]
+    every = [*chosen.values(), measured, LogitShift()]
+    if share * cost.forward < _MOST * limit and share * forecast(setting, every) <= room:
+        return {**chosen, "kl-divergence": measured}, every
     return chosen, list(chosen.values())
+
+
+def from_bits(setting: Setting) -> Scores:
+    """What is known before any pass: the noise of rounding falls fourfold with each bit, of weights and of inputs alike."""
+    noise = [
+        option.quantizes_weight * 4.0**-option.weight_bits + option.quantizes_activation * 4.0**-option.activation_bits
+        for option in setting.precisions
+    ]
+    return Scores({}, {}, np.tile(noise, (len(setting.units), 1)), None)
 
 
 def forecast(setting: Setting, members: Sequence[Estimator]) -> float:

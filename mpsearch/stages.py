@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 from mpsearch._solve import solve
 from mpsearch.budget import Budget
 from mpsearch.data_split import cut
+from mpsearch.early_end import EarlyEnd, early_end
 from mpsearch.errors import EstimatorError, InfeasibleError, SolverError
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
@@ -22,7 +24,7 @@ from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
 from mpsearch.problem import Problem, named, uniform_options
 from mpsearch.proposers import AdditiveOutput, Crossing, Moves, Record, Thompson
 from mpsearch.report_part import Reported, report_on
-from mpsearch.scoring import FEW, forecast, scores, starting
+from mpsearch.scoring import FEW, forecast, from_bits, scores, starting
 from mpsearch.search_result import Compared, SearchResult, measured_front, with_usage
 from mpsearch.solution import Choice, Status
 from mpsearch.table import CostTable
@@ -131,10 +133,15 @@ class Stages:
         return self.spending.left < self.reserve + self._price
 
     def result(self) -> SearchResult:
-        """All stages."""
+        """All stages, or the report alone where the budget leaves one plan to take."""
+        if self.goal.budget is not None and self.goal.tolerance is None and not self.goal.front:
+            end = early_end(Problem.of(self.base, self.goal.budget))
+            if end is not None:
+                return self._decided(end)
         share = self.share["score"]
+        room = self.spending.limit - self._least_passes(0.0)
         named_estimators, members = starting(
-            self.setting, share, self.spending.limit, self.estimators, self.seed, one_output=self.one_output
+            self.setting, share, self.spending.limit, room, self.estimators, self.seed, one_output=self.one_output
         )
         self._check_passes(share * forecast(self.setting, members))
         with self._stage("tables"):
@@ -158,18 +165,40 @@ class Stages:
         with self._stage("report"):
             return self._report(hunt, chosen)
 
+    def _decided(self, end: EarlyEnd) -> SearchResult:
+        """The plan that is left to take, measured; no table is filled, rounding noise is the only signal."""
+        warnings.warn(f"{end.reason}: it is measured, and nothing is searched", stacklevel=2)
+        self.scores = from_bits(self.setting)
+        hunt = Hunt(
+            Record(Problem.of(self.base, self.goal.budget or Budget()), {}, self.generator),
+            self.scores.prior,
+            self.select,
+        )
+        with self._stage("plans"):
+            hunt.open([end.options], self._spent)
+        with self._stage("report"):
+            result = self._report(hunt, end.options)
+        return replace(result, verdict=f"{end.reason}, so nothing was searched: {result.verdict}")
+
     @contextlib.contextmanager
     def _stage(self, name: str) -> Iterator[None]:
         before = self.spending.used
         yield
         self.taken[name] = round(self.spending.used - before, 3)
 
+    @property
+    def _plans(self) -> int:
+        """How many plans a search measures at least."""
+        return 2 if self.goal.tolerance is None and not self.goal.front else 2 + len(self.setting.precisions)
+
+    def _least_passes(self, tables: float) -> float:
+        return self.spending.used + tables + self.select.share + self._plans * self._price + self.reserve
+
     def _check_passes(self, tables: float) -> None:
-        plans = 2 if self.goal.tolerance is None and not self.goal.front else 2 + len(self.setting.precisions)
-        least = self.spending.used + tables + self.select.share + plans * self._price + self.reserve
+        least = self._least_passes(tables)
         if self.spending.limit < least:
             raise EstimatorError(
-                f"{self.spending.limit:.4g} passes are too few: tables, {plans} plans and the report take {least:.4g}; "
+                f"{self.spending.limit:.4g} passes are too few: tables, {self._plans} plans and the report take {least:.4g}; "
                 "raise max_passes"
             )
 
@@ -456,7 +485,7 @@ class Stages:
             unit=self.damage.unit,
             origin={
                 **self.base.origin,
-                "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs)}",
+                "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs) or 'rounding noise'}",
                 "quantizer": repr(self.setting.quantizer),
                 "metric": self.damage.name,
             },
