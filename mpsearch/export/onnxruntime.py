@@ -14,6 +14,7 @@ from mpsearch.export.onnx_graph import layer_nodes
 from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
+from mpsearch.int8_products import warn_of_saturation
 from mpsearch.model import Batch
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
@@ -46,7 +47,8 @@ def onnxruntime(
         snap: move what cannot be expressed to the nearest instead of refusing it.
         path: also write the model there.
         dynamic_shapes: of `torch.onnx.export`; by default the shapes of the example are fixed.
-        accuracy_level: of MatMulNBits; 0 computes in float, 4 rounds the inputs to int8 and is several times faster.
+        accuracy_level: of MatMulNBits; 0 computes in float, 4 rounds the inputs to int8 and is several times faster. Where this
+            machine's products of weights of 8 bits are not exact, a warning says so.
         quantizer: of the weights; symmetric or not, a scale a group.
 
     Returns:
@@ -59,6 +61,9 @@ def onnxruntime(
     if model is None:
         raise ExportError("onnxruntime needs the model: what it writes is the model itself")
     plan = fitted(plan, model, "onnxruntime", snap=snap)
+    if accuracy_level == 4:
+        bytes_wide = (name for name, precision in plan.items() if precision.weight == "8")
+        warn_of_saturation("onnxruntime MatMulNBits", bytes_wide, "accuracy_level=0 computes them in float")
     traced, nodes = layer_nodes(plan, model, example, dynamic_shapes)
     graph = traced.graph
     for name, found in nodes.items():

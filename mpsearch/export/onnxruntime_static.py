@@ -1,6 +1,7 @@
 """ONNX Runtime with quantized inputs: static QDQ by `TensorQuantOverrides`."""
 
 import copy
+import dataclasses
 import os
 import tempfile
 from collections.abc import Iterable
@@ -18,6 +19,7 @@ from mpsearch.export.onnx_graph import layer_nodes, transposed
 from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored
 from mpsearch.files import write_atomically
+from mpsearch.int8_products import warn_of_saturation
 from mpsearch.model import Batch, inputs_of
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
@@ -36,6 +38,7 @@ def onnxruntime_static(
     path: str | os.PathLike[str] | None = None,
     dynamic_shapes: Any = None,
     quantizer: RoundToNearest = REFERENCE,
+    reduce_range: bool = False,
 ) -> Any:
     """An ONNX model with quantize and dequantize nodes around its linear layers and convolutions (onnxruntime 1.31).
 
@@ -50,6 +53,9 @@ def onnxruntime_static(
         path: also write the model there.
         dynamic_shapes: of `torch.onnx.export`; by default the shapes of the example are fixed.
         quantizer: of the weights; symmetric, a scale a channel.
+        reduce_range: round weights of 8 bits to 7, codes -63 .. 63: `w8a8` then does what `evaluate` measures as `w7a8`, and is
+            the same on every CPU. Without it, x86 CPUs without VNNI compute such layers wrongly, unless the session's option
+            `session.x64quantprecision` is `"1"`; on such a machine a warning says so.
 
     Returns:
         `onnx.ModelProto`.
@@ -62,7 +68,7 @@ def onnxruntime_static(
         raise ExportError(
             "onnxruntime-static needs the model, and a quantizer with symmetric codes and a scale a channel"
         )
-    plan = fitted(plan, model, "onnxruntime-static", snap=snap)
+    plan = _ranged(fitted(plan, model, "onnxruntime-static", snap=snap), reduce_range)
     tools = package("onnxruntime.quantization", _EXTRA)
     rounded = copy.deepcopy(model)
     scales = {}
@@ -105,9 +111,12 @@ def read_onnxruntime_static(
     example: Batch,
     dynamic_shapes: Any = None,
     quantizer: RoundToNearest = REFERENCE,
+    reduce_range: bool = False,
 ) -> dict[str, Stored]:
     """Write the model, start a session with it, and read the dequantized weight of every product that has one."""
-    made = onnxruntime_static(plan, model, example=example, dynamic_shapes=dynamic_shapes, quantizer=quantizer)
+    made = onnxruntime_static(
+        plan, model, example=example, dynamic_shapes=dynamic_shapes, quantizer=quantizer, reduce_range=reduce_range
+    )
     package("onnxruntime", _EXTRA).InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     to_array = package("onnx.numpy_helper", _EXTRA).to_array
     constants = {tensor.name: to_array(tensor) for tensor in made.graph.initializer}
@@ -131,10 +140,26 @@ def read_onnxruntime_static(
             codes,
             codes.numel() + scales.numel() * 4,
             weight.numel() + weight.shape[0] * 4,
-            quantizer(weight, precision),
+            quantizer(weight, _reduced(precision) if reduce_range else precision),
             tolerance=1e-6 * float(weight.abs().max()),
         )
     return found
+
+
+def _ranged(plan: Plan, reduce_range: bool) -> Plan:
+    """The plan as its weights are rounded; a word where this machine's products need less than 8 bits."""
+    if reduce_range:
+        return dataclasses.replace(plan, layers={name: _reduced(precision) for name, precision in plan.items()})
+    warn_of_saturation(
+        "onnxruntime",
+        (name for name, precision in plan.items() if precision.quantizes_weight and precision.weight == "8"),
+        "export with reduce_range=True, or set the session's option session.x64quantprecision to 1",
+    )
+    return plan
+
+
+def _reduced(precision: Precision) -> Precision:
+    return dataclasses.replace(precision, weight="7") if precision.weight == "8" else precision
 
 
 def _reader(traced: Any, inputs: Any) -> Any:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import mpsearch as mps
+from mpsearch.int8_products import saturation
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -53,7 +54,8 @@ def test_what_runs_is_the_plan(script, name):
             out = case.carried_out(script.copy.deepcopy(model), plan, example)()
             out = torch.as_tensor(out[0] if isinstance(out, list) else out)
             error = float((out - true).norm() / true.norm())
-            assert error < {16: 1e-2, 8: 0.1, 4: 0.5, 2: 2.0}[precision.weight_bits]
+            off = saturation({"onnxruntime": "onnxruntime MatMulNBits"}.get(case.engine, "torch")) > 0
+            assert error < {16: 1e-2, 8: 0.3 if off else 0.1, 4: 0.5, 2: 2.0}[precision.weight_bits]
             assert error > (0 if precision.quantizes_weight else -1)
 
 

@@ -1,11 +1,14 @@
 """ONNX Runtime with static ranges, really run and read back."""
 
+import copy
+import warnings
+
 import pytest
 import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch import export
+from mpsearch import export, int8_products
 from mpsearch.quantize import RoundToNearest
 
 ort = pytest.importorskip("onnxruntime")
@@ -26,6 +29,24 @@ def cnn():
         return model.eval()
 
 
+def precisely(model):
+    """A session whose products are exact on every CPU, on `X`."""
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: X.numpy()})[0])
+
+
+def rounded(model, plan):
+    """Outputs of the model with the weights that the plan says."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, precision in plan.items():
+            weight = other.get_submodule(name).weight
+            weight.copy_(RoundToNearest()(weight, precision))
+        return other(X)
+
+
 def test_every_width_in_one_model(cnn, tmp_path):
     plan = mps.Plan({"0": mps.Precision("3", "8"), "2": mps.Precision("8", "8"), "4": mps.Precision("2", "8")})
     found = export.verify(plan, cnn, "onnxruntime-static", example=X)
@@ -33,14 +54,36 @@ def test_every_width_in_one_model(cnn, tmp_path):
     assert [check.code_range for check in found.layers] == [(-3, 3), (-127, 127), (-1, 1)]
     made = export.onnxruntime_static(plan, cnn, example=(X, None), path=tmp_path / "m.onnx")
     assert (tmp_path / "m.onnx").read_bytes() == made.SerializeToString()
-    session = ort.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    expected = rounded(cnn, plan)
+    assert (precisely(made) - expected).abs().max() < 0.03 * expected.abs().max()  # 8 bits of input
+
+
+def test_a_reduced_range_is_exact_on_every_cpu(cnn):
+    """Codes within -63 .. 63, where products of pairs stay below 2^15; the session is an ordinary one."""
+    plan = mps.Plan({"0": mps.Precision("8", "8"), "2": mps.Precision("5", "8"), "4": mps.Precision("8", "8")})
+    found = export.verify(plan, cnn, "onnxruntime-static", example=X, reduce_range=True)
+    assert [check.code_range for check in found.layers] == [(-63, 63), (-15, 15), (-63, 63)]
+    assert {check.name: check.precision for check in found.layers} == dict(plan)
+    made = export.onnxruntime_static(plan, cnn, example=X, reduce_range=True)
+    session = ort.InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
     (out,) = session.run(None, {session.get_inputs()[0].name: X.numpy()})
-    with torch.no_grad():
-        for name, precision in plan.items():
-            weight = cnn.get_submodule(name).weight
-            weight.copy_(RoundToNearest()(weight, precision))
-        expected = cnn(X)
-    assert (torch.from_numpy(out) - expected).abs().max() < 0.03 * expected.abs().max()  # 8 bits of input
+    expected = rounded(cnn, {"0": mps.Precision("7"), "2": mps.Precision("5"), "4": mps.Precision("7")})
+    assert (torch.from_numpy(out) - expected).abs().max() < 0.03 * expected.abs().max()
+    torch.testing.assert_close(torch.from_numpy(out), precisely(made), rtol=1e-4, atol=1e-5)
+
+
+def test_a_machine_whose_products_saturate_is_told(cnn, monkeypatch):
+    monkeypatch.setattr(int8_products, "saturation", lambda _engine: 0.49)
+    plan = mps.Plan({"0": mps.Precision("8", "8"), "2": mps.Precision("7", "8"), "4": mps.Precision("8", "8")})
+    with pytest.warns(
+        UserWarning, match=r"products of onnxruntime saturate .* \('0' and 1 more\) .* reduce_range=True"
+    ):
+        export.verify(plan, cnn, "onnxruntime-static", example=X)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        export.onnxruntime_static(plan, cnn, example=X, reduce_range=True)
+        export.onnxruntime_static(mps.Plan({"0": mps.Precision("7", "8")}), cnn, example=X)
+    assert not [str(w.message) for w in caught if "saturate" in str(w.message)]
 
 
 def test_a_transformer_with_layers_left_alone(llama, plan_of):
