@@ -28,6 +28,7 @@ from mpsearch.proxy_tree import INPUTS, Tree
 from mpsearch.ranking import spearman
 from mpsearch.relative import relative_error
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
+from mpsearch.settings import checked_number
 
 Floats = NDArray[np.float64]
 
@@ -113,6 +114,8 @@ def evolve_proxy(
     abs(weight) 1.0
     """
     settings = ProxyEvolution() if evolution is None else evolution
+    checked_number(num_samples, "num_samples", int, 1, EstimatorError)
+    checked_number(seed, "seed", int, 0, EstimatorError)
     names = tuple(name for name in INPUTS if settings.prior(name))
     truths = [truth] if isinstance(truth, ProxyTruth) else list(truth)
     if not truths:

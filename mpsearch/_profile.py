@@ -38,6 +38,7 @@ from mpsearch.resources.columns import (
     refused_cells,
     table_fields,
 )
+from mpsearch.settings import check_settings
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import decidable, only_allowed, refused_options
 from mpsearch.undecided import undecided
@@ -138,6 +139,10 @@ def profile(
     estimators: Sequence[Estimator] = estimator if isinstance(estimator, Sequence) else [estimator]
     if not estimators:
         raise EstimatorError("no estimator given")
+    for part in estimators:
+        if not callable(getattr(part, "estimate", None)):
+            raise EstimatorError(f"{part!r} is no estimator: it has no method 'estimate'")
+        check_settings(part, EstimatorError)
     own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
@@ -369,6 +374,8 @@ def resource_columns(
     example: Batch,
 ) -> dict[str, Resource]:
     functions = named_functions(resources, RESOURCES, quantize)
+    for function in functions.values():
+        check_settings(function, TableError)
     return measure_resources(model, decisions, options, functions, example)
 
 

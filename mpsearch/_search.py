@@ -30,7 +30,7 @@ from mpsearch.checkpoint import Checkpoint
 from mpsearch.data_split import check_sizes, few, split
 from mpsearch.determinism import PROBED, probed_output
 from mpsearch.environment import environment
-from mpsearch.errors import EstimatorError, nearest
+from mpsearch.errors import BudgetError, EstimatorError, nearest
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
 from mpsearch.identity import described, difference, digest
@@ -55,6 +55,7 @@ from mpsearch.quantize import RoundToNearest
 from mpsearch.resources.columns import ResourceFunction, refused_cells, table_fields
 from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
+from mpsearch.settings import checked_number
 from mpsearch.stages import Stages, size
 from mpsearch.table import CostTable
 from mpsearch.target_mask import decidable, refused_options
@@ -148,8 +149,10 @@ def search(
         BudgetError: for a budget or goal that does not fit the resources.
         TableError: for a model without quantizable layers.
     """
-    seed = int(seed)  # numpy's whole numbers are none of JSON
-    goal = Goal(budget, None if tolerance is None else float(tolerance), minimize, front)
+    seed = checked_number(seed, "seed", int, 0, EstimatorError)  # numpy's whole numbers are none of JSON
+    if tolerance is not None:
+        tolerance = checked_number(tolerance, "tolerance", float, 0.0, BudgetError)
+    goal = Goal(budget, tolerance, minimize, front)
     own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     damage = Damage(_known_metric(metric), higher_is_better)
@@ -305,9 +308,11 @@ def _check_counted(parts: Mapping[str, list[Batch]]) -> None:
 
 def _check_effort(effort: str, max_passes: float | None) -> None:
     known = ("fast", "default", "thorough")
-    if effort not in known:
-        raise EstimatorError(f"unknown effort {effort!r}{nearest(effort, known)}")
-    if max_passes is not None and not (math.isfinite(max_passes) and max_passes > 0):
+    if not isinstance(effort, str) or effort not in known:
+        raise EstimatorError(f"unknown effort {effort!r}{nearest(str(effort), known)}")
+    if max_passes is None:
+        return
+    if not (checked_number(max_passes, "max_passes", float, 0.0, EstimatorError) > 0 and math.isfinite(max_passes)):
         raise EstimatorError(f"max_passes={max_passes}, expected a finite number above 0")
 
 

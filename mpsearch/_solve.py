@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mpsearch.budget import Budget, limit_text
 from mpsearch.errors import InfeasibleError, SolverError
 from mpsearch.problem import Problem
+from mpsearch.settings import check_settings
 from mpsearch.solution import Choice, Solution, Solver, Status, UpperLimitsOnly
 from mpsearch.table import CostTable
 
@@ -165,6 +166,9 @@ def _is_plan(problem: Problem, options: Any) -> bool:
 
 def _asked(solver: Solver, problem: Problem) -> Choice:
     """One call of a solver, with the interactions where there are any."""
+    if not callable(getattr(solver, "choose", None)):
+        raise SolverError(f"{solver!r} is no solver: it has no method 'choose'")
+    check_settings(solver, SolverError)
     lower = next((name for name, (low, _) in problem.limits.items() if low > -math.inf), None)
     if lower is not None and isinstance(solver, UpperLimitsOnly):
         raise SolverError(

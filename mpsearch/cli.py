@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import io
 import os
 import sys
@@ -13,6 +14,7 @@ import mpsearch as mps
 from mpsearch.commands.command import Command
 from mpsearch.commands.parser import parser
 from mpsearch.commands.screen import Screen
+from mpsearch.errors import one_line
 from mpsearch.files import json_text
 
 
@@ -23,13 +25,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         0 done, 2 usage or bad input, 3 infeasible, 1 anything else.
     """
     warnings.showwarning = _remark
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 as long as the process
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # bars and names on a terminal that lacks their characters
     try:
-        options = parser().parse_args(arguments)
-        with _quiet() if options.quiet else contextlib.nullcontext():
-            _run(options)
-        sys.stdout.flush()
+        try:
+            options = parser().parse_args(arguments)
+            with _quiet() if options.quiet else contextlib.nullcontext():
+                _run(options)
+        finally:
+            sys.stdout.flush()  # of the help too
     except mps.InfeasibleError as error:
         return _fail(error, 3)
     except mps.SolverError as error:
@@ -37,10 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except mps.MpsearchError as error:
         return _fail(error, 2)
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and not error.filename:  # nobody reads the answer any more
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if error.filename is None:  # stdout itself: its last flush, at the end of the process, must not fail again
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError) and error.filename is None:  # nobody reads the answer any more
             return 0
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error, 2)
+    except MemoryError:
+        return _fail("out of memory", 1)
     except KeyboardInterrupt:
         return _fail("interrupted", 1)
     return 0
@@ -48,10 +59,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> None:
     command: Command = options.command
-    answer = command.run(options)
-    print(json_text(answer.content) if options.json else answer.text(Screen.of(sys.stdout, os.environ)))
+    with _answer_alone() if options.json else contextlib.nullcontext():
+        answer = command.run(options)
+    screen = Screen.of(sys.stdout, os.environ)
+    print(json_text(answer.content) if options.json else screen.printable(answer.text(screen)))
     for path in answer.written:
-        print(f"wrote {path}", file=sys.stderr)
+        print(f"wrote {one_line(path)}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _answer_alone() -> Iterator[None]:
+    """What the user's module, a library or C code prints goes to stderr, so that stdout holds the answer alone."""
+    stdout, stderr = sys.stdout, sys.stderr
+    with contextlib.redirect_stdout(stderr):
+        try:
+            numbers = (stdout.fileno(), stderr.fileno())
+        except OSError:  # no files, as in a notebook
+            yield
+            return
+        stdout.flush()
+        copy = os.dup(numbers[0])
+        os.dup2(numbers[1], numbers[0])
+        try:
+            yield
+        finally:
+            stdout.flush()
+            with contextlib.suppress(OSError, AttributeError, TypeError):
+                ctypes.CDLL(None).fflush(None)  # what C holds back
+            os.dup2(copy, numbers[0])
+            os.close(copy)
 
 
 @contextlib.contextmanager
@@ -67,9 +103,9 @@ def _quiet() -> Iterator[None]:
 
 def _fail(error: object, status: int) -> int:
     word = Screen.of(sys.stderr, os.environ).error("error:")
-    print(f"mpsearch: {word} {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"mpsearch: {word} {one_line(error)}", file=sys.stderr)
     return status
 
 
 def _remark(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"mpsearch: {' '.join(str(message).split())}", file=sys.stderr)
+    print(f"mpsearch: {one_line(message)}", file=sys.stderr)

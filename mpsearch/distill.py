@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from mpsearch.errors import EstimatorError
 from mpsearch.model import call, device_of, preserved
+from mpsearch.settings import checked_number
 
 #: ZeroQ's settings: Adam's first step, and the least after plateaus of 100 iterations.
 LEARNING_RATE, LEAST_LEARNING_RATE, PATIENCE = 0.5, 1e-4, 100
@@ -64,8 +65,8 @@ def distill_data(
     0.25
     """
     for name, value in (("num_samples", num_samples), ("batch_size", batch_size), ("iterations", iterations)):
-        if value < 1:
-            raise EstimatorError(f"{name}={value}: expected 1 or more")
+        checked_number(value, name, int, 1, EstimatorError)
+    checked_number(seed, "seed", int, 0, EstimatorError)
     generator = torch.Generator().manual_seed(seed)
     device = device_of(model)
     sizes = [min(batch_size, num_samples - start) for start in range(0, num_samples, batch_size)]

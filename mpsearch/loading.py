@@ -1,17 +1,19 @@
 """Models, data and plugins named on the command line."""
 
+import contextlib
 import dataclasses
 import importlib
 import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import MpsearchError, nearest
 from mpsearch.precision import Precision
+from mpsearch.settings import check_settings
 
 
 class UsageError(MpsearchError, ValueError):
@@ -44,12 +46,34 @@ def call(spec: str, what: str) -> Any:
     function = load(spec, what)
     if not callable(function):
         raise UsageError(f"{what} {spec!r} is a {type(function).__name__}, expected a function without arguments")
-    try:
+    with _one_line(f"{what} {spec!r} failed"):
         return function()
+
+
+def loaded_batches(spec: str) -> list[Any]:
+    """The batches that the function returns, or yields.
+
+    Raises:
+        UsageError: where there is no such function, it fails, or it returns something else.
+    """
+    batches = call(spec, "data")
+    if isinstance(batches, str | bytes | Mapping) or hasattr(batches, "ndim") or not hasattr(batches, "__iter__"):
+        raise UsageError(
+            f"data {spec!r} returned one {type(batches).__name__}, expected a sequence of batches; return [batch]"
+        )
+    with _one_line(f"data {spec!r} failed"):
+        return list(batches)
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever the user's code raises, `sys.exit` included, as one line."""
+    try:
+        yield
     except MpsearchError:
         raise
-    except Exception as error:
-        raise UsageError(f"{what} {spec!r} failed: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UsageError(f"{what}: {type(error).__name__}: {error}") from error
 
 
 def part(name: str, known: Mapping[str, type], what: str, options: Sequence[str]) -> Any:
@@ -62,6 +86,8 @@ def part(name: str, known: Mapping[str, type], what: str, options: Sequence[str]
         cls: Any = known[name]
     elif ":" in name:
         cls = load(name, what)
+        if not isinstance(cls, type):
+            raise UsageError(f"{what} {name!r} is a {type(cls).__name__}, expected a class")
     else:
         raise UsageError(f"unknown {what} {name!r}{nearest(name, known)}")
     fields = {field.name: field for field in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
@@ -75,7 +101,13 @@ def part(name: str, known: Mapping[str, type], what: str, options: Sequence[str]
         if key not in fields:
             raise UsageError(f"{what} {name!r} has no option {key!r}{nearest(key, fields) or '; it has none'}")
         settings[key] = _value(hints[key], text.strip(), f"option {key} of {name}")
-    return cls(**settings)
+    with _one_line(f"{what} {name!r} cannot be made"):
+        made = cls(**settings)
+    needed = {"estimator": "estimate", "solver": "choose", "resource": "__call__"}.get(what)
+    if needed and not callable(getattr(made, needed, None)):
+        raise UsageError(f"{what} {name!r} has no method {needed!r}")
+    check_settings(made, UsageError)
+    return made
 
 
 def _value(hint: Any, text: str, what: str) -> Any:
@@ -111,28 +143,31 @@ def _from_file(place: str, what: str) -> types.ModuleType:
     path = Path(place)
     if not path.is_file():
         raise UsageError(f"{what}: no file {place}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    title = path.stem if path.stem not in sys.modules else f"{path.stem} of {path.resolve()}"
+    spec = importlib.util.spec_from_file_location(title, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses and pickling look classes up there
-    sys.path.insert(0, str(path.parent.resolve()))
+    sys.modules[title] = module  # dataclasses and pickling look classes up there
+    folder = str(path.parent.resolve())
+    sys.path.insert(0, folder)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"{what}: {place} fails to load: {type(error).__name__}: {error}") from error
+        with _one_line(f"{what}: {place} fails to load"):
+            spec.loader.exec_module(module)
     finally:
-        sys.path.remove(str(path.parent.resolve()))
+        if folder in sys.path:
+            sys.path.remove(folder)
     return module
 
 
 def _from_name(place: str, what: str) -> types.ModuleType:
     sys.path.insert(0, "")
     try:
-        return importlib.import_module(place)
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{what}: no module {place!r} ({error})") from None
-    except Exception as error:
-        raise UsageError(f"{what}: {place} fails to load: {type(error).__name__}: {error}") from error
+        with _one_line(f"{what}: {place} fails to load"):
+            try:
+                return importlib.import_module(place)
+            except ModuleNotFoundError as error:
+                raise UsageError(f"{what}: no module {place!r} ({error})") from None
     finally:
-        sys.path.remove("")
+        if "" in sys.path:
+            sys.path.remove("")

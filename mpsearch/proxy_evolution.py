@@ -8,6 +8,7 @@ import numpy as np
 
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.proxy_tree import BINARY, INPUTS, UNARY, Tree
+from mpsearch.settings import checked_number
 
 #: How often each name is drawn, against the others of its kind; 1 where nothing is said. EMQ's operation-sampling priors in
 #: the proportions of its sibling code, with the product first: it is what scales one statistic by another.
@@ -67,6 +68,7 @@ class ProxyEvolution:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        checked_number(self.seed, "seed", int, 0, EstimatorError)
         for name, least in (("generations", 0), ("population", 4), ("most_nodes", 1)):
             if getattr(self, name) < least:
                 raise EstimatorError(f"{name}={getattr(self, name)}: expected {least} or more")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
 from mpsearch.files import check_folder, check_writable
-from mpsearch.loading import UsageError, call, part
+from mpsearch.loading import UsageError, call, loaded_batches, part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -103,6 +103,17 @@ def _picture(path: str) -> str:
     return file(path)
 
 
+def seed(text: str) -> int:
+    """A seed, from 0 to 2^63.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 0 or more")
+    return int(text)
+
+
 def file(path: str) -> str:
     """A file to write, which can be written before any work.
 
@@ -161,7 +172,7 @@ def data(spec: str, model: "nn.Module") -> list[Any]:
         from mpsearch.hugging_face import text_batches
 
         return list(text_batches(spec.removeprefix("text:"), model))
-    return list(call(spec, "data"))
+    return loaded_batches(spec)
 
 
 def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) -> list[mps.Layer]:

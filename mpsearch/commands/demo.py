@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=arguments.folder,
         help="folder for the results (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of training and probes (default: %(default)s)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of training and probes (default: %(default)s)")
 
 
 def run(options: argparse.Namespace) -> Answer:

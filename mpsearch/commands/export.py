@@ -14,7 +14,7 @@ from typing import Any
 from mpsearch.commands import arguments
 from mpsearch.commands.command import Answer, Command
 from mpsearch.errors import nearest
-from mpsearch.loading import UsageError, call, part
+from mpsearch.loading import UsageError, loaded_batches, part
 from mpsearch.plan import Plan
 
 _OWN = ("plan", "model", "snap", "path", "example")
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> Answer:
         options.to,
         options.out,
         options.model and arguments.model(options.model),
-        options.data and call(options.data, "data"),
+        options.data and loaded_batches(options.data),
         options=options.option,
         snap=options.snap,
         verify=options.verify,

@@ -10,6 +10,7 @@ from typing import TextIO
 from mpsearch import report
 
 _BOLD, _RED, _GREEN, _YELLOW, _BAR = "1", "1;31", "1;32", "1;33", "36"
+_OWN_CODES = re.compile(f"(\x1b\\[(?:0|{'|'.join((_BOLD, _RED, _GREEN, _YELLOW, _BAR))})m)")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,18 @@ class Screen:
     def error(self, text: str) -> str:
         """The first word of an error."""
         return self._painted(text, _RED)
+
+    def printable(self, text: str) -> str:
+        """Text without characters that steer a terminal, but for the colours of this screen: names may come from anywhere.
+
+        >>> Screen().printable("layer\\x1b[2J\\n")
+        'layer�[2J\\n'
+        """
+        pieces = _OWN_CODES.split(text) if self.colour else [text]
+        return "".join(
+            piece if place % 2 else "".join(c if c.isprintable() or c in "\n\t" else "�" for c in piece)
+            for place, piece in enumerate(pieces)
+        )
 
     def _lines(self, text: str, code: str) -> str:
         return "\n".join(self._painted(line, code) for line in self.prose(text).split("\n"))

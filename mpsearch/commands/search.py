@@ -45,7 +45,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
     )
     parser.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and all draws (default: %(default)s)")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of the split and all draws (default: %(default)s)"
+    )
     parser.add_argument(
         "-o",
         "--out",
