@@ -16,6 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpsearch.errors import FileError
+
 #: Where systems list the open files of a process.
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/(?P<process>\d+)(/task/\d+)?/fd")
 
@@ -191,16 +193,42 @@ class _Lines:
         self._text.write(row[:-2] + "\n")
 
 
-def csv_rows(text: str) -> list[list[str]]:
-    r"""Rows of CSV; only `\n`, `\r\n` and `\r` outside quotes end one.
+def csv_rows(text: str, first: int = 1) -> list[tuple[int, list[str]]]:
+    r"""Rows of CSV with their lines; only `\n`, `\r\n` and `\r` outside quotes end one. Empty lines are left out.
+
+    Args:
+        text: of the rows.
+        first: number of its first line.
 
     Raises:
-        csv.Error: for a quote that is not closed.
+        FileError: for a quote that is not closed, with the line.
 
-    >>> csv_rows('a,b\n"1\u2028","2\n3"\n')
-    [['a', 'b'], ['1\u2028', '2\n3']]
+    >>> csv_rows('a,b\n"1\u2028","2\n3"\n4,5\n')
+    [(1, ['a', 'b']), (2, ['1\u2028', '2\n3']), (4, ['4', '5'])]
     """
-    return list(csv.reader(io.StringIO(text, newline=""), strict=True))
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows, line = [], first
+    try:
+        for row in reader:
+            if row:
+                rows.append((line, row))
+            line = first + reader.line_num
+    except csv.Error as error:
+        raise FileError(f"line {line}: no CSV ({error})") from None
+    return rows
+
+
+def comment_lines(text: str) -> tuple[list[str], str]:
+    """The two lines in front of a CSV file of ours, where the first begins with `#`, and the rest.
+
+    >>> comment_lines("# mpsearch_table: 1\\n# {}\\nlayer,precision\\n")
+    (['# mpsearch_table: 1', '# {}'], 'layer,precision\\n')
+    """
+    if not text.startswith("#"):
+        return [], text
+    first, _, rest = text.partition("\n")
+    second, _, rest = rest.partition("\n")
+    return [first.rstrip("\r"), second.rstrip("\r")], rest
 
 
 def json_text(content: Any) -> str:

@@ -1,7 +1,5 @@
 """The Pareto front: plans of which none is better in one respect without being worse in another."""
 
-import csv
-import io
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +11,7 @@ from numpy.typing import NDArray
 
 from mpsearch.budget import Budget, amount, limit_text, reference
 from mpsearch.errors import BudgetError, InfeasibleError, nearest
-from mpsearch.files import write_atomically
+from mpsearch.files import csv_text, write_atomically
 from mpsearch.plan import Plan
 from mpsearch.problem import Problem
 from mpsearch.quantity import DERIVED
@@ -109,9 +107,7 @@ class Front(Sequence[Solution]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the front as CSV, atomically; columns as in `to_frame`."""
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(self._rows())
-        write_atomically(path, text.getvalue())
+        write_atomically(path, csv_text(self._rows()))
 
     def plot(
         self,

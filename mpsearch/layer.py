@@ -40,6 +40,13 @@ class Layer:
     def __post_init__(self) -> None:
         if not self.name:
             raise TableError("a layer without a name")
+        for text in (self.name, self.group):
+            if "\0" in text or (not text.isascii() and any("\ud800" <= sign <= "\udfff" for sign in text)):
+                raise TableError(f"the name {text!r} holds a zero character or half of one, which no file keeps")
+        if any(side < 0 for side in self.weight_shape) or self.macs < 0:
+            raise TableError(
+                f"layer {self.name!r} has the shape {self.weight_shape} and {self.macs} MACs, expected 0 or more"
+            )
         if self.dtype not in DTYPE_BYTES:
             raise TableError(f"layer {self.name!r} is stored as {self.dtype}, expected one of {', '.join(DTYPE_BYTES)}")
 

@@ -1,7 +1,5 @@
 """Plans with the damage measured for each: what predictions are held against."""
 
-import csv
-import io
 import json
 import os
 from collections.abc import Mapping
@@ -13,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import FileError, PlanError, TableError, nearest
-from mpsearch.files import write_atomically
+from mpsearch.files import comment_lines, csv_rows, csv_text, write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.schema import checked, parse_json
@@ -134,14 +132,15 @@ class MeasuredPlans:
 
     def to_csv(self) -> str:
         """Content of a file of measured plans."""
-        text = io.StringIO()
-        text.write(f"{_MARK} {_VERSION}\n# {json.dumps({'unit': self.unit, 'origin': self.origin})}\n")
         numbers = {name: getattr(self, name) for name in _NUMBERS if getattr(self, name) is not None}
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*numbers, *self.layers])
-        for number, plan in enumerate(self.plans):
-            writer.writerow([*(float(v[number]) for v in numbers.values()), *(str(plan[name]) for name in self.layers)])
-        return text.getvalue()
+        if self.layers[0] == "damage_se":  # a layer: what is in front of the layers ends at this column
+            numbers.setdefault("damage_se", np.full(len(self), np.nan))
+        rows = (
+            [*(float(values[number]) for values in numbers.values()), *(str(plan[name]) for name in self.layers)]
+            for number, plan in enumerate(self.plans)
+        )
+        header = json.dumps({"unit": self.unit, "origin": self.origin})
+        return f"{_MARK} {_VERSION}\n# {header}\n{csv_text([[*numbers, *self.layers], *rows])}"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "MeasuredPlans":
@@ -153,10 +152,10 @@ class MeasuredPlans:
         """
         data = Path(path).read_bytes()
         try:
-            return _parsed(data.decode("utf-8-sig").splitlines())
+            return _parsed(data.decode("utf-8-sig"))
         except UnicodeDecodeError as error:
             raise PlanError(f"{path}: byte {error.start} is not UTF-8 text, so this is no CSV") from None
-        except PlanError as error:
+        except (FileError, PlanError) as error:
             raise PlanError(f"{path}: {error}") from None
 
     def _repr_html_(self) -> str:
@@ -178,37 +177,38 @@ def holds_plans(path: str | os.PathLike[str]) -> bool:
     return line.startswith(_MARK) or "damage" in (name.strip() for name in line.split(","))
 
 
-def _parsed(lines: list[str]) -> MeasuredPlans:
+def _parsed(text: str) -> MeasuredPlans:
     header: _Header = {}
-    first = 0
-    if lines and lines[0].startswith("#"):
-        if lines[0].strip() != f"{_MARK} {_VERSION}":
-            raise PlanError(f"line 1: {lines[0]!r}, this mpsearch reads '{_MARK} {_VERSION}'")
-        header, first = _header(lines[1] if len(lines) > 1 else ""), 2
-    reader = csv.reader(lines[first:], strict=True)
-    try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise PlanError(f"line {first + reader.line_num}: no CSV ({error})") from None
+    comments, text = comment_lines(text)
+    if comments:
+        if comments[0].strip() != f"{_MARK} {_VERSION}":
+            raise PlanError(f"line 1: {comments[0]!r}, this mpsearch reads '{_MARK} {_VERSION}'")
+        header = _header(comments[1])
+    rows = csv_rows(text, 1 + len(comments))
     if not rows:
         raise PlanError("no header line, expected one such as damage,damage_se,conv1,conv2,fc")
-    columns = [name.strip() for name in rows[0]]
-    if "damage" not in columns:
-        raise PlanError(f"line {first + 1}: no column 'damage' among {', '.join(columns)}")
-    for name in columns:
-        if columns.count(name) > 1:
-            raise PlanError(f"line {first + 1}: column {name!r} occurs twice")
+    line, columns = rows[0]
+    if comments:  # numbers are in front, whatever layers are called
+        places = {name: i for i, name in enumerate(_NUMBERS) if columns[i : i + 1] == [name]}
+    else:
+        columns = [name.strip() for name in columns]
+        places = {name: columns.index(name) for name in _NUMBERS if name in columns}
+    if "damage" not in places:
+        raise PlanError(f"line {line}: no column 'damage' among {', '.join(columns)}")
+    layers = {i: name for i, name in enumerate(columns) if i not in places.values()}
+    names = set() if comments else set(places)
+    for name in layers.values():
+        if name in names:
+            raise PlanError(f"line {line}: column {name!r} occurs twice")
+        names.add(name)
     plans: list[Plan] = []
-    numbers: dict[str, list[float]] = {name: [] for name in _NUMBERS if name in columns}
-    for line, row in enumerate(rows[1:], first + 2):
-        if not row:
-            continue
+    numbers: dict[str, list[float]] = {name: [] for name in places}
+    for line, row in rows[1:]:
         if len(row) != len(columns):
             raise PlanError(f"line {line}: {len(row)} fields, expected {len(columns)} ({', '.join(columns)})")
-        cells = dict(zip(columns, row, strict=True))
-        for name, values in numbers.items():
-            values.append(_number(cells.pop(name), name, line))
-        plans.append(Plan({name: _precision(text, name, line) for name, text in cells.items()}))
+        for name, i in places.items():
+            numbers[name].append(_number(row[i], name, line))
+        plans.append(Plan({name: _precision(row[i], name, line) for i, name in layers.items()}))
     return MeasuredPlans(
         tuple(plans),
         np.array(numbers["damage"]),

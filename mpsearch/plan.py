@@ -1,14 +1,17 @@
 """A plan: a precision for every layer, and the JSON file that carries it to another tool."""
 
+import dataclasses
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from mpsearch.errors import MpsearchError, PlanError, nearest
+from mpsearch.file_set import hash_of
 from mpsearch.files import write_atomically
 from mpsearch.precision import Precision
 from mpsearch.schema import OPEN, checked, parse_json
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 #: A limit as it is written: an upper one, or (lower, upper) of which one may be None.
 Written = float | str | tuple[float | str | None, float | str | None]
 
-_VERSION = 1
+_VERSION = 2  # 1 has no hash of the layers
 
 
 class Predicted(TypedDict, total=False):
@@ -38,6 +41,7 @@ class Predicted(TypedDict, total=False):
 class _File(TypedDict):
     mpsearch_plan: int
     layers: dict[str, str]
+    layers_hash: NotRequired[str]
     budget: NotRequired[dict[str, float | str | list[float | str | None] | None]]
     predicted: NotRequired[Annotated[Predicted, OPEN]]
     usage: NotRequired[dict[str, float | None]]
@@ -106,12 +110,17 @@ class Plan(Mapping[str, Precision]):
         content = {
             "mpsearch_plan": _VERSION,
             "layers": {name: str(precision) for name, precision in self.layers.items()},
+            "layers_hash": self._hash(),
             "budget": dict(self.budget),
             "predicted": dict(self.predicted),
             "usage": dict(self.usage),
             "origin": dict(self.origin),
         }
         return json.dumps(content, indent=1) + "\n"
+
+    def _hash(self) -> str:
+        """Of the decisions, by which `load` sees that they are those that were written."""
+        return hash_of(json.dumps(sorted((name, str(precision)) for name, precision in self.layers.items())).encode())
 
     def _repr_html_(self) -> str:
         from mpsearch.html import display
@@ -122,22 +131,36 @@ class Plan(Mapping[str, Precision]):
     def load(cls, path: str | os.PathLike[str]) -> "Plan":
         """Read a plan.
 
+        Warns:
+            UserWarning: where the layers were changed after the plan was written: what was predicted of it, and its use, are left out.
+
         Raises:
             PlanError: with the place in the file.
             OSError: where the file cannot be read.
         """
         data = Path(path).read_bytes()
         try:
-            return cls._from(parse_json(data))
+            plan, stored = cls._from(parse_json(data))
         except MpsearchError as error:
             raise PlanError(f"{path}: {error}") from None
+        if stored == plan._hash() or not (plan.predicted or plan.usage):
+            return plan
+        warnings.warn(
+            f"{path}: the layers were changed after the plan was written; what was predicted of it and its use of resources do not belong "
+            "to it and are left out",
+            stacklevel=2,
+        )
+        return dataclasses.replace(plan, predicted={}, usage={}, origin={**plan.origin, "edited": True})
 
     @classmethod
-    def _from(cls, content: Any) -> "Plan":
+    def _from(cls, content: Any) -> "tuple[Plan, str | None]":
+        """The plan, and the hash of its layers."""
         if not isinstance(content, dict) or "mpsearch_plan" not in content:
             raise PlanError("no mpsearch plan: the key 'mpsearch_plan' is missing")
-        if content["mpsearch_plan"] != _VERSION:
-            raise PlanError(f"version {content['mpsearch_plan']!r} of the plan format, this mpsearch reads {_VERSION}")
+        if content["mpsearch_plan"] not in (1, _VERSION):
+            raise PlanError(
+                f"version {content['mpsearch_plan']!r} of the plan format, this mpsearch reads 1 and {_VERSION}"
+            )
         file = checked(content, _File)
         if not file["layers"]:
             raise PlanError("no layers at $.layers")
@@ -149,4 +172,5 @@ class Plan(Mapping[str, Precision]):
                 raise PlanError(f"{error} at $.layers[{name!r}]") from None
         usage = {name: math.nan if value is None else value for name, value in file.get("usage", {}).items()}
         budget: Any = file.get("budget", {})
-        return cls(layers, budget, file.get("predicted", {}), usage, file.get("origin", {}))
+        plan = cls(layers, budget, file.get("predicted", {}), usage, file.get("origin", {}))
+        return plan, plan._hash() if content["mpsearch_plan"] == 1 else file.get("layers_hash")

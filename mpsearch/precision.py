@@ -52,9 +52,10 @@ def format_bits(name: str) -> int:
     (4, 8, 16)
     """
     if name.isdecimal():
-        if 1 <= int(name) <= 16:
-            return int(name)
-        raise PlanError(f"an integer format of {int(name)} bits, expected 1 to 16")
+        digits = name.lstrip("0")[:20]  # Python reads 4,300 at most
+        if digits and 1 <= int(digits) <= 16:
+            return int(digits)
+        raise PlanError(f"an integer format of {digits or 0} bits, expected 1 to 16")
     if name in NAMED_BITS:
         return NAMED_BITS[name]
     match = _MINIFLOAT.fullmatch(name)
@@ -136,9 +137,9 @@ class Precision:
 @functools.lru_cache(maxsize=4096)  # tables repeat a handful of precisions on every line
 def _parse(text: str) -> Precision:
     match = _GRAMMAR.fullmatch(text.strip())
-    if match is None:
+    if match is None or len(text) > 100:
         raise PlanError(
-            f"{text!r} is no precision; expected w<format>[a<format>][g<size>], such as w4, w4a8, w4g128 or w8a8"
+            f"{text[:100]!r} is no precision; expected w<format>[a<format>][g<size>], such as w4, w4a8, w4g128 or w8a8"
         )
     group = match["g"]
     return Precision(match["w"], match["a"] or "16", int(group) if group else None)

@@ -1,7 +1,7 @@
 """Cost tables as files: long CSV, and NPZ for tables of a million layers."""
 
-import csv
 import io
+import itertools
 import json
 import lzma
 import math
@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.errors import FileError, PlanError, TableError, nearest
+from mpsearch.files import comment_lines, csv_rows, csv_text
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
 from mpsearch.schema import checked, parse_json
@@ -130,14 +131,19 @@ def columns_and_rows(table: CostTable) -> tuple[list[str], Iterable[list[Any]]]:
 
 
 def to_csv(table: CostTable) -> str:
-    """The table as long CSV; every number survives to the last bit."""
-    text = io.StringIO()
-    text.write(f"{_FIRST_LINE}\n# {json.dumps(_header(table, arrays_apart=False))}\n")
+    """The table as long CSV; every number survives to the last bit, and every name.
+
+    Raises:
+        TableError: for a resource that has the name of another column.
+    """
     columns, rows = columns_and_rows(table)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    return text.getvalue()
+    for name in table.usage:
+        if name in _KNOWN_COLUMNS:
+            raise TableError(
+                f"the resource {name!r} has the name of a column of the CSV; give it another name, or write .npz"
+            )
+    header = json.dumps(_header(table, arrays_apart=False))
+    return f"{_FIRST_LINE}\n# {header}\n{csv_text(itertools.chain([columns], rows))}"
 
 
 def to_npz(table: CostTable) -> bytes:
@@ -182,39 +188,38 @@ def from_csv(data: bytes) -> CostTable:
         TableError: with the line.
     """
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        comments, text = comment_lines(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise TableError(f"byte {error.start} is not UTF-8 text, so this is no CSV") from None
     header: _Header = {}
-    first = 0
-    if lines and lines[0].startswith("#"):
-        if not lines[0].startswith("# mpsearch_table:"):
-            raise TableError(f"line 1: {lines[0]!r}, expected {_FIRST_LINE!r}")
-        if lines[0].strip() != _FIRST_LINE:
-            raise TableError(f"line 1: {lines[0]!r}: this mpsearch reads version {_VERSION} of the table format")
-        if len(lines) < 2 or not lines[1].startswith("#"):
+    if comments:
+        if not comments[0].startswith("# mpsearch_table:"):
+            raise TableError(f"line 1: {comments[0]!r}, expected {_FIRST_LINE!r}")
+        if comments[0].strip() != _FIRST_LINE:
+            raise TableError(f"line 1: {comments[0]!r}: this mpsearch reads version {_VERSION} of the table format")
+        if not comments[1].startswith("#"):
             raise TableError("line 2: expected '# ' and one JSON object")
         try:
-            header = checked(parse_json(lines[1][1:]), _Header)
+            header = checked(parse_json(comments[1][1:]), _Header)
         except FileError as error:
             raise TableError(f"line 2: {error}") from None
-        first = 2
-    reader = csv.reader(lines[first:], strict=True)
     try:
-        rows = list(reader)
-    except csv.Error as error:
-        raise TableError(f"line {first + reader.line_num}: no CSV ({error})") from None
+        rows = csv_rows(text, 1 + len(comments))
+    except FileError as error:
+        raise TableError(str(error)) from None
     if not rows:
         raise TableError("no header line, expected one such as layer,precision,sensitivity,memory_bytes")
-    columns = [name.strip() for name in rows[0]]
+    line, columns = rows[0]
+    if not comments:  # made by hand or another tool
+        columns = [name.strip() for name in columns]
     for needed in ("layer", "precision", "sensitivity"):
         if needed not in columns:
-            raise TableError(f"line {first + 1}: no column {needed!r} among {', '.join(columns)}")
+            raise TableError(f"line {line}: no column {needed!r} among {', '.join(columns)}")
     unique("column", columns)
-    return _assemble(header, columns, rows[1:], first + 2)
+    return _assemble(header, columns, rows[1:])
 
 
-def _assemble(header: _Header, columns: list[str], rows: list[list[str]], line: int) -> CostTable:
+def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[str]]]) -> CostTable:
     place = {name: index for index, name in enumerate(columns)}
     resources = [name for name in columns if name not in _KNOWN_COLUMNS]
     measures = [name for name in ("sensitivity", "sensitivity_se", *resources) if name in place]
@@ -223,10 +228,8 @@ def _assemble(header: _Header, columns: list[str], rows: list[list[str]], line: 
     about: list[str] = [name for name in ("kind", "group", "numel", "macs") if name in place]
     options: dict[Precision, int] = {Precision.parse(text): i for i, text in enumerate(header.get("precisions", []))}
     cells: dict[tuple[int, int], list[float]] = {}
-    for offset, row in enumerate(rows):
-        if not row:
-            continue
-        where = f"line {line + offset}"
+    for line, row in rows:
+        where = f"line {line}"
         if len(row) != len(columns):
             raise TableError(f"{where}: {len(row)} fields, expected {len(columns)} ({', '.join(columns)})")
         try:

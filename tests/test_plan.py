@@ -19,7 +19,7 @@ def test_the_round_trip_is_exact(tmp_path):
     plan().save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan()
     content = json.loads((tmp_path / "plan.json").read_text())
-    assert content["mpsearch_plan"] == 1
+    assert content["mpsearch_plan"] == 2
     assert content["layers"] == {"conv1": "w4a8", "fc": "w8"}
 
 
@@ -36,7 +36,7 @@ def test_it_is_a_mapping():
         ("{", "not JSON"),
         ("[]", "no mpsearch plan"),
         ("{}", "no mpsearch plan"),
-        ('{"mpsearch_plan": 2, "layers": {"a": "w4"}}', "version 2"),
+        ('{"mpsearch_plan": 3, "layers": {"a": "w4"}}', "version 3"),
         ('{"mpsearch_plan": 1}', "the key 'layers' is missing"),
         ('{"mpsearch_plan": 1, "layers": {}}', "no layers"),
         ('{"mpsearch_plan": 1, "layers": {"a": "w99"}}', "at $.layers['a']"),

@@ -165,8 +165,8 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     path = tmp_path / "t.csv"
     full(0).save(path)
     old = path.read_bytes()
-    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("os.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "disk full")))
+    with pytest.raises(OSError, match=r"disk full: .*t.csv"):
         full(1).save(path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["t.csv"]

@@ -1,7 +1,5 @@
 """Plain CSV, JSON or YAML, for tools and scripts that mpsearch does not know."""
 
-import csv
-import io
 import json
 import os
 import re
@@ -13,7 +11,7 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import described
 from mpsearch.export.yaml_text import yaml_text
-from mpsearch.files import write_atomically
+from mpsearch.files import csv_text, write_atomically
 from mpsearch.plan import Plan
 
 _COLUMNS = ("weight_format", "weight_bits", "activation_format", "activation_bits", "group_size")
@@ -67,8 +65,6 @@ def _text(content: dict[str, dict[str, Any]], suffix: str) -> str:
         return yaml_text(content)
     if suffix != ".csv":
         raise ExportError(f"a neutral file ends in .csv, .json or .yaml, not {suffix or 'nothing'!r}")
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["layer", *_COLUMNS])
-    writer.writerows([name, *(row[column] for column in _COLUMNS)] for name, row in content.items())
-    return stream.getvalue()
+    return csv_text(
+        [["layer", *_COLUMNS], *([name, *(row[column] for column in _COLUMNS)] for name, row in content.items())]
+    )

@@ -12,6 +12,8 @@ from mpsearch.imports.json_file import json_object
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
+#: Classes of modules are written so, names of layers hardly ever.
+_CLASS = re.compile(r"[A-Z]\w*")
 _FLOATS = {8: "fp8_e4m3", 4: "fp4_e2m1"}
 
 
@@ -34,14 +36,13 @@ def from_compressed_tensors(path: str | os.PathLike[str], model: nn.Module | Non
     groups = config.get("config_groups") if isinstance(config, dict) else None
     if not isinstance(groups, dict) or not groups:
         raise PlanError(f"{file}: no 'config_groups' of compressed-tensors")
-    chosen = {
-        target: _precision(group, f"{file}: {title}") for title, group in groups.items() for target in group["targets"]
-    }
-    ignored = list(config.get("ignore") or [])
+    chosen = _chosen(groups, file)
+    ignored = _targets(config.get("ignore") or [], f"{file}: 'ignore'")
     if model is None:
         for target in (*chosen, *ignored):
-            if target.startswith("re:") or target in ("Linear", "Embedding", "Conv2d"):
-                raise PlanError(f"{file}: the target {target!r} is a pattern; give the model to match it")
+            if target.startswith("re:") or _CLASS.fullmatch(target):
+                what = "a pattern" if target.startswith("re:") else "the name of a class"
+                raise PlanError(f"{file}: the target {target!r} is {what}; give the model to match it")
         return Plan({**chosen, **dict.fromkeys(ignored, Precision("16"))}, origin=_origin(file))
     kinds = {name: type(module).__name__ for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     for target in chosen:
@@ -51,9 +52,32 @@ def from_compressed_tensors(path: str | os.PathLike[str], model: nn.Module | Non
             )
     layers = {}
     for name, kind in kinds.items():
-        target = None if _match(name, kind, ignored) else _match(name, kind, list(chosen))
-        layers[name] = Precision("16") if target is None else chosen[target]
+        match = None if _match(name, kind, ignored) else _match(name, kind, list(chosen))
+        layers[name] = Precision("16") if match is None else chosen[match]
     return Plan(layers, origin=_origin(file))
+
+
+def _chosen(groups: dict[str, Any], file: Path) -> dict[str, Precision]:
+    """Target -> precision."""
+    chosen: dict[str, Precision] = {}
+    places: dict[str, str] = {}
+    for title, group in groups.items():
+        where = f"{file}: {title}"
+        if not isinstance(group, dict):
+            raise PlanError(f"{where}: expected an object, got {group!r}")
+        for target in _targets(group.get("targets"), f"{where}: 'targets'"):
+            if target in places:
+                raise PlanError(f"{file}: the target {target!r} is in {places[target]!r} and in {title!r}")
+            chosen[target], places[target] = _precision(group, where), title
+    return chosen
+
+
+def _targets(value: Any, where: str) -> list[str]:
+    if not isinstance(value, list) or not all(isinstance(target, str) for target in value):
+        raise PlanError(f"{where} is {value!r}, expected a list of names of layers or classes, or of 're:' patterns")
+    if len(set(value)) < len(value):
+        raise PlanError(f"{where} names {next(t for t in value if value.count(t) > 1)!r} twice")
+    return value
 
 
 def _origin(file: Path) -> dict[str, Any]:
