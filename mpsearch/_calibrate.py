@@ -1,4 +1,4 @@
-"""The door from a table and a handful of measured plans to a table in nats."""
+"""The door from a table and a handful of measured plans to a table in their unit."""
 
 import dataclasses
 from typing import Any
@@ -15,7 +15,7 @@ _LEAST_PLANS = 3
 
 
 def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool = False) -> CostTable:
-    """Turn a table that only ranks into nats, by non-negative regression on measured plans.
+    """Turn a table that only ranks into the unit of the damage, nats say, by non-negative regression on measured plans.
 
     The damage m_i of plan i, which puts layer l at precision o_i(l), is fitted by scaled parts of the table,
 
@@ -31,16 +31,16 @@ def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool 
 
     Args:
         table: L layers, P precisions, usually `relative`.
-        measured: plans over its layers, with damage in nats; at least 3, a dozen is better.
+        measured: plans over its layers, with damage in nats or another unit; at least 3, a dozen is better.
         per_precision: a scale for each precision in place of one.
 
     Returns:
-        The table in nats, with `sensitivity_se` from scales and table; the error of a scale is common to its cells.
+        The table in that unit, with `sensitivity_se` from scales and table; the error of a scale is common to its cells.
         `origin["calibration"]` holds the scales and their standard errors, and, of each measured damage with its prediction
         from the other plans, Spearman's and Kendall's correlation with standard errors and the median relative error.
 
     Raises:
-        TableError: where plans are too few or not in nats, or their damage does not rise with the table.
+        TableError: where plans are too few or their damage has no unit, or their damage does not rise with the table.
         PlanError: where plans and table do not fit.
 
     Two layers, a table that is half the damage:
@@ -52,8 +52,8 @@ def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool 
     >>> found.sensitivity.tolist(), found.unit, found.origin["calibration"]["scales"]
     ([[8.0, 2.0], [4.0, 2.0]], 'nats', {'all': 2.0})
     """
-    if measured.unit != "nats":
-        raise TableError(f"the measured damage is {measured.unit}, expected nats")
+    if measured.unit == "relative":
+        raise TableError("the measured damage is relative, a ranking; expected nats, or the unit of a metric")
     features, names = _features(table, measured, per_precision)
     told = int((features.sum(axis=1) > 0).sum())
     if told < _LEAST_PLANS:
@@ -81,7 +81,7 @@ def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool 
         **{name: value if np.isfinite(value) else None for name, value in quality.items()},
         "measured": dict(measured.origin),
     }
-    return _scaled(table, names, scales, scales_se, facts)
+    return _scaled(table, names, scales, scales_se, measured.unit, facts)
 
 
 def _features(table: CostTable, measured: MeasuredPlans, per_precision: bool) -> tuple[Array, list[str]]:
@@ -154,7 +154,9 @@ def nonnegative_least_squares(a: Array, b: Array) -> Array:
     return np.asarray(x / norms)
 
 
-def _scaled(table: CostTable, names: list[str], scales: Array, scales_se: Array, facts: dict[str, Any]) -> CostTable:
+def _scaled(
+    table: CostTable, names: list[str], scales: Array, scales_se: Array, unit: str, facts: dict[str, Any]
+) -> CostTable:
     place = {name: k for k, name in enumerate(names)}
     of_column = [place.get(str(precision), 0) for precision in table.precisions]  # a column of zeros takes any scale
     factor, factor_se = scales[of_column], scales_se[of_column]
@@ -164,7 +166,7 @@ def _scaled(table: CostTable, names: list[str], scales: Array, scales_se: Array,
         table,
         sensitivity=table.sensitivity * factor,
         sensitivity_se=np.hypot(own * factor, table.sensitivity * factor_se),
-        unit="nats",
+        unit=unit,
         origin={**table.origin, "calibration": facts},
         interactions=None if pairs is None else dataclasses.replace(pairs, value=pairs.value * scales[0]),
     )

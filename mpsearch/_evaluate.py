@@ -1,19 +1,23 @@
 """The door from a model, data and a plan to measured damage."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from mpsearch.batches import given_of
-from mpsearch.determinism import probed_output
+from mpsearch.data_split import few
+from mpsearch.determinism import PROBED, probed_output
 from mpsearch.errors import EstimatorError, PlanError, nearest
 from mpsearch.estimator import Loss
 from mpsearch.evaluation import Evaluation
-from mpsearch.measure import Mean, cross_entropy, kl_divergence
-from mpsearch.model import Batch, call, collect, predictions, preserved, samples, state_fingerprint
+from mpsearch.measure import Mean
+from mpsearch.metric_choice import MetricChoice, check_metric, choose
+from mpsearch.metrics import KL, Floats, Metric, Own, Run, run
+from mpsearch.metrics import Loss as TargetLoss
+from mpsearch.model import Batch, collect, preserved, state_fingerprint
 from mpsearch.modules import holds_weight, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
@@ -26,7 +30,7 @@ def evaluate(
     batches: Iterable[Batch],
     plan: Plan,
     *,
-    metric: Callable[[nn.Module, Batch], float] | None = None,
+    metric: str | Metric | Callable[..., Any] | None = None,
     loss: Loss | None = None,
     quantizer: Quantizer | None = None,
     calibration: Iterable[Batch] | None = None,
@@ -38,14 +42,18 @@ def evaluate(
         model: any module; it comes back bit for bit as it went in, also after an exception.
         batches: held-out data, read once.
         plan: layer name -> precision; layers that it does not name are left alone.
-        metric: `metric(model, batch) -> float`, the mean over the samples of the batch.
-        loss: `loss(model, batch) -> scalar`; by default the cross-entropy, where there are labels.
+        metric: a name (`mpsearch.metrics.METRICS`); or a function `metric(model, batch)`, or `metric(output, reference, batch)` with all
+            that the quantized and the unquantized model return, told apart by the number of parameters without a default; it gives the
+            mean over the samples of the batch, or of the second form also (B,) numbers. By default what fits outputs and targets:
+            `kl`, `bernoulli-kl` or `relative-error`; `measured` of the result tells which and why.
+        loss: `loss(model, batch) -> scalar`; by default, where there are targets that fit, the cross-entropy (integer labels), the
+            binary cross-entropy (0/1 labels) or the squared error (numbers).
         quantizer: of the weights; by default `RoundToNearest()`.
         calibration: data for the ranges of quantized inputs; by default the held-out inputs themselves.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
-        Mean KL to the unquantized model, loss, accuracy and metric with standard errors, and the same for the
+        Mean KL to the unquantized model (of class scores), loss, accuracy and metric with standard errors, and the same for the
         unquantized model under `reference`.
 
     Raises:
@@ -53,27 +61,29 @@ def evaluate(
         EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
     """
     data = collect(batches, model)
+    check_metric(metric)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
     with preserved(model), torch.no_grad():
         _check_plan(model, plan)
         tell_unnamed(model, named_weights(model, plan), len(plan))
-        probed_output(model, data[0])
+        choice = choose(model, data, probed_output(model, data[0]), few(data[0], PROBED), metric, loss=loss)
         ranges = {}
         names = [name for name, precision in plan.items() if precision.quantizes_activation]
         if names:
             ranges = input_ranges(model, data if calibration is None else collect(calibration, model), names)
         values = quantized_weights(model, plan, quantize)
         functions = input_quantizers(model, plan, quantize, ranges)
-        tallies = (Tally(metric, loss), Tally(metric, loss))
+        tallies = (Tally(choice, loss), Tally(choice, loss))
         bar = tqdm(data, desc="evaluate", disable=None if progress else True, leave=False)
         for number, batch in enumerate(bar):
-            plain = predictions(model, call(model, batch), batch)
+            plain = run(model, batch)
             tallies[0].add(model, batch, plain, None, number)
             with weights(values), inputs(functions):
-                tallies[1].add(model, batch, predictions(model, call(model, batch), batch), plain[0], number)
+                tallies[1].add(model, batch, run(model, batch), plain, number)
     if state_fingerprint(model) != before:
         raise EstimatorError("the metric or the loss changed the model's parameters or buffers")
+    choice.warn(stacklevel=2)
     return tallies[1].result(tallies[0].result(None))
 
 
@@ -84,69 +94,86 @@ def named_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
 
 
 class Tally:
-    """Sums over batches of one model, quantized or not."""
+    """Means over batches of one model, quantized or not.
 
-    def __init__(self, metric: Callable[[nn.Module, Batch], float] | None, loss: Loss | None) -> None:
-        self._metric, self._loss_function = metric, loss
-        self._kl, self._loss, self._hits, self._score = Mean(), Mean(), Mean(), Mean()
-        self._labels = True
+    Args:
+        choice: of the metric; those that go with it (KL of class scores, loss and accuracy where there are targets) are measured too.
+        loss: of one's own, in place of that with the data's targets.
+    """
+
+    def __init__(self, choice: MetricChoice, loss: Loss | None = None) -> None:
+        self._choice = choice
+        along = [
+            KL(choice.reading.softmax) if choice.reading.kind == "classes" else None,
+            choice.loss if loss is None else Own(loss, title="loss"),
+            choice.accuracy,
+        ]
+        self._metrics: dict[str, Metric] = {metric.title: metric for metric in along if metric is not None}
+        title = choice.metric.title
+        self._metrics[title if title in ("kl", "loss", "accuracy") else "metric"] = choice.metric
+        self._means = {name: Mean() for name in self._metrics}
         self._samples = 0
 
     def add(
-        self,
-        model: nn.Module,
-        batch: Batch,
-        predicted: tuple[Tensor, Tensor | None, Tensor],
-        reference: Tensor | None,
-        number: int,
-    ) -> None:
+        self, model: nn.Module, batch: Batch, found: Run, reference: Run | None, number: int
+    ) -> tuple[Floats, Floats]:
         """Add one batch.
 
         Args:
             model: as it stands; run again for a metric or a loss of one's own.
             batch: the batch.
-            predicted: what `predictions` makes of its output.
-            reference: (N, C) logits of the unquantized model; None where this is it.
+            found: what the model makes of it.
+            reference: what the unquantized model makes of it; None where this is it.
             number: of the batch.
+
+        Returns:
+            (n,) sums and (n,) weights of the samples by the chosen metric.
         """
-        count = samples(batch)
-        logits, labels, index = predicted
-        if not torch.isfinite(logits).all():
+        if not torch.isfinite(found.rows).all():
             what = "unquantized" if reference is None else "quantized"
             raise EstimatorError(f"the output of the {what} model is not finite in batch {number}")
-        if logits.shape[-1] > 1:  # of one number a prediction there is none
-            self._kl.add(kl_divergence(logits if reference is None else reference, logits), index, count)
-        self._labels &= labels is not None
-        if labels is not None:
-            self._hits.add((logits.argmax(-1) == labels).double(), index, count)
-            if self._loss_function is None:
-                self._loss.add(cross_entropy(logits, labels), index, count)
-        every = torch.arange(count)
-        if self._loss_function is not None:
-            value = float(self._loss_function(model, given_of(batch)))
-            self._loss.add(torch.full((count,), value, dtype=torch.float64), torch.zeros_like(every), 1)
-        if self._metric is not None:
-            self._score.add(
-                torch.full((count,), float(self._metric(model, given_of(batch))), dtype=torch.float64),
-                torch.zeros_like(every),
-                1,
-            )
-        self._samples += count
+        for name, metric in list(self._metrics.items()):
+            along = name in ("loss", "accuracy") and metric is not self._choice.metric and not isinstance(metric, Own)
+            if along and self._missing(model, batch, found):  # in some batches: then there is no mean
+                del self._metrics[name], self._means[name]
+                continue
+            sums, counts = metric.of(model, batch, found, reference)
+            self._means[name].add_samples(torch.from_numpy(sums), torch.from_numpy(counts))
+            if metric is self._choice.metric:
+                chosen = sums, counts
+        self._samples += found.samples
+        return chosen
+
+    def _missing(self, model: nn.Module, batch: Batch, found: Run) -> bool:
+        with_targets = self._choice.loss
+        return not isinstance(with_targets, TargetLoss) or with_targets.targets(model, batch, found) is None
 
     def result(self, reference: Evaluation | None) -> Evaluation:
         """The means."""
-        scored = self._labels or self._loss_function is not None
+        values: dict[str, tuple[float, float]] = {}
+        for name, metric in self._metrics.items():
+            mean = self._means[name]
+            values[name] = metric.shown(mean.value), metric.shown_se(mean.value, mean.se)
+        absent: tuple[float | None, float | None] = (None, None)
+        kl, kl_se = values.get("kl", (math.nan, math.nan))
+        loss, loss_se = values.get("loss", absent)
+        accuracy, accuracy_se = values.get("accuracy", absent)
+        shown, shown_se = values.get("metric", absent)
+        other = self._metrics.get("metric")
         return Evaluation(
-            self._kl.value,
-            self._kl.se,
-            self._loss.value if scored else None,
-            self._loss.se if scored else None,
-            self._hits.value if self._labels else None,
-            self._hits.se if self._labels else None,
+            kl,
+            kl_se,
+            loss,
+            loss_se,
+            accuracy,
+            accuracy_se,
             self._samples,
-            self._score.value if self._metric is not None else None,
-            self._score.se if self._metric is not None else None,
+            shown,
+            shown_se,
             reference,
+            None if other is None else other.title,
+            None if other is None else other.shown_unit,
+            self._choice.sentence,
         )
 
 

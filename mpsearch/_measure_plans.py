@@ -1,7 +1,8 @@
 """The door from a model, data and many plans to the damage of each."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,11 +11,15 @@ from tqdm.auto import tqdm
 
 from mpsearch._evaluate import _check_plan as check_plan
 from mpsearch._evaluate import named_weights
-from mpsearch.determinism import probed_output
+from mpsearch.data_split import few
+from mpsearch.determinism import PROBED, probed_output
 from mpsearch.errors import EstimatorError, PlanError
-from mpsearch.measure import Mean, kl_divergence
+from mpsearch.estimator import Loss
+from mpsearch.measure import Mean
 from mpsearch.measured_plans import MeasuredPlans
-from mpsearch.model import Batch, call, collect, data_fingerprint, predictions, preserved, samples, state_fingerprint
+from mpsearch.metric_choice import check_metric, choose
+from mpsearch.metrics import Metric, run
+from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint
 from mpsearch.modules import holds_weight, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
@@ -28,11 +33,14 @@ def measure_plans(
     batches: Iterable[Batch],
     plans: Sequence[Plan],
     *,
+    metric: str | Metric | Callable[..., Any] | None = None,
+    higher_is_better: bool = False,
+    loss: Loss | None = None,
     quantizer: Quantizer | None = None,
     calibration: Iterable[Batch] | None = None,
     progress: bool = True,
 ) -> MeasuredPlans:
-    """Measure many plans on common data: the mean KL to the unquantized model that `evaluate` gives for each.
+    """Measure many plans on common data: by how much each is worse than the unquantized model, in what `evaluate` measures.
 
     The unquantized model runs once, and a layer is quantized once for each precision that any plan gives it; `evaluate` in a
     loop would do both for every plan. The quantized weights are held together: at most one copy of the weights for each
@@ -42,12 +50,16 @@ def measure_plans(
         model: any module; it comes back bit for bit as it went in, also after an exception.
         batches: held-out data, read once.
         plans: over the same layers.
+        metric: as for `evaluate`; by default what fits outputs and targets.
+        higher_is_better: direction of a function.
+        loss: of one's own, for `metric="loss"`.
         quantizer: of the weights; by default `RoundToNearest()`.
         calibration: data for the ranges of quantized inputs; by default the held-out inputs themselves.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
-        The plans in their order, with damage and standard error over samples in nats a prediction.
+        The plans in their order, with damage and standard error over samples, in the unit of the metric (nats a prediction for the KL);
+        `origin["measured"]` tells the metric and why it is that one.
 
     Raises:
         PlanError: for no plans, plans over different layers, or one that does not fit the model.
@@ -61,7 +73,8 @@ def measure_plans(
     """
     data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)), unit="nats")
+    check_metric(metric)
+    unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)))
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]
     with preserved(model), torch.no_grad():
@@ -71,7 +84,9 @@ def measure_plans(
             except PlanError as error:
                 raise PlanError(f"plan {number}: {error}") from None
         tell_unnamed(model, named_weights(model, plans[0]), len(plans[0]))
-        probed_output(model, data[0])
+        output = probed_output(model, data[0])
+        example = few(data[0], PROBED)
+        choice = choose(model, data, output, example, metric, loss=loss, higher_is_better=higher_is_better)
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
         ranges = (
             input_ranges(model, data if calibration is None else collect(calibration, model), names) if names else {}
@@ -82,23 +97,28 @@ def measure_plans(
         bar = tqdm(total=len(data) * len(plans), desc="measure plans", disable=None if progress else True, leave=False)
         with bar:
             for number, batch in enumerate(data):
-                reference, _, index = predictions(model, call(model, batch), batch)
+                reference = run(model, batch)
+                unquantized, _ = choice.metric.of(model, batch, reference, None)
                 for plan_number, mean in enumerate(means):
                     with weights(values[plan_number]), inputs(functions[plan_number]):
-                        logits, _, _ = predictions(model, call(model, batch), batch)
-                    divergence = kl_divergence(reference, logits)
-                    if not torch.isfinite(divergence).all():
+                        found = None if choice.metric.runs_model else run(model, batch)
+                        sums, counts = choice.metric.of(model, batch, found, reference)
+                    damage = choice.metric.damage(sums, unquantized)
+                    if not np.isfinite(damage).all():
                         raise EstimatorError(f"the damage of plan {plan_number} is not finite in batch {number}")
-                    mean.add(divergence, index, samples(batch))
+                    mean.add_samples(torch.from_numpy(damage), torch.from_numpy(counts))
                     bar.update()
+    choice.warn(stacklevel=2)
     origin = {
+        "metric": choice.metric.name,
+        "measured": choice.sentence,
         "quantizer": repr(quantize),
         "samples": sum(samples(batch) for batch in data),
         "model_fingerprint": before,
         "data_fingerprint": data_fingerprint(data),
     }
-    damage, damage_se = np.array([(mean.value, mean.se) for mean in means]).T
-    return replace(unmeasured, damage=damage, damage_se=damage_se, origin=origin)
+    values_of, ses = np.array([(mean.value, mean.se) for mean in means]).T
+    return replace(unmeasured, damage=values_of, damage_se=ses, unit=choice.metric.unit, origin=origin)
 
 
 def _cells(

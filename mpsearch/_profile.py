@@ -17,14 +17,27 @@ from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
 from mpsearch.checkpoint import Checkpoint, Counted, NoCheckpoint
-from mpsearch.determinism import probed_output
+from mpsearch.data_split import few
+from mpsearch.determinism import PROBED, probed_output
 from mpsearch.errors import EstimatorError, TableError, nearest
 from mpsearch.estimator import Estimate, Estimator, Loss, Passes, Setting, Unit
 from mpsearch.experts import filled, report, without_tokens
 from mpsearch.identity import described, digest, output_identity
 from mpsearch.layer import Layer
 from mpsearch.layer_options import Options, columns, with_options
-from mpsearch.model import Batch, collect, data_fingerprint, device_of, fingerprint, preserved, state_fingerprint
+from mpsearch.metric_choice import MetricChoice, choose
+from mpsearch.metrics import KL, METRICS, Comparison, Metric, Own
+from mpsearch.metrics import Loss as TargetLoss
+from mpsearch.model import (
+    Batch,
+    collect,
+    data_fingerprint,
+    device_of,
+    fingerprint,
+    logits_of,
+    preserved,
+    state_fingerprint,
+)
 from mpsearch.modules import weight_of
 from mpsearch.peak_memory import peak_memory
 from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
@@ -51,6 +64,7 @@ def profile(
     estimator: Estimator,
     precisions: Sequence[Precision],
     *,
+    metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
@@ -71,6 +85,7 @@ def profile(
     estimator: Sequence[Estimator],
     precisions: Sequence[Precision],
     *,
+    metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
@@ -90,6 +105,7 @@ def profile(
     estimator: Estimator | Sequence[Estimator],
     precisions: Sequence[Precision],
     *,
+    metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | None = None,
     exclude: Sequence[str] = (),
@@ -108,8 +124,11 @@ def profile(
         batches: calibration data, read once: `(inputs, targets)`, tensors, or dicts of keywords.
         estimator: scores the cells; a sequence of them gives a list of tables.
         precisions: the options, `mps.precisions("w2 w4 w8")`.
-        loss: `loss(model, batch) -> scalar` for estimators that differentiate; `kl` (the default: divergence from the
-            unquantized model, needs no labels) or `cross-entropy`.
+        metric: what estimators compare outputs with the unquantized model's by: `kl` (class scores, tokens), `bernoulli-kl` (0/1
+            labels), `mse`, `relative-error`, `psnr`, `cosine`, which need no labels; or `loss` with the data's targets. By default
+            what fits the outputs and targets (`mpsearch.metric_choice`); `origin["measured"]` tells, and a warning what was assumed.
+        loss: `loss(model, batch) -> scalar` of your own for estimators that differentiate; or `kl`, `cross-entropy`, in place of
+            `metric`.
         layers: the decisions; by default all that `mps.layers` finds.
         exclude: names or patterns of layers to leave alone, for the default `layers`.
         groups: as for `mps.layers`.
@@ -156,11 +175,12 @@ def profile(
         refused = refused_options(decisions, options)
         allowed = only_allowed(quantize, decisions, options, refused)
         usage = resource_columns(model, decisions, options, resources, quantize, data[0])
-        output = None if isinstance(checkpoint, Checkpoint) else probed_output(model, data[0])
+        known = isinstance(checkpoint, Checkpoint) and isinstance(metric, Metric)  # a search has looked already
+        output = None if known else probed_output(model, data[0])
+        choice, chosen = _chosen(model, data, output, few(data[0], PROBED), metric, loss)
         ranges: dict[str, tuple[float, float]] = {}
         if any(option.quantizes_activation for option in options):
             ranges = input_ranges(model, data, [layer.name for layer in decisions])
-        chosen: Loss | Literal["kl", "cross-entropy"] = "kl" if loss is None else loss
         unseen = without_tokens(model, decisions, data)
         seen = data_fingerprint(data)
         undecided_facts = left_undecided(model, decisions, exclude, without)
@@ -168,7 +188,7 @@ def profile(
         if isinstance(checkpoint, Checkpoint):
             keep = contextlib.nullcontext(checkpoint)
         elif checkpoint is not None and output is not None:
-            identity = run_identity(model, output, before, seen, decisions, options, quantize, chosen)
+            identity = run_identity(model, logits_of(output), before, seen, decisions, options, quantize, chosen)
             keep = Checkpoint(checkpoint, identity)
         with keep as kept:
             tables: dict[int, CostTable] = {}
@@ -197,7 +217,8 @@ def profile(
                     origin = {
                         "estimator": repr(estimators[place]),
                         "quantizer": repr(quantize),
-                        "loss": chosen if isinstance(chosen, str) else _name(chosen),
+                        "loss": _title(chosen),
+                        "measured": _title(chosen) if choice is None else choice.sentence,
                         "batches": len(data),
                         "passes": dataclasses.asdict(passes + Passes(*results.earlier)),
                         "passes_in_this_run": dataclasses.asdict(passes),
@@ -213,6 +234,8 @@ def profile(
                         estimators[place], estimate, units, decisions, options, usage, origin, refused, unseen
                     )
                     _tell_of_no_effect(setting, estimate, unseen)
+    if choice is not None and any(table.unit != "relative" for table in tables.values()):
+        choice.warn(stacklevel=2)
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
     return [tables[place] for place in range(len(estimators))] if several else tables[0]
@@ -254,13 +277,50 @@ def run_identity(
             described(quantize),
             fingerprint(quantized_weight(*one, option, quantizer) for one in smallest for option in options),
         ),
-        "loss": loss if isinstance(loss, str) else f"{_name(loss)} {digest(described(loss))}",
+        "loss": _title(loss) if loss in (KL(), TargetLoss()) else f"{_title(loss)} {digest(described(loss))}",
     }
 
 
 def _told_apart(layer: Layer) -> str:
     """What of a layer a score depends on, besides its weight: what it may not have is never run."""
     return f"{layer.name} {layer.group}" + (f" {' '.join(map(str, layer.allowed))}" if layer.allowed else "")
+
+
+def _chosen(
+    model: nn.Module,
+    data: Sequence[Batch],
+    output: Any,
+    example: Batch,
+    metric: str | Metric | None,
+    loss: Loss | str | None,
+) -> tuple[MetricChoice | None, Comparison | TargetLoss | Loss]:
+    """What is measured, None where nobody looked, and what is differentiated."""
+    if loss is not None and metric not in (None, "loss"):
+        raise EstimatorError(f"metric={metric!r} and loss={loss!r} at once; give one of them")
+    choice = None
+    if output is not None:
+        asked = "kl" if loss == "kl" else None if loss == "cross-entropy" else metric
+        choice = choose(model, data, output, example, asked, loss=loss if callable(loss) else None)
+    measured = metric if choice is None else choice.metric
+    if loss == "cross-entropy":
+        return choice, TargetLoss(probabilities=choice is not None and choice.reading.softmax)
+    if callable(loss):
+        return choice, loss
+    if isinstance(measured, Own) and measured.title == "loss":
+        return choice, measured.function
+    if not isinstance(measured, Comparison | TargetLoss):
+        raise EstimatorError(
+            f"a table takes a metric that compares outputs ({', '.join(n for n, m in METRICS.items() if m.compares)}) or 'loss', not "
+            f"{metric!r}; the estimator TaskMetric measures others"
+        )
+    return choice, measured
+
+
+def _title(loss: Any) -> str:
+    """Name of a loss for people."""
+    if isinstance(loss, TargetLoss):
+        return {"classes": "cross-entropy", "labels": "binary cross-entropy", "numbers": "squared error"}[loss.kind]
+    return loss.name if isinstance(loss, Comparison) else _name(loss)
 
 
 def _name(function: Any) -> str:
@@ -409,7 +469,7 @@ def left_undecided(
 
 def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -> None:
     """Warn of layers that a rise of the loss calls free at every precision, though their weights change."""
-    if estimate.unit != "nats":
+    if estimate.unit == "relative":
         return
     free = [
         layer.name

@@ -1,15 +1,13 @@
 """The door from a model, data and a budget to the best plan that can be found, measured."""
 
-import contextlib
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,15 +29,16 @@ from mpsearch.data_split import check_sizes, few, split
 from mpsearch.determinism import PROBED, probed_output
 from mpsearch.environment import environment
 from mpsearch.errors import BudgetError, EstimatorError, nearest
-from mpsearch.estimator import Estimator, Setting
+from mpsearch.estimator import Estimator, Loss, Setting
 from mpsearch.goal import Goal
 from mpsearch.identity import described, difference, digest
 from mpsearch.layer import Layer
 from mpsearch.layer_options import Options as LayerOptions
 from mpsearch.layer_options import columns, with_options
+from mpsearch.metric_choice import check_metric, choose
+from mpsearch.metrics import METRICS, Metric
 from mpsearch.model import (
     Batch,
-    call,
     collect,
     data_fingerprint,
     logits_of,
@@ -49,7 +48,7 @@ from mpsearch.model import (
     targets_of,
 )
 from mpsearch.perturb import Quantizer, input_ranges
-from mpsearch.plan_meter import Damage, Metric, Spending
+from mpsearch.plan_meter import Spending
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 from mpsearch.resources.columns import ResourceFunction, refused_cells, table_fields
@@ -63,6 +62,8 @@ from mpsearch.target_mask import decidable, refused_options
 Options = NDArray[np.int64]
 Effort = Literal["fast", "default", "thorough"]
 
+#: Metrics as they are by default: known by their name.
+_KNOWN = [metric() for metric in METRICS.values()]
 #: Shares of the data where it is one set.
 SHARES = {"score": 0.35, "select": 0.45, "report": 0.20}
 #: The same where few passes are spent: what counts then is the sweep.
@@ -79,7 +80,8 @@ def search(
     report: Iterable[Batch] | None = None,
     effort: Effort = "default",
     max_passes: float | None = None,
-    metric: Literal["kl", "loss", "accuracy"] | Metric = "kl",
+    metric: str | Metric | Callable[..., Any] | None = None,
+    loss: Loss | None = None,
     higher_is_better: bool = False,
     tolerance: float | None = None,
     minimize: str = "memory_bytes",
@@ -111,7 +113,7 @@ def search(
 
     Args:
         model: any module; it comes back bit for bit as it went in, also after an exception.
-        batches: data, read once; labels are needed only for `metric="loss"` or `"accuracy"`.
+        batches: data, read once; targets are needed only for `metric="loss"` or `"accuracy"`, and tell what metric fits.
         budget: limits of the whole model; None with `tolerance` or `front` alone.
         precisions: the options, `mps.precisions("w2 w4 w8")`.
         select: data to select plans on; by default 45 % of `batches` (25 % where passes are few).
@@ -119,7 +121,14 @@ def search(
         effort: `fast` (8 passes), `default` (40 + one for each cell of the table: 150 for 22 layers x 5 precisions) or `thorough` (four
             times that). A pass is one forward run over all data; a backward pass counts 2.
         max_passes: a number of one's own instead.
-        metric: what is measured: `kl` to the unquantized model, rise of the `loss`, drop of the `accuracy`, or `metric(model, batch)`.
+        metric: what is measured. Against the unquantized output: `kl` (class scores, tokens), `bernoulli-kl` (0/1 labels), `mse`,
+            `relative-error` (noise over signal), `psnr`, `cosine`. Rise of the `loss` (cross-entropy of integer labels, binary
+            cross-entropy of 0/1 labels, squared error of numbers, a model's own), or drop of the `accuracy`. Or a function
+            `metric(model, batch)` or `metric(output, reference, batch)`, told apart by the number of parameters without a default
+            (`mpsearch.metrics.Own`). By default what fits: `relative-error` for numbers (targets that are floats, images, signals,
+            embeddings, one output a sample), `bernoulli-kl` for 0/1 labels, else `kl`; the result tells which and why, and a
+            warning what was assumed. Tables compare outputs by the metric, or where it does not by the default one.
+        loss: `loss(model, batch) -> scalar` of one's own, for `metric="loss"`.
         higher_is_better: direction of a metric of one's own.
         tolerance: find the least `minimize` instead, with a damage of at most this.
         minimize: resource, with `tolerance`.
@@ -155,48 +164,53 @@ def search(
     goal = Goal(budget, tolerance, minimize, front)
     own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    damage = Damage(_known_metric(metric), higher_is_better)
+    check_metric(metric)
+    if loss is not None and metric != "loss":
+        raise EstimatorError(f"loss= is for metric='loss', got metric={metric!r}")
     _check_effort(effort, max_passes)
     sparing = effort == "fast" if max_passes is None else max_passes < FEW
     given = {"batches": collect(batches, model)}
     given |= {name: collect(part, model) for name, part in (("select", select), ("report", report)) if part is not None}
-    _check_labels(damage, given)
+    if metric in ("loss", "accuracy") and loss is None:
+        _check_labels(str(metric), given)
     parts = _parts(given, FEW_SHARES if sparing else SHARES, seed)
     _check_counted(parts)
     before = state_fingerprint(model)
     start = time.perf_counter()
     with preserved(model):
         example = few(parts["score"][0], PROBED)
-        with _shapes(model) as shapes:
-            found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
-            decisions, options = columns(with_options(found, allow, fixed), own)
-            check_layers(model, decisions)
-            check_caches(estimators or (), decisions)
-            decisions, without = decidable(decisions, options)
-            usage = resource_columns(model, decisions, options, resources, quantize, example)
-            if not shapes:  # nobody needed a run
-                with torch.no_grad():
-                    call(model, example)
-        one_output = len(shapes[0]) < 2 or shapes[0][1 if len(shapes[0]) > 3 else -1] == 1
-        if one_output and damage.metric == "kl":
-            raise EstimatorError(
-                f"the model has one output (shape {tuple(shapes[0])}), so its KL is always 0; give metric(model, batch)"
-            )
+        found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
+        decisions, options = columns(with_options(found, allow, fixed), own)
+        check_layers(model, decisions)
+        check_caches(estimators or (), decisions)
+        decisions, without = decidable(decisions, options)
+        usage = resource_columns(model, decisions, options, resources, quantize, example)
         base = CostTable(
             tuple(decisions),
             options,
             np.where(refused_cells(usage) | refused_options(decisions, options), np.nan, 0.0),
-            unit="nats",
             origin={"undecided": left_undecided(model, decisions, exclude, without)},
             **table_fields(usage),
         )
         goal.check(base)
         output = probed_output(model, example)
         everything = [batch for part in given.values() for batch in part]
+        choice = choose(model, everything, output, example, metric, loss=loss, higher_is_better=higher_is_better)
+        choice.warn(stacklevel=2)
+        base = replace(base, unit=choice.metric.unit)
         identity = {
-            **run_identity(model, output, before, data_fingerprint(everything), decisions, options, quantize, "kl"),
+            **run_identity(
+                model,
+                logits_of(output),
+                before,
+                data_fingerprint(everything),
+                decisions,
+                options,
+                quantize,
+                choice.comparison,
+            ),
             "parts": " ".join(f"{name}: {sum(map(samples, part))}" for name, part in parts.items()) + f", seed {seed}",
-            "metric": metric if isinstance(metric, str) else f"{digest(described(metric))} {higher_is_better}",
+            "metric": choice.metric.name if choice.metric in _KNOWN else digest(described(choice.metric)),
         }
         earlier = SearchResult.load(previous) if isinstance(previous, str | Path) else previous
         if earlier is not None:
@@ -225,9 +239,9 @@ def search(
                     ranges = input_ranges(model, parts["score"], [layer.name for layer in decisions])
                     spending.charge(2 * size(parts["score"]) / size(everything))  # again in `profile`
                 setting = Setting(
-                    model, parts["score"], units, options, quantize, ranges, "kl", _silent, checkpoint=kept
+                    model, parts["score"], units, options, quantize, ranges, choice.comparison, _silent, checkpoint=kept
                 )
-                run = Stages(setting, parts, base, damage, goal, spending, seed, estimators, one_output=one_output)
+                run = Stages(setting, parts, base, choice, goal, spending, seed, estimators)
                 result = run.result()
             finished = kept.rows()
     if state_fingerprint(model) != before:
@@ -238,7 +252,9 @@ def search(
         "budget": {} if budget is None else dict(budget),
         "tolerance": goal.tolerance,
         "minimize": minimize if goal.tolerance is not None else None,
-        "metric": damage.name,
+        "metric": choice.metric.name,
+        "unit": choice.metric.unit,
+        "measured": choice.sentence,
         "precisions": [str(option) for option in options],
         "quantizer": repr(quantize),
         "seed": seed,
@@ -248,21 +264,6 @@ def search(
         "environment": environment(),
     }
     return replace(result, settings=settings, seconds=time.perf_counter() - start, identity=identity, finished=finished)
-
-
-@contextlib.contextmanager
-def _shapes(model: nn.Module) -> Iterator[list[torch.Size]]:
-    """Of the logits of each run of a model."""
-    found: list[torch.Size] = []
-
-    def see(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        found.append(logits_of(output).shape)
-
-    handle = model.register_forward_hook(see)
-    try:
-        yield found
-    finally:
-        handle.remove()
 
 
 def _silent(iterable: Any, total: int, label: str) -> Any:
@@ -280,21 +281,12 @@ def _parts(given: Mapping[str, list[Batch]], shares: Mapping[str, float], seed: 
     return {name: parts[name] for name in shares}
 
 
-def _known_metric(metric: Any) -> Any:
-    known = ("kl", "loss", "accuracy")
-    if not callable(metric) and metric not in known:
-        raise EstimatorError(f"unknown metric {metric!r}{nearest(str(metric), known)}; or give metric(model, batch)")
-    return metric
-
-
-def _check_labels(damage: Damage, given: Mapping[str, list[Batch]]) -> None:
-    if damage.own or damage.metric == "kl":
-        return
+def _check_labels(metric: str, given: Mapping[str, list[Batch]]) -> None:
     for name, part in given.items():
         for number, batch in enumerate(part):
             if targets_of(batch) is None:
                 raise EstimatorError(
-                    f"the {damage.metric} needs labels, batch {number} of {name} has {missing_labels(batch)}; give "
+                    f"the {metric} needs labels, batch {number} of {name} has {missing_labels(batch)}; give "
                     "(inputs, targets), or the metric 'kl'"
                 )
 

@@ -1,18 +1,20 @@
 """Whether a model is the same function in every call."""
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpsearch.data_split import few
 from mpsearch.errors import EstimatorError
-from mpsearch.model import Batch, call
+from mpsearch.model import Batch, call, logits_of, output_of
 
 #: Samples that are run twice.
 PROBED = 8
 
 
-def probed_output(model: nn.Module, batch: Batch) -> Tensor:
-    """The output for the first samples of a batch, which two passes must agree on.
+def probed_output(model: nn.Module, batch: Batch) -> Any:
+    """All that the model returns for the first samples of a batch, which two passes must agree on.
 
     Catches dropout that evaluation mode does not turn off, other randomness, and models that remember their calls.
 
@@ -25,7 +27,8 @@ def probed_output(model: nn.Module, batch: Batch) -> Tensor:
     """
     samples = few(batch, PROBED)
     with torch.no_grad():
-        first, second = call(model, samples), call(model, samples)
+        output = output_of(model, samples)
+        first, second = logits_of(output), call(model, samples)
     if not torch.isfinite(first).all():
         raise EstimatorError("the output of the unquantized model on the first batch is not finite")
     if first.shape != second.shape:
@@ -38,4 +41,4 @@ def probed_output(model: nn.Module, batch: Batch) -> Tensor:
             f"two passes over the same batch differ by up to {change:.3g}, the output is up to {size:.3g}: the model is random in "
             "evaluation mode (functional dropout without training=self.training?), or remembers its calls"
         )
-    return first
+    return output

@@ -1,8 +1,8 @@
 """What an estimator is, and what it is given."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from mpsearch.batches import given_of, missing_labels
 from mpsearch.checkpoint import NoCheckpoint, Results
 from mpsearch.errors import EstimatorError
 from mpsearch.layer import Layer
-from mpsearch.measure import kl_divergence, log_softmax
-from mpsearch.model import Batch, call, predictions, targets_of
+from mpsearch.metrics import Comparison, Run, run
+from mpsearch.metrics import Loss as TargetLoss
+from mpsearch.model import Batch, predictions, targets_of
 from mpsearch.modules import weight_of
 from mpsearch.perturb import Quantizer, Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.precision import Precision
@@ -81,7 +82,7 @@ class Setting:
         precisions: P options.
         quantizer: of the weights.
         ranges: of the inputs, where a precision quantizes them.
-        loss: the user's own, or `kl` or `cross-entropy`.
+        loss: a metric that compares with the unquantized output, the loss with the data's targets, or the user's own.
         progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
         passes: the estimator counts its runs here.
         checkpoint: where finished work goes, and is found again after an interruption.
@@ -94,7 +95,7 @@ class Setting:
     precisions: Sequence[Precision]
     quantizer: Quantizer
     ranges: Ranges
-    loss: Loss | Literal["kl", "cross-entropy"]
+    loss: Comparison | TargetLoss | Loss
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
     checkpoint: Results = field(default_factory=NoCheckpoint)
@@ -154,11 +155,33 @@ class Setting:
             output: Tensor = module.forward(*args, **keywords)
         return output
 
+    @property
+    def comparison(self) -> Comparison | None:
+        """What the loss compares by, or, of the loss with the data's targets, what fits it; None for the user's own."""
+        if isinstance(self.loss, TargetLoss):
+            return self.loss.comparison
+        return self.loss if isinstance(self.loss, Comparison) else None
+
+    @property
+    def unit(self) -> str:
+        """Unit of a small rise of the loss."""
+        return "nats" if callable(self.loss) else self.loss.unit
+
+    def predictions(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`model.predictions`, with the rows as the loss reads them: logits, where the output is probabilities."""
+        rows, labels, index = predictions(self.model, output, batch)
+        return rows if callable(self.loss) else self.loss.rows(rows), labels, index
+
+    def run(self, batch: Batch) -> Run:
+        """One forward pass, with the rows as the loss reads them."""
+        found = run(self.model, batch)
+        return found if callable(self.loss) else replace(found, rows=self.loss.rows(found.rows))
+
     def mean_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar in the graph: one forward pass.
 
-        `kl` is the divergence from the model itself, held fixed: 0 here, with zero gradient, and its Hessian is the
-        Gauss-Newton matrix of the cross-entropy (Fisher information).
+        A comparison is the one with the model itself, held fixed: 0 here, with zero gradient, and its Hessian is the Gauss-Newton
+        matrix; of the KL that of the cross-entropy (Fisher information).
 
         Raises:
             EstimatorError: where it is no finite scalar.
@@ -168,17 +191,18 @@ class Setting:
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
             value = value.reshape(())
+        elif isinstance(self.loss, Comparison):
+            found = self.run(batch)
+            value = self.loss.mean(found.rows.detach(), found.rows, found.index, found.samples)
         else:
-            logits, labels, _ = predictions(self.model, call(self.model, batch), batch)
-            if self.loss == "kl":
-                value = kl_divergence(logits.detach(), logits).mean()
-            else:
-                if labels is None:
-                    raise EstimatorError(
-                        f"the cross-entropy needs labels, the batch has {missing_labels(batch)}; give (inputs, targets) or "
-                        "another loss"
-                    )
-                value = torch.nn.functional.nll_loss(log_softmax(logits), labels)
+            found = self.run(batch)
+            targets = self.loss.targets(self.model, batch, found)
+            if targets is None:
+                raise EstimatorError(
+                    f"the loss needs labels that fit the output, the batch has {missing_labels(batch)}; give (inputs, targets) or "
+                    "another loss"
+                )
+            value = self.loss.values(found.rows, targets).mean()
         if not torch.isfinite(value.detach()):
             raise EstimatorError(f"the loss is {float(value.detach())}, expected a finite number")
         return value
@@ -199,7 +223,7 @@ class Estimate:
     Attributes:
         sensitivity: (U, P) damage; larger = worse.
         sensitivity_se: (U, P) standard errors, or None.
-        unit: `nats` or `relative`.
+        unit: of the damage, `relative` where it only ranks.
         facts: worth keeping in the table's origin; JSON values.
         pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells
             are chosen, [u, p, v, q] is added once.

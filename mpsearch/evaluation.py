@@ -8,16 +8,20 @@ class Evaluation:
     """Measured quality of a plan on held-out data, each mean with its standard error over samples.
 
     Attributes:
-        kl: mean KL divergence from the unquantized model, nats a prediction.
+        kl: mean KL divergence from the unquantized model, nats a prediction; nan where the output is no scores of classes.
         kl_se: its standard error.
-        loss: mean loss (cross-entropy, nats a prediction, or the user's own); None without labels and loss.
+        loss: mean loss (by the targets, or the user's own); None without targets that fit and loss.
         loss_se: its standard error.
         accuracy: share of predictions equal to their label; None without labels.
         accuracy_se: its standard error.
-        metric: mean of the user's metric; None without one.
+        metric: mean of another metric, or of the user's; None without one. One that compares with the unquantized model is 0
+            (`psnr`: infinite) for the unquantized model.
         metric_se: its standard error.
         num_samples: samples measured.
         reference: the same for the unquantized model; None in the reference itself.
+        metric_name: `relative-error`, `mse`, ... or `metric` for one's own; None without one.
+        metric_unit: its unit.
+        measured: the metric and why it is that one, in words.
     """
 
     kl: float
@@ -30,6 +34,9 @@ class Evaluation:
     metric: float | None = None
     metric_se: float | None = None
     reference: "Evaluation | None" = None
+    metric_name: str | None = None
+    metric_unit: str | None = None
+    measured: str = ""
 
     def _repr_html_(self) -> str:
         from mpsearch.html import display

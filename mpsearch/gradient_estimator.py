@@ -13,6 +13,7 @@ from torch import Tensor
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.measure import wide
+from mpsearch.metrics import Comparison
 from mpsearch.source import Source, TokenWeights
 from mpsearch.sweep import Accumulator, Gradients, Quantity, sweep
 
@@ -25,7 +26,7 @@ class GradientEstimator:
 
     Attributes:
         needs: quantities of `Gradients` that are read.
-        unit: of the table, `nats` or `relative`.
+        unit: of the table, `relative` or `nats`, which stands for the unit of the loss.
     """
 
     needs: ClassVar[frozenset[Quantity]]
@@ -64,9 +65,9 @@ class GradientEstimator:
         return Passes(2 if noise else 1, getattr(self, "draws", 1))
 
     def source(self, setting: Setting) -> Source:
-        """What is differentiated: by default random outputs for the loss `kl`, else the loss itself."""
+        """What is differentiated: by default random outputs for a metric that compares outputs, else the loss itself."""
         weights: TokenWeights | None = getattr(self, "token_weights", None)
-        if setting.loss == "kl":
+        if isinstance(setting.loss, Comparison):
             return Source("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
         return Source("given", token_weights=weights)
 
@@ -82,7 +83,7 @@ class GradientEstimator:
 
     def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """By default the mean contribution of a prediction is the score."""
-        return Estimate(mean, se, self.unit)
+        return Estimate(mean, se, "relative" if self.unit == "relative" else setting.unit)
 
 
 @dataclass(eq=False)

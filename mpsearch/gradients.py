@@ -10,7 +10,8 @@ from mpsearch.batches import mapped
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
 from mpsearch.measure import log_softmax, wide
-from mpsearch.model import Batch, call, inputs_of, predictions, samples
+from mpsearch.metrics import Comparison, Loss
+from mpsearch.model import Batch, inputs_of, samples
 
 
 def differentiated(setting: Setting) -> list[nn.Parameter]:
@@ -22,9 +23,9 @@ def differentiated(setting: Setting) -> list[nn.Parameter]:
 
 
 def supervised_loss(setting: Setting, batch: Batch, generator: torch.Generator) -> Tensor:
-    """A loss with a gradient: the setting's, or in place of `kl`, whose gradient at the model itself is 0, the cross-entropy.
+    """A loss with a gradient: the setting's, or in place of a comparison, whose gradient at the model itself is 0, that with targets.
 
-    Its labels are the data's where the batch has them, else drawn from the model's own predictions.
+    Targets are the data's where the batch has them, else drawn from the model's own predictions.
 
     Args:
         setting: tells the loss.
@@ -37,18 +38,25 @@ def supervised_loss(setting: Setting, batch: Batch, generator: torch.Generator) 
     Raises:
         EstimatorError: where it is no finite scalar.
     """
-    if setting.loss != "kl":
+    metric = setting.loss
+    if not isinstance(metric, Comparison):
         return setting.mean_loss(batch)
-    logits, labels, _ = predictions(setting.model, call(setting.model, batch), batch)
-    if not torch.isfinite(logits.detach()).all():
+    found = setting.run(batch)
+    if not torch.isfinite(found.rows.detach()).all():
         raise EstimatorError("the output of the model is not finite")
-    log_p = log_softmax(logits)
-    if labels is None:
+    with_targets = Loss(metric.kind)
+    targets = with_targets.targets(setting.model, batch, found)
+    if targets is not None:
+        loss = with_targets.values(found.rows, targets).mean()
+    elif metric.kind == "classes":
+        log_p = log_softmax(found.rows)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
-        labels = drawn[:, 0].to(logits.device)
-    loss = torch.nn.functional.nll_loss(log_p, labels)
+        loss = torch.nn.functional.nll_loss(log_p, drawn[:, 0].to(log_p.device))
+    else:
+        seed = int(torch.randint(2**31, (), generator=generator))
+        loss = metric.drawn(found.rows, found.index, found.samples, (seed, 0), 0) / len(found.rows)
     if not torch.isfinite(loss.detach()):
-        raise EstimatorError(f"the cross-entropy is {float(loss.detach())}, expected a finite number")
+        raise EstimatorError(f"the loss is {float(loss.detach())}, expected a finite number")
     return loss
 
 

@@ -1,4 +1,4 @@
-"""The additive-output surrogate: shifts of the logits of single perturbations, added up."""
+"""The additive-output surrogate: shifts of the output by single perturbations, added up."""
 
 import math
 from collections.abc import Sequence
@@ -12,23 +12,27 @@ from torch import Tensor
 from mpsearch.checkpoint import Results
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
-from mpsearch.measure import kl_divergence, log_softmax
+from mpsearch.measure import log_softmax, wide
+from mpsearch.metrics import KL
 from mpsearch.model import fingerprint
 from mpsearch.one_at_a_time import OneAtATime, Output, Probe
 from mpsearch.precision import Precision
 
-_INDEX = "logit shift | index"
+_INDEX, _SQUARES = "logit shift | index", "logit shift | squares"
 
 
 @dataclass(frozen=True)
 class LogitShift(OneAtATime):
-    """Keeps, beside the KL of each cell, the shift of the output that it makes on a fixed sample of predictions.
+    """Keeps, beside the damage of each cell, the shift of the output that it makes on a fixed sample of predictions.
 
-    It shares its runs with `KLDivergence`. Shifts go to the checkpoint of the run, and are read from there by `surrogate`.
+    It shares its runs with `KLDivergence` and `OutputDamage`. Shifts go to the checkpoint of the run, and are read from there by
+    `surrogate`. Of the KL they are those of the log probabilities; of other metrics those of H^(1/2) times the output, whose summed
+    squares are the damage, on a random sample of the numbers.
 
     Attributes:
         predictions: how many are kept, spread over the batches.
-        classes: how many classes are told apart: the likeliest ones of the unquantized model, and all others as one.
+        classes: how many classes are told apart: the likeliest ones of the unquantized model, and all others as one; of other
+            metrics, how many numbers of a prediction are kept.
     """
 
     predictions: int = 256
@@ -36,17 +40,40 @@ class LogitShift(OneAtATime):
     unit = "nats"
 
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
-        """KL of each prediction, in nats; writes the shift of the sample."""
+        """Damage of each prediction; writes the shift of the sample."""
+        metric = setting.comparison
+        if metric is None:
+            raise EstimatorError("LogitShift compares with the unquantized output, which a loss of one's own does not")
         rows = math.ceil(self.predictions / len(setting.batches))
-        before, chosen = _coarse(reference.logits[:rows], self.classes, None)
-        after, _ = _coarse(output.logits[:rows], self.classes, chosen)
-        key = fingerprint([before])
+        if isinstance(metric, KL):
+            before, chosen = _coarse(reference.logits[:rows], self.classes, None)
+            after, _ = _coarse(output.logits[:rows], self.classes, chosen)
+            key, shift = fingerprint([before]), after - before
+        else:
+            key = fingerprint([reference.logits])
+            change = wide(output.logits) - wide(reference.logits)
+            whitened = metric.root(reference.logits, change, reference.index, reference.samples) / math.sqrt(2)
+            shift = _sampled(whitened, rows, self.classes)
+            before = torch.zeros_like(shift)
         index: list[str] = setting.checkpoint.get(_INDEX) or []
         if key not in index:
             setting.checkpoint.put(f"logit shift | {key}", before)
             setting.checkpoint.put(_INDEX, [*index, key])
-        setting.checkpoint.put(f"logit shift | {key} | {probe.unit} {probe.name}", after - before)
-        return kl_divergence(reference.logits, output.logits)
+            setting.checkpoint.put(_SQUARES, not isinstance(metric, KL))
+        setting.checkpoint.put(f"logit shift | {key} | {probe.unit} {probe.name}", shift)
+        return metric.terms(reference.logits, output.logits, reference.index, reference.samples)[0]
+
+
+def _sampled(values: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) of a matrix at most, the same places for matrices of one shape."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = (
+        torch.randperm(size, generator=generator)[:most]
+        for size, most in zip(values.shape, (rows, columns), strict=True)
+    )
+    for dim, places in enumerate(chosen):
+        values = values.index_select(dim, places.to(values.device))
+    return values.cpu()
 
 
 def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -65,12 +92,15 @@ def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor
 class Surrogate:
     """Damage of a plan without running the model: KL(p || softmax(log p + sum_u shift[u, plan(u)])), mean over a sample.
 
+    Of other metrics it is the mean of |sum_u shift[u, plan(u)]|^2, in proportion to the damage.
+
     It sees how errors of layers add and cancel at the output, but not how one layer's error changes another's: a proposer,
     not the judge. On some networks its plans are worse than those of the tables.
 
     Attributes:
-        log_p: (N, K) log probabilities of the unquantized model.
+        log_p: (N, K) log probabilities of the unquantized model; 0 where squares are summed.
         shifts: (U, P, N, K) what each cell adds to them, alone.
+        squares: the damage is the sum of squares.
 
     >>> shifts = np.array([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])      # two cells that cancel
     >>> surrogate = Surrogate(np.log(np.array([[0.5, 0.5]])), shifts)
@@ -80,6 +110,7 @@ class Surrogate:
 
     log_p: NDArray[np.float64]
     shifts: NDArray[np.float64]
+    squares: bool = False
     _rows: NDArray[np.int64] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -87,8 +118,8 @@ class Surrogate:
         self._p = np.exp(self.log_p)
 
     def damage(self, options: NDArray[np.int64]) -> float:
-        """Of one plan (U,), in nats."""
-        return float(self._kl(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
+        """Of one plan (U,)."""
+        return float(self._damage(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
 
     def damage_of_changes(
         self, options: NDArray[np.int64], changes: list[tuple[tuple[int, int], ...]]
@@ -99,13 +130,17 @@ class Surrogate:
         for number, change in enumerate(changes):
             for unit, column in change:
                 moved[number] += self.shifts[unit, column] - self.shifts[unit, options[unit]]
-        return self._kl(moved)
+        return self._damage(moved)
 
-    def _kl(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(M,) mean divergence for (M, N, K) logits."""
+    def _damage(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M,) mean damage for (M, N, K) shifted log probabilities."""
+        found: NDArray[np.float64]
+        if self.squares:
+            found = np.square(logits).sum((1, 2)) / len(self.log_p)
+            return found
         top = logits.max(-1, keepdims=True)
         log_q = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-        found: NDArray[np.float64] = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
+        found = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
         return found
 
 
@@ -149,4 +184,5 @@ def surrogate(checkpoint: Results, units: int, precisions: Sequence[Precision]) 
                 for row in shifts
             ]
         ),
+        bool(checkpoint.get(_SQUARES)),
     )

@@ -82,19 +82,26 @@ class Mean:
     samples: int = 0
     _sums: list[float] = field(default_factory=lambda: [0.0] * 5)
 
-    def add(self, values: Tensor, index: Tensor, samples: int) -> None:
+    def add(self, values: Tensor, index: Tensor, samples: int, weights: Tensor | None = None) -> None:
         """Add the predictions of one batch.
 
         Args:
             values: (N,) the quantity at each prediction.
             index: (N,) sample of each prediction, 0 to samples - 1.
             samples: number of samples of the batch.
+            weights: (N,) what takes the place of the count of predictions; by default 1 each.
         """
-        values = values.detach().to("cpu", torch.float64)
+        weights = torch.ones_like(values) if weights is None else weights
         index = index.to("cpu")
-        s = torch.zeros(samples, dtype=torch.float64).index_add_(0, index, values)
-        c = torch.bincount(index, minlength=samples).double()
-        self.samples += int((c > 0).sum())
+        s, c = (
+            torch.zeros(samples, dtype=torch.float64).index_add_(0, index, part.detach().to("cpu", torch.float64))
+            for part in (values, weights)
+        )
+        self.add_samples(s, c)
+
+    def add_samples(self, s: Tensor, c: Tensor) -> None:
+        """Add samples by their sums (n,) and counts (n,), float64 on the CPU."""
+        self.samples += int(((c > 0) | (s != 0)).sum())
         for place, term in enumerate((s, s * s, s * c, c, c * c)):
             self._sums[place] += float(term.sum())
 

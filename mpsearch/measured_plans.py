@@ -39,7 +39,8 @@ class MeasuredPlans:
         plans: N plans.
         damage: (N,) measured damage.
         damage_se: (N,) standard errors, nan where unknown, or None.
-        unit: `nats` (rise of the mean divergence or loss) or `relative` (anything else that is larger for worse plans).
+        unit: `nats` (rise of the mean divergence or loss), the unit of another metric, or `relative` (anything else that is larger for
+            worse plans).
         origin: where the numbers come from; JSON values.
 
     Raises:

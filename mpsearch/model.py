@@ -31,15 +31,21 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def call(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model on one batch.
-
-    Models of transformers that make the decoder's tokens from labels are given these.
-
-    Returns:
-        The logits: the output itself, its `logits`, or its first part.
+    """What counts of the model's output on one batch: the output itself, its `logits`, or its first part.
 
     Raises:
         EstimatorError: where the model fails on the batch, or the output holds no tensor of floating-point numbers.
+    """
+    return logits_of(output_of(model, batch))
+
+
+def output_of(model: nn.Module, batch: Batch) -> Any:
+    """Run the model on one batch; what it returns, whole.
+
+    Models of transformers that make the decoder's tokens from labels are given these.
+
+    Raises:
+        EstimatorError: where the model fails on the batch.
     """
     batch = arranged(batch, model)
     inputs = moved(inputs_of(batch), device_of(model))
@@ -50,17 +56,13 @@ def call(model: nn.Module, batch: Batch) -> Tensor:
             inputs = {**inputs, "decoder_input_ids": shift(labels=moved(labels, device_of(model)))}
     try:
         if isinstance(inputs, Mapping):
-            output = model(**inputs)
-        elif isinstance(inputs, tuple | list):
-            output = model(*inputs)
-        else:
-            output = model(inputs)
+            return model(**inputs)
+        return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     except MpsearchError:
         raise
     except Exception as error:
         shape, (told, *_) = tuple(first_tensor(inputs).shape), [*str(error).splitlines(), ""]
         raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {told}") from error
-    return logits_of(output)
 
 
 def logits_of(output: Any) -> Tensor:
@@ -78,7 +80,8 @@ def logits_of(output: Any) -> Tensor:
     if not isinstance(output, Tensor):
         raise EstimatorError(f"the model returned {type(output).__name__}, expected a tensor or an object with .logits")
     if not output.is_floating_point():
-        raise EstimatorError(f"the model returned {output.dtype}, expected floating-point numbers: logits, not classes")
+        hint = "take its real and imaginary part (torch.view_as_real)" if output.is_complex() else "logits, not classes"
+        raise EstimatorError(f"the model returned {output.dtype}, expected floating-point numbers: {hint}")
     return output
 
 
@@ -104,7 +107,7 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
     batch = arranged(batch, model)
     targets = targets_of(batch)
     labels = None
-    if targets is not None and not targets.is_floating_point():
+    if isinstance(targets, Tensor) and not targets.is_floating_point():
         labels = moved(targets, logits.device).long()
     if logits.ndim > 3 or (
         labels is not None

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,7 +13,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
 from mpsearch.identity import described, digest
 from mpsearch.measure import Mean
-from mpsearch.model import Batch, call, inputs_of, predictions, samples
+from mpsearch.model import Batch, call, inputs_of, samples
 from mpsearch.perturb import input_quantizers, inputs, quantized_weights, weights
 from mpsearch.prefix import Resumption, record
 
@@ -25,10 +25,14 @@ class Output:
     Attributes:
         logits: (N, C), one row for each prediction that counts.
         labels: (N,) int64, or None.
+        index: (N,) sample of each.
+        samples: of the batch.
     """
 
     logits: Tensor
     labels: Tensor | None
+    index: Tensor
+    samples: int
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,10 @@ class OneAtATime:
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) damage of each prediction, or one number for the batch; larger = worse, 0 for equal outputs."""
         raise NotImplementedError
+
+    def weights(self, setting: Setting, reference: Output) -> Tensor | None:
+        """(N,) what each prediction weighs in the mean; None: alike."""
+        return None
 
     def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """By default the mean damage of each cell."""
@@ -219,7 +227,8 @@ class _Run:
         for _, batch in turn:
             raw.append(call(setting.model, batch))
             self._spend(1.0)
-            references.append(predictions(setting.model, raw[-1], batch))
+            rows, labels, index = setting.predictions(raw[-1], batch)
+            references.append(Output(rows, labels, index, samples(batch)))
         held = [Resumption(setting.model, batch, self.trace) for _, batch in turn]
         found: dict[tuple[OneAtATime, tuple[int, str]], Mean] = {}
         try:
@@ -233,12 +242,11 @@ class _Run:
                 damages = self._probe(probe, turn, held, references)
                 for estimator in self.readers[key]:
                     mean = found[estimator, key] = Mean()
-                    for (batch_number, batch), damage, (_, _, index) in zip(
-                        turn, damages[estimator], references, strict=True
-                    ):
+                    for (batch_number, _), damage, reference in zip(turn, damages[estimator], references, strict=True):
                         self._check(estimator, probe, batch_number, damage)
+                        index = reference.index
                         if damage.ndim:
-                            mean.add(damage, index, samples(batch))
+                            mean.add(damage, index, reference.samples, estimator.weights(setting, reference))
                         else:  # one number for the batch
                             mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
                     setting.checkpoint.put(names[estimator, key], mean.state())
@@ -265,7 +273,7 @@ class _Run:
         probe: Probe,
         turn: list[tuple[int, Batch]],
         held: list[Resumption],
-        references: list[tuple[Tensor, Tensor | None, Tensor]],
+        references: list[Output],
     ) -> dict[OneAtATime, list[Tensor]]:
         """Damage of one probe on each batch, for each estimator that reads it."""
         setting = self.setting
@@ -276,10 +284,9 @@ class _Run:
         with contextlib.ExitStack() as stack:
             stack.enter_context(weights(made.weights))
             stack.enter_context(inputs(made.inputs))
-            for (number, batch), one, (logits, labels, index) in zip(turn, held, references, strict=True):
-                reference = Output(logits, labels)
+            for (number, batch), one, reference in zip(turn, held, references, strict=True):
                 if changed:
-                    now, _, _ = predictions(setting.model, one.run(), batch)
+                    now, _, _ = setting.predictions(one.run(), batch)
                     self._spend(self.trace.share(one.entry))
                     if not torch.isfinite(now).all():
                         raise EstimatorError(
@@ -288,9 +295,9 @@ class _Run:
                         )
                 for estimator in estimators:
                     damages[estimator].append(
-                        estimator.damage(setting, probe, reference, Output(now, labels))
+                        estimator.damage(setting, probe, reference, replace(reference, logits=now))
                         if changed
-                        else torch.zeros(len(index), device=logits.device)
+                        else torch.zeros(len(reference.index), device=reference.logits.device)
                     )
         return damages
 

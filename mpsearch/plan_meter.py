@@ -2,109 +2,23 @@
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.batches import given_of, missing_labels
-from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
-from mpsearch.measure import cross_entropy, kl_divergence
-from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.metrics import Metric, Run, run
+from mpsearch.model import Batch, samples
 from mpsearch.perturb import input_quantizers, inputs, weights
 
 Floats = NDArray[np.float64]
 Options = NDArray[np.int64]
-#: `metric(model, batch) -> float`, the mean over the samples of the batch.
-Metric = Callable[[nn.Module, Batch], float]
-#: (N, C) logits, (N,) labels or None, (N,) sample of each prediction.
-Predicted = tuple[Tensor, Tensor | None, Tensor]
-
 #: Logits of the unquantized model that are kept; beyond, it is run again for each plan.
 REFERENCE_BYTES = 2**30
-
-
-@dataclass(frozen=True)
-class Damage:
-    """What is measured of a plan: the rise over the unquantized model, larger = worse.
-
-    Attributes:
-        metric: `kl` (divergence of the predictions), `loss` (rise of the cross-entropy), `accuracy` (drop), or
-            `metric(model, batch)`, of which the change for the worse counts.
-        higher_is_better: direction of a metric of one's own.
-    """
-
-    metric: Literal["kl", "loss", "accuracy"] | Metric = "kl"
-    higher_is_better: bool = False
-
-    @property
-    def own(self) -> bool:
-        """True for a metric of one's own, which runs the model itself."""
-        return callable(self.metric)
-
-    @property
-    def name(self) -> str:
-        """`kl`, `loss`, `accuracy`, or `own`."""
-        return "own" if callable(self.metric) else self.metric
-
-    @property
-    def unit(self) -> str:
-        """`nats`, or `relative` for what is no divergence or loss."""
-        return "nats" if self.metric in ("kl", "loss") else "relative"
-
-    def of(
-        self, model: nn.Module, batch: Batch, predicted: Predicted | None, reference: Predicted | None
-    ) -> tuple[Floats, Floats]:
-        """What the model, as it stands, does on one batch.
-
-        Args:
-            model: the model; run for a metric of one's own.
-            batch: the batch.
-            predicted: logits, labels and samples of its predictions (`model.predictions`); None for a metric of one's own.
-            reference: those of the unquantized model; None where this is it.
-
-        Returns:
-            (n,) sums over the predictions of each sample and (n,) counts of them. A metric of one's own has one number for
-            the batch, which counts as one sample.
-
-        Raises:
-            EstimatorError: where labels are needed and missing.
-        """
-        count = samples(batch)
-        if callable(self.metric):
-            value = self._own(model, batch) * (-1.0 if self.higher_is_better else 1.0)
-            return np.array([value * count]), np.array([float(count)])
-        assert predicted is not None
-        logits, labels, index = predicted
-        if self.metric == "kl":
-            values = kl_divergence(logits if reference is None else reference[0], logits)
-        elif labels is None:
-            raise EstimatorError(
-                f"the {self.metric} needs labels, the batch has {missing_labels(batch)}; give (inputs, targets), or the "
-                "metric 'kl'"
-            )
-        elif self.metric == "loss":
-            values = cross_entropy(logits, labels)
-        else:
-            values = -(logits.argmax(-1) == labels).double()
-        rows = index.cpu().numpy()
-        sums = np.bincount(rows, values.detach().double().cpu().numpy(), count)
-        return sums.astype(np.float64), np.bincount(rows, minlength=count).astype(np.float64)
-
-    def _own(self, model: nn.Module, batch: Batch) -> float:
-        assert callable(self.metric)
-        try:
-            return float(self.metric(model, given_of(batch)))
-        except MpsearchError:
-            raise
-        except Exception as error:
-            raise EstimatorError(
-                f"the metric fails, expected metric(model, batch) -> one number: {type(error).__name__}: {error}"
-            ) from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +27,7 @@ class Measurement:
 
     Attributes:
         sums: (n,) over the predictions of each sample.
-        counts: (n,) predictions of each sample.
+        counts: (n,) predictions of each sample, or what the metric weighs a sample by.
     """
 
     sums: Floats
@@ -149,7 +63,7 @@ def _ratio(sums: Floats, counts: Floats) -> float:
 
 def _ratio_se(sums: Floats, counts: Floats) -> float:
     """Standard error of a ratio of sums (Cochran 1977, section 6.3), as in `measure.Mean`."""
-    used = counts > 0
+    used = (counts > 0) | (sums != 0)
     size = int(used.sum())
     if size < 2:
         return math.nan
@@ -195,7 +109,7 @@ class PlanMeter:
         name: of the part; names the results in the checkpoint.
         setting: model, units (the rows of a plan), precisions, quantizer, checkpoint; passes are counted there.
         batches: of this part.
-        damage: what is measured.
+        metric: what is measured.
         total: samples of all parts: one pass is a run over so many.
         spending: is charged.
         known: options of a plan -> what is known of it.
@@ -204,7 +118,7 @@ class PlanMeter:
     name: str
     setting: Setting
     batches: Sequence[Batch]
-    damage: Damage
+    metric: Metric
     total: int
     spending: Spending
     known: dict[tuple[int, ...], Measurement] = field(default_factory=dict)
@@ -216,7 +130,7 @@ class PlanMeter:
     def __post_init__(self) -> None:
         self._sizes = [samples(batch) for batch in self.batches]
         #: numbers in a measurement once a batch is done
-        self._ends = np.cumsum([1] * len(self._sizes) if self.damage.own else self._sizes).tolist()
+        self._ends = np.cumsum(self._sizes).tolist()
         self.share = sum(self._sizes) / self.total
 
     @property
@@ -295,12 +209,12 @@ class PlanMeter:
         reference, runs = self._reference(number)
         runs += 1
         with torch.no_grad(), weights(made.values), inputs(made.functions):
-            found = self._predicted(batch)
-            sums, counts = self.damage.of(model, batch, found, reference.predicted)
+            found = self._run(batch)
+            sums, counts = self.metric.of(model, batch, found, reference.run)
         self.setting.passes.add(self.total, forward=self._sizes[number])
         self.spending.charge(runs * self._sizes[number] / self.total)
-        change = sums if self.damage.metric == "kl" else sums - reference.sums
-        if not (np.isfinite(change).all() and (found is None or torch.isfinite(found[0]).all())):
+        change = self.metric.damage(sums, reference.sums)
+        if not (np.isfinite(change).all() and (found is None or torch.isfinite(found.rows).all())):
             raise EstimatorError(
                 f"the damage of a plan is not finite ({self.name} part, batch {number}): "
                 + " ".join(
@@ -333,10 +247,9 @@ class PlanMeter:
             self._paid.add(number)
         return stored.measurement.first(self._ends[number])
 
-    def _predicted(self, batch: Batch) -> Predicted | None:
-        """Predictions of the model as it stands; a metric of one's own runs it by itself."""
-        model = self.setting.model
-        return None if self.damage.own else predictions(model, call(model, batch), batch)
+    def _run(self, batch: Batch) -> Run | None:
+        """The model as it stands; some metrics run it by themselves."""
+        return None if self.metric.runs_model else run(self.setting.model, batch)
 
     def _reference(self, number: int) -> tuple["_Reference", int]:
         """What the unquantized model does on a batch; kept, for the first batches, up to `REFERENCE_BYTES` of logits.
@@ -350,13 +263,15 @@ class PlanMeter:
             return self._references[number], 0
         model, batch, size = self.setting.model, self.batches[number], self._sizes[number]
         with torch.no_grad():
-            predicted = self._predicted(batch)
-            sums, _ = self.damage.of(model, batch, predicted, None)
-        if predicted is not None and not torch.isfinite(predicted[0]).all():
+            found = self._run(batch)
+            sums, _ = self.metric.of(model, batch, found, None)
+        if found is not None and not torch.isfinite(found.rows).all():
             raise EstimatorError(
                 f"the output of the unquantized model is not finite ({self.name} part, batch {number}): nan or inf in the data?"
             )
-        made = _Reference(predicted, sums)
+        if found is not None and not self.metric.reads_output:
+            found = replace(found, output=None)
+        made = _Reference(found, sums)
         fits = made.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
         if fits:
             self._references[number] = made
@@ -389,13 +304,13 @@ class _Stored:
 class _Reference:
     """Of the unquantized model on one batch."""
 
-    predicted: Predicted | None
+    run: Run | None
     sums: Floats
 
     @property
     def bytes(self) -> int:
-        """Size of the logits."""
-        return 0 if self.predicted is None else self.predicted[0].numel() * self.predicted[0].element_size()
+        """Size of what is kept."""
+        return 0 if self.run is None else self.run.bytes
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,7 +1,7 @@
 """Plans measured on data that the search never saw."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from mpsearch._evaluate import Tally
 from mpsearch.estimator import Setting
 from mpsearch.evaluation import Evaluation
-from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.metric_choice import MetricChoice
+from mpsearch.metrics import run
+from mpsearch.model import Batch, samples
 from mpsearch.perturb import inputs, weights
-from mpsearch.plan_meter import Damage, Measurement, PlanMeter
+from mpsearch.plan_meter import Measurement, PlanMeter
 
 Floats = NDArray[np.float64]
 
@@ -31,7 +33,11 @@ class Reported:
 
 
 def report_on(
-    setting: Setting, batches: Sequence[Batch], plans: Mapping[str, NDArray[np.int64]], damage: Damage, meter: PlanMeter
+    setting: Setting,
+    batches: Sequence[Batch],
+    plans: Mapping[str, NDArray[np.int64]],
+    choice: MetricChoice,
+    meter: PlanMeter,
 ) -> dict[str, Reported]:
     """Measure plans on common samples: the unquantized model runs once a batch, and each plan once.
 
@@ -39,65 +45,30 @@ def report_on(
         setting: the model.
         batches: of the report part.
         plans: name -> (U,) options.
-        damage: what was searched for.
+        choice: of what was searched for.
         meter: of the report part; makes the plans and counts the passes.
 
     Returns:
         name -> what was found.
     """
+    metric = choice.metric
     made = {name: meter.made(options) for name, options in plans.items()}
-    plain, tallies = Tally(None, None), {name: Tally(None, None) for name in plans}
-    reference, scores = _Scores(), {name: _Scores() for name in plans}
-    runs = 2 if damage.own else 1  # a metric of one's own runs the model itself
+    plain, tallies = Tally(choice), {name: Tally(choice) for name in plans}
+    damages: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in plans}
+    runs = 2 if metric.runs_model else 1
     model = setting.model
     with torch.no_grad():
         for number, batch in enumerate(batches):
-            before = predictions(model, call(model, batch), batch)
-            plain.add(model, batch, before, None, number)
-            reference.add(*damage.of(model, batch, before, None))
+            before = run(model, batch)
+            unquantized, _ = plain.add(model, batch, before, None, number)
             meter.count(runs * samples(batch))
             for name in plans:
                 with weights(made[name].values), inputs(made[name].functions):
-                    after = predictions(model, call(model, batch), batch)
-                    tallies[name].add(model, batch, after, before[0], number)
-                    scores[name].add(*damage.of(model, batch, after, before))
+                    sums, counts = tallies[name].add(model, batch, run(model, batch), before, number)
+                damages[name].append((metric.damage(sums, unquantized), counts))
                 meter.count(runs * samples(batch))
-    unquantized = _evaluation(plain.result(None), reference.measurement, damage)
+    reference = plain.result(None)
     return {
-        name: Reported(
-            _evaluation(tallies[name].result(unquantized), found.measurement, damage), found.over(reference, damage)
-        )
-        for name, found in scores.items()
+        name: Reported(tallies[name].result(reference), Measurement(*map(np.concatenate, zip(*parts, strict=True))))
+        for name, parts in damages.items()
     }
-
-
-@dataclass(eq=False)
-class _Scores:
-    """What is searched for, batch by batch."""
-
-    sums: list[Floats] = field(default_factory=list)
-    counts: list[Floats] = field(default_factory=list)
-
-    def add(self, sums: Floats, counts: Floats) -> None:
-        """Of one batch."""
-        self.sums.append(sums)
-        self.counts.append(counts)
-
-    @property
-    def measurement(self) -> Measurement:
-        """Of all batches."""
-        return Measurement(np.concatenate(self.sums), np.concatenate(self.counts))
-
-    def over(self, reference: "_Scores", damage: Damage) -> Measurement:
-        """The rise over the unquantized model."""
-        found = self.measurement
-        if damage.metric == "kl":
-            return found
-        return Measurement(found.sums - reference.measurement.sums, found.counts)
-
-
-def _evaluation(found: Evaluation, score: Measurement, damage: Damage) -> Evaluation:
-    """With the mean of a metric of one's own."""
-    if not damage.own:
-        return found
-    return replace(found, metric=-score.value if damage.higher_is_better else score.value, metric_se=score.se)

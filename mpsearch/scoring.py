@@ -12,17 +12,18 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimator, Setting
 from mpsearch.identity import described, digest
 from mpsearch.logit_shift import LogitShift, Surrogate, surrogate
+from mpsearch.metrics import KL
 from mpsearch.plan_meter import Spending
 from mpsearch.prefix import record
-from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputGradient, OutputMSE, RelativeWeightError
+from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputGradient, OutputMSE
 from mpsearch.table import Array, CostTable
 
 #: Fewer passes than these are few: they go into the sweep, not into runs of one perturbation at a time.
 FEW = 20.0
 #: Tables that the prior is the geometric mean of; the others propose plans.
-_LEADING = ("fisher-projection", "kl-divergence")
+_LEADING = ("fisher-projection", "kl-divergence", "output-damage")
 #: Estimators whose runs skip what a perturbation cannot change.
-_PARTIAL = (KLDivergence, LogitShift, OutputMSE)
+_PARTIAL = (KLDivergence, LogitShift, OutputDamage, OutputMSE)
 #: Share of the passes that one perturbation at a time may take.
 _MOST = 0.45
 
@@ -78,6 +79,7 @@ def scores(
         setting.batches,
         members,
         setting.precisions,
+        metric=setting.comparison,
         layers=base.layers,
         quantizer=setting.quantizer,
         resources=(),
@@ -124,8 +126,6 @@ def starting(
     room: float,
     estimators: Sequence[Estimator] | None,
     seed: int,
-    *,
-    one_output: bool,
 ) -> tuple[dict[str, Estimator], list[Estimator]]:
     """Estimators by the name of their table; and these with what runs along with them.
 
@@ -136,28 +136,21 @@ def starting(
         room: passes that tables may take at most, for the rest to be done.
         estimators: instead of the default ones.
         seed: of the default ones.
-        one_output: the model gives one number a prediction, which has no divergence.
     """
     if estimators is not None:
         return {_label(one, estimators): one for one in estimators}, list(estimators)
-    if one_output:
-        compared = OutputMSE()
-        told = compared.cost(len(setting.batches), len(setting.units), len(setting.precisions))
-        affordable = share * told.forward < _MOST * limit
-        alone: dict[str, Estimator] = (
-            {"output-mse": compared} if affordable else {"relative-weight-error": RelativeWeightError()}
-        )
-        return alone, list(alone.values())
     draws = 2 if limit < FEW else 8
     chosen: dict[str, Estimator] = {
         "fisher-projection": FisherProjection(draws, seed=seed),
         "output-gradient": OutputGradient(draws, seed=seed),
     }
-    measured = KLDivergence()
+    name, measured = (
+        ("kl-divergence", KLDivergence()) if isinstance(setting.loss, KL) else ("output-damage", OutputDamage())
+    )
     cost = measured.cost(len(setting.batches), len(setting.units), len(setting.precisions))
     every = [*chosen.values(), measured, LogitShift()]
     if share * cost.forward < _MOST * limit and share * forecast(setting, every) <= room:
-        return {**chosen, "kl-divergence": measured}, every
+        return {**chosen, name: measured}, every
     return chosen, list(chosen.values())
 
 
@@ -203,7 +196,7 @@ def _unit_costs(name: str, table: CostTable, rows: np.ndarray[tuple[int], np.dty
     """(U, P) damage of each unit, at least a millionth of the largest, 0 where the estimator says exactly 0."""
     merged = np.zeros((int(rows.max()) + 1, len(table.precisions)))
     np.add.at(merged, rows, table.sensitivity)
-    if table.unit != "nats" and (merged < 0).any():
+    if table.unit == "relative" and (merged < 0).any():
         raise EstimatorError(f"the table of {name} has negative scores; a search starts from damages of 0 or more")
     floor = 1e-6 * float(np.nanmax(np.abs(merged), initial=0.0))
     return np.where(merged == 0, 0.0, np.maximum(merged, floor))

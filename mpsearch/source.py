@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from mpsearch.batches import given_of
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Setting
-from mpsearch.measure import log_softmax, wide
-from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.measure import wide
+from mpsearch.metrics import Comparison, Loss, by_sample
+from mpsearch.model import Batch, samples
 
 #: `token_weights(model, batch)`: (B, T) weights of tokens, of mean 1.
 TokenWeights = Callable[[nn.Module, Batch], Tensor]
@@ -19,15 +20,16 @@ TokenWeights = Callable[[nn.Module, Batch], Tensor]
 
 @dataclass(frozen=True)
 class Source:
-    """A scalar T whose gradients tell what an estimator wants to know, in nats and summed over predictions.
+    """A scalar T whose gradients tell what an estimator wants to know, in the unit of the loss and summed over predictions.
 
     Attributes:
         kind: `given`: the loss with the data's labels, or the user's own. `drawn`: T = -log p(y), labels y drawn from the
-            model's own predictions. `gauss-newton`: T = <u, logits>, random u = sqrt(p) z - p <sqrt(p), z> with
-            signs z, of covariance diag(p) - p p^T.
-            The last two have mean 0 and the same second moments, those of the Fisher information, which is the
-            Hessian of the KL at the model (Martens 2014, 1412.1193, section 9). Drawn labels of a confident model are nearly all
-            the same, and what counts comes in rare large gradients; random outputs have far less variance there.
+            model's own predictions. `gauss-newton`: T = <u, output>, random u whose covariance is the Hessian of the metric at the
+            output: for the KL u = sqrt(p) z - p <sqrt(p), z> with signs z, of covariance diag(p) - p p^T; for squared errors u in
+            proportion to z, of covariance in proportion to the identity (`metrics.Comparison.random_output`).
+            The last two have mean 0 and the same second moments, those of the Gauss-Newton matrix: for the KL the Fisher
+            information, which is its Hessian at the model (Martens 2014, 1412.1193, section 9). Drawn labels of a confident
+            model are nearly all the same, and what counts comes in rare large gradients; random outputs have far less variance there.
         draws: backward passes.
         seed: of the draws.
         token_weights: importance of tokens, or None.
@@ -54,40 +56,44 @@ class Predicted:
     """What a forward pass gave, and what can be differentiated of it.
 
     Attributes:
-        counts: (B,) predictions of each sample.
+        samples: of the batch.
         index: (N,) sample of each prediction.
         logits: (N, C), or empty under a loss of one's own.
-        labels: (N,) int64, or None.
-        loss: the loss of one's own, or None.
+        loss: the loss of one's own, a scalar, or None.
+        metric: draws outputs; None with a loss of one's own.
+        targets: of the data, as the loss that goes with the metric takes them; None without any.
     """
 
-    counts: Tensor
+    samples: int
     index: Tensor
     logits: Tensor
-    labels: Tensor | None
     loss: Tensor | None
+    metric: Comparison | None = None
+    targets: Tensor | None = None
+
+    def counts(self, source: Source) -> Tensor:
+        """(B,) predictions of each sample, or what the metric weighs a sample by."""
+        if source.kind != "given" and self.metric is not None:
+            rows = self.logits.detach()
+            return by_sample(self.metric.terms(rows, rows, self.index, self.samples)[1], self.index, self.samples)
+        return torch.bincount(self.index, minlength=self.samples).float()
 
     def scalar(self, source: Source, draw: int, number: int) -> Tensor:
         """The sum over the predictions of the batch of what a source differentiates."""
         if source.kind == "given":
             if self.loss is not None:
-                return self.loss * len(self.counts)
-            if self.labels is None:
+                return self.loss * self.samples
+            if self.metric is None or self.targets is None:
                 raise EstimatorError(
                     "this estimator differentiates the loss, which needs labels; give batches (inputs, targets) or a loss"
                 )
-            return -log_softmax(self.logits).gather(1, self.labels[:, None]).sum()
-        log_p = log_softmax(self.logits)
-        p = log_p.detach().exp()
-        generator = torch.Generator().manual_seed(hash((source.seed, draw, number)) % 2**63)
+            return Loss(self.metric.kind).values(self.logits, self.targets).sum()
+        if self.metric is None:
+            raise EstimatorError("this estimator draws outputs, which a loss of one's own does not tell how")
+        place = self.index, self.samples, (source.seed, number), draw
         if source.kind == "drawn":
-            uniform = torch.rand(len(p), 1, generator=generator, dtype=torch.float64).to(p)
-            drawn = (p.cumsum(1) < uniform * p.sum(1, keepdim=True)).sum(1, keepdim=True).clamp(max=p.shape[1] - 1)
-            return -log_p.gather(1, drawn).sum()
-        signs = (2 * torch.randint(0, 2, p.shape, generator=generator) - 1).to(p)
-        noise = p.sqrt() * signs
-        noise = noise - p * (p.sqrt() * signs).sum(1, keepdim=True)
-        return (noise * wide(self.logits)).sum()
+            return self.metric.drawn(self.logits, *place)
+        return (self.metric.random_output(self.logits.detach(), *place) * wide(self.logits)).sum()
 
 
 def predicted(setting: Setting, batch: Batch, number: int) -> Predicted:
@@ -96,12 +102,13 @@ def predicted(setting: Setting, batch: Batch, number: int) -> Predicted:
     Raises:
         EstimatorError: where the output of the model, or the loss, is not finite.
     """
-    size = samples(batch)
-    if callable(setting.loss):
+    metric = setting.comparison
+    if metric is None:
         loss = setting.mean_loss(batch)
-        index = torch.arange(size, device=loss.device)
-        return Predicted(torch.ones(size, device=loss.device), index, loss.new_zeros(0), None, loss)
-    logits, labels, index = predictions(setting.model, call(setting.model, batch), batch)
-    if not torch.isfinite(logits.detach()).all():
+        size = samples(batch)
+        return Predicted(size, torch.arange(size, device=loss.device), loss.new_zeros(0), loss)
+    found = setting.run(batch)
+    if not torch.isfinite(found.rows.detach()).all():
         raise EstimatorError(f"the output of the model is not finite in batch {number}")
-    return Predicted(torch.bincount(index, minlength=size).float(), index, logits, labels, None)
+    targets = Loss(metric.kind).targets(setting.model, batch, found)
+    return Predicted(found.samples, found.index, found.rows, None, metric, targets)

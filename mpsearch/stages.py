@@ -18,9 +18,10 @@ from mpsearch.estimator import Estimator, Setting
 from mpsearch.goal import Goal
 from mpsearch.hunt import Hunt, learned
 from mpsearch.measured_plans import MeasuredPlans
+from mpsearch.metric_choice import MetricChoice
 from mpsearch.model import Batch, samples
 from mpsearch.plan import Plan
-from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
+from mpsearch.plan_meter import Measurement, PlanMeter, Spending
 from mpsearch.problem import Problem, named, uniform_options
 from mpsearch.proposers import AdditiveOutput, Crossing, Moves, Record, Thompson
 from mpsearch.report_part import Reported, report_on
@@ -57,24 +58,22 @@ class Stages:
         setting: model, score part, units, precisions.
         parts: name -> batches.
         base: layers and resources, sensitivity 0.
-        damage: what is measured.
+        choice: what is measured.
         goal: what is asked for.
         spending: passes.
         seed: of all draws.
         estimators: instead of the default ones.
-        one_output: the model gives one number a prediction.
         taken: passes that each stage took.
     """
 
     setting: Setting
     parts: Mapping[str, list[Batch]]
     base: CostTable
-    damage: Damage
+    choice: MetricChoice
     goal: Goal
     spending: Spending
     seed: int
     estimators: Sequence[Estimator] | None
-    one_output: bool = False
     taken: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,11 +88,12 @@ class Stages:
         if not few:  # every plan is measured on both, the select part first
             batches["select"] += self.parts["score"]
         between: list[Batch] = []
-        if self.damage.metric == "kl" and self.goal.tolerance is None and not self.goal.front and not few:
+        self.metric = self.choice.metric
+        if self.metric.compares and self.goal.tolerance is None and not self.goal.front and not few:
             between = mixed(batches["select"], self.seed, _VICINAL)
         batches |= {"score": self.parts["score"]} if few else {"vicinal": between} if between else {}
         meters = {
-            name: PlanMeter(name, self.setting, part, self.damage, self.total, self.spending)
+            name: PlanMeter(name, self.setting, part, self.metric, self.total, self.spending)
             for name, part in batches.items()
         }
         self.select, self.report = meters["select"], meters["report"]
@@ -116,7 +116,7 @@ class Stages:
             final = self.score.share * (1 + self.finalists * self.select.price / self.select.share)
         elif self.between is not None:
             final = self._remaining * self.finalists + self.between.share
-        return 5 * self.share["report"] * (2 if self.damage.own else 1) + final
+        return 5 * self.share["report"] * (2 if self.metric.runs_model else 1) + final
 
     @property
     def _remaining(self) -> float:
@@ -140,9 +140,7 @@ class Stages:
                 return self._decided(end)
         share = self.share["score"]
         room = self.spending.limit - self._least_passes(0.0)
-        named_estimators, members = starting(
-            self.setting, share, self.spending.limit, room, self.estimators, self.seed, one_output=self.one_output
-        )
+        named_estimators, members = starting(self.setting, share, self.spending.limit, room, self.estimators, self.seed)
         self._check_passes(share * forecast(self.setting, members))
         with self._stage("tables"):
             self.scores = scores(self.setting, self.base, self.rows, share, self.spending, named_estimators, members)
@@ -392,7 +390,7 @@ class Stages:
             plans["table"] = single
         batches = self.parts["report"]
         found = report_on(
-            self.setting, batches, {role: options for role, (_, options) in plans.items()}, self.damage, self.report
+            self.setting, batches, {role: options for role, (_, options) in plans.items()}, self.choice, self.report
         )
         said = self._verdict(plans, {role: one.measurement for role, one in found.items()})
         if said.wins is False and self.goal.tolerance is None:  # uniform is returned
@@ -468,11 +466,11 @@ class Stages:
                 self.goal.tolerance,
                 found["plan"].value,
                 found["plan"].se,
-                self.damage.unit,
+                self.metric.counted_in,
                 chosen=same,
             )
         difference, se = found["uniform"].over(found["plan"]) if uniform is not None else (math.nan, math.nan)
-        return verdict(self.damage.unit, name, difference, se, chosen=same)
+        return verdict(self.metric.counted_in, name, difference, se, chosen=same)
 
     def _plan(self, hunt: Hunt, chosen: Options) -> tuple[Plan, CostTable]:
         """The plan with its proof against the posterior table, and that table."""
@@ -482,12 +480,12 @@ class Stages:
         table = replace(
             self.base,
             sensitivity=(costs / counts[:, None])[self.rows],
-            unit=self.damage.unit,
+            unit=self.metric.unit,
             origin={
                 **self.base.origin,
                 "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs) or 'rounding noise'}",
                 "quantizer": repr(self.setting.quantizer),
-                "metric": self.damage.name,
+                "metric": self.metric.name,
             },
         )
         problem = Problem.of(table, self.goal.budget or Budget())
@@ -499,7 +497,7 @@ class Stages:
         measured = self.select.measure(chosen)
         origin = {
             "search": {
-                "select": {"damage": measured.value, "se": measured.se, "unit": self.damage.unit},
+                "select": {"damage": measured.value, "se": measured.se, "unit": self.metric.unit},
                 "seed": self.seed,
             },
             "table": dict(table.origin),
@@ -516,8 +514,8 @@ class Stages:
             tuple(plans),
             np.array([found.value for _, found in known]),
             np.array([found.se for _, found in known]),
-            self.damage.unit,
-            {"samples": sum(map(samples, self.select.batches)), "metric": self.damage.name},
+            self.metric.unit,
+            {"samples": sum(map(samples, self.select.batches)), "metric": self.metric.name},
         )
 
 

@@ -37,7 +37,7 @@ class Gradients:
     Attributes:
         number: of the batch.
         draw: of the backward pass, from 0.
-        counts: (N,) predictions of each sample.
+        counts: (N,) predictions of each sample, or what the metric weighs a sample by.
         projection: (N, U, P) <g_n, Q(W) - W>, and for a precision that quantizes inputs <dT_n/dY, Y at it - Y>.
         squared_norm: (N, W) |g_n|^2 for each distinct weight.
         importance: (N, U) sum |g_n w|.
@@ -251,11 +251,12 @@ class _Backward:
 
     def __post_init__(self) -> None:
         size, units, options = self.watched.samples, len(self.places.units), len(self.setting.precisions)
-        zeros = functools.partial(wide(self.output.counts).new_zeros)
+        counts = self.output.counts(self.source)
+        zeros = functools.partial(wide(counts).new_zeros)
         self.found = Gradients(
             self.number,
             self.draw,
-            self.output.counts,
+            counts,
             projection=zeros((size, units, options)),
             squared_norm=zeros((size, len(self.places.column))),
             importance=zeros((size, units)),

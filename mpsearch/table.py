@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float64]
 
-UNITS = ("nats", "relative")
+#: Of damages: nats, a ranking without a unit, and those of the metrics (`mpsearch.metrics`).
+UNITS = (
+    "nats", "relative", "mse", "relative error", "mse / peak^2", "cosine distance", "loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,7 +103,8 @@ class CostTable:
         usage: resource -> (L, P) use of it by the cell.
         fixed_usage: resource -> what no decision touches (norms, biases, excluded layers).
         reference_usage: resource -> use by the unquantized model.
-        unit: `nats` (expected rise of the mean divergence or loss) or `relative` (a ranking).
+        unit: `nats` (expected rise of the mean divergence or loss), the unit of another metric (`mse`, `relative error`, ...), or
+            `relative` (a ranking).
         origin: where the numbers come from; JSON values.
         interactions: damage of pairs of cells, or None.
         peaks: resources that are a maximum over steps instead of a sum.

@@ -32,6 +32,7 @@ from mpsearch.sensitivity.masked_kl import MaskedKL as MaskedKL
 from mpsearch.sensitivity.metric_decoupled import MetricDecoupled as MetricDecoupled
 from mpsearch.sensitivity.metric_decoupled import Part as Part
 from mpsearch.sensitivity.orthogonality import Orthogonality as Orthogonality
+from mpsearch.sensitivity.output_damage import OutputDamage as OutputDamage
 from mpsearch.sensitivity.output_gradient import OutputGradient as OutputGradient
 from mpsearch.sensitivity.output_mse import OutputMSE as OutputMSE
 from mpsearch.sensitivity.path_shapley import PathShapley as PathShapley
@@ -49,6 +50,7 @@ from mpsearch.sensitivity.weight_entropy import WeightEntropy as WeightEntropy
 #: Name on the command line -> class.
 ESTIMATORS: dict[str, type] = {
     "kl-divergence": KLDivergence,
+    "output-damage": OutputDamage,
     "output-mse": OutputMSE,
     "sqnr": SQNR,
     "cosine-distance": CosineDistance,

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import kl_divergence, wide
-from mpsearch.model import Batch, call, predictions, samples
+from mpsearch.measure import wide
+from mpsearch.metrics import Comparison
+from mpsearch.model import Batch, samples
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 
@@ -22,8 +23,8 @@ class DeltaLoss:
 
         sensitivity(l, o) = mean over batches of sum |dT/dW_q (W_q - W)| + sum |dT/dx_q (x_q - x)|   [relative]
 
-    The gradient is taken with every unit at precision o, rounding passed through unchanged; T is the KL to the
-    unquantized model (whose gradient is not 0 there), or the loss. Absolute values before the sum make it an upper
+    The gradient is taken with every unit at precision o, rounding passed through unchanged; T is the metric, by
+    default the KL to the unquantized model (whose gradient is not 0 there), or the loss. Absolute values before the sum make it an upper
     bound of the first-order change: large layers score too high, and columns of the table come from different
     networks. For each precision and batch one forward and one backward pass, and for the KL a second forward: the
     cost grows with the number of precisions. All quantized weights of one precision are held at once. The standard
@@ -85,9 +86,10 @@ class DeltaLoss:
     ) -> list[float]:
         total = len(setting.batches)
         reference = None
-        if setting.loss == "kl":
+        metric = setting.loss
+        if isinstance(metric, Comparison):
             with torch.no_grad():
-                reference, _, _ = predictions(setting.model, call(setting.model, batch), batch)
+                reference = setting.run(batch).rows
             setting.passes.add(total, forward=1)
 
         changes: list[tuple[int, Tensor, Tensor]] = []  # unit, tensor at the quantized point, what rounding changed
@@ -114,8 +116,9 @@ class DeltaLoss:
             if reference is None:
                 loss = setting.mean_loss(batch)
             else:
-                logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
-                loss = kl_divergence(reference, logits).mean()
+                assert isinstance(metric, Comparison)
+                found = setting.run(batch)
+                loss = metric.mean(reference, found.rows, found.index, found.samples)
             taken = tuple(changes)  # a backward pass that calls layers again adds others
             points = [point for _, point, _ in taken]
             try:

@@ -86,7 +86,9 @@ class _Pairs:
 
     def __post_init__(self) -> None:
         self.squares = Averages(
-            lambda found: 0.5 * found.projection.square(), lambda mean, se: Estimate(mean, se, "nats"), self.draws
+            lambda found: 0.5 * found.projection.square(),
+            lambda mean, se: Estimate(mean, se, self.setting.unit),
+            self.draws,
         )
 
     def add(self, found: Gradients) -> None:
@@ -109,4 +111,4 @@ class _Pairs:
         shape = (len(self.setting.units), len(self.setting.precisions))
         pairs = (1 - self.shrink) * self.products.double().numpy().reshape(*shape, *shape)
         pairs = pairs / (self.predictions or math.nan)
-        return Estimate(plain.sensitivity, plain.sensitivity_se, "nats", {}, np.ascontiguousarray(pairs))
+        return Estimate(plain.sensitivity, plain.sensitivity_se, plain.unit, {}, np.ascontiguousarray(pairs))

@@ -202,7 +202,7 @@ class HessianTrace:
             for index, power in terms:
                 sensitivity[u] += 0.5 * power * mean[index]
                 squares[u] += (0.5 * power) ** 2 * variance[index]
-        return Estimate(sensitivity, np.sqrt(squares), "nats")
+        return Estimate(sensitivity, np.sqrt(squares), setting.unit)
 
 
 def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -129,7 +129,7 @@ class _Factors:
                 (left_out - left_out.mean(1, keepdim=True)).square().sum(1) if groups > 1 else cells[:, 0] * math.nan
             )
             se[u] = (spread * (groups - 1) / max(groups, 1)).sqrt().numpy()
-        return Estimate(value, se, "nats")
+        return Estimate(value, se, setting.unit)
 
     def _weight(self, w: int, layer: Layer) -> Tensor:
         """(P, 1 + groups) damage from all samples, and with each group left out."""
@@ -154,7 +154,8 @@ class _Factors:
         """(1 + groups, ...) mean over all, and with each group left out."""
         sums = self.sums[name]
         rest = torch.cat([sums.sum(0, keepdim=True), sums.sum(0, keepdim=True) - sums])
-        number = torch.cat([counts.sum()[None], counts.sum() - counts]).clamp(min=1.0).to(rest)
+        number = torch.cat([counts.sum()[None], counts.sum() - counts]).to(rest)
+        number = torch.where(number > 0, number, torch.ones_like(number))
         return rest / number.reshape(-1, *[1] * (rest.ndim - 1))
 
 

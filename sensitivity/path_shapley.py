@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import kl_divergence, log_softmax
-from mpsearch.model import Batch, call, predictions
+from mpsearch.measure import log_softmax
+from mpsearch.metrics import Comparison
+from mpsearch.model import Batch
 from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
 
 Floats = NDArray[np.float64]
@@ -33,7 +34,8 @@ class PathShapley:
     With `coverage` the shares become costs of the model F(S) = c (1 - exp(-sum of b_i)), in which damage saturates at
     the ceiling c, the KL to the uniform prediction or 1.2 times the largest measured damage: phi_i = c a_i integral
     of prod_{j != i} (1 - t a_j) dt is solved for a by fixed point, b = -log(1 - a), and c b is the score. Those sums
-    rank plans; the damage they predict is c (1 - exp(-sum / c)). Without it, the shares themselves are the table.
+    rank plans; the damage they predict is c (1 - exp(-sum / c)). Without it, the shares themselves are the table. F is the metric of
+    the run, by default the KL; of others no prediction bounds c.
 
     For each precision and batch `nodes` forward and backward passes and one forward more, and one forward for the
     reference. All quantized weights of one precision are held at once. Shares below 0 (errors that help among others)
@@ -69,21 +71,27 @@ class PathShapley:
             EstimatorError: where the model cannot be differentiated, a share is not finite, or the loss is not the
                 KL.
         """
-        if setting.loss != "kl":
-            raise EstimatorError("PathShapley follows the KL to the unquantized model; leave out the loss")
+        metric = setting.loss
+        if not isinstance(metric, Comparison):
+            raise EstimatorError(
+                "PathShapley follows a metric that compares with the unquantized model; leave out the loss"
+            )
         count, options = len(setting.batches), len(setting.precisions)
         shares = np.zeros((count, len(setting.units), options))
         ends = np.zeros((count, options))
         ceilings = np.zeros(count)
         references: list[Tensor] = []
+        weights_of = np.zeros(count)
         with torch.no_grad():
             for number, batch in enumerate(setting.batches):
-                logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
+                found = setting.run(batch)
                 setting.passes.add(count, forward=1)
-                log_p = log_softmax(logits)
-                ceilings[number] = float((log_p.exp() * log_p).sum(-1).mean()) + math.log(logits.shape[-1])
-                references.append(logits)
-        weight = np.array([len(logits) for logits in references]) / sum(len(logits) for logits in references)
+                if metric.kind == "classes":  # of others no bound is known
+                    log_p = log_softmax(found.rows)
+                    ceilings[number] = float((log_p.exp() * log_p).sum(-1).mean()) + math.log(log_p.shape[-1])
+                weights_of[number] = float(metric.terms(found.rows, found.rows, found.index, found.samples)[1].sum())
+                references.append(found.rows)
+        weight = weights_of / weights_of.sum()
         bar = setting.progress(None, count * options, "Path")
         with bar:
             for p, precision in enumerate(setting.precisions):
@@ -110,7 +118,7 @@ class PathShapley:
         }
         mean = np.maximum(mean, 0.0)
         if not self.coverage:
-            return Estimate(mean, se, "nats", facts)
+            return Estimate(mean, se, setting.unit, facts)
         ceiling = float(max(weight @ ceilings, 1.2 * end.max()))
         costs = (
             np.stack([ceiling * coverage_costs(mean[:, p] / ceiling) for p in range(options)], axis=1)
@@ -163,8 +171,9 @@ class PathShapley:
             return move
 
         def damage() -> Tensor:
-            logits, _, _ = predictions(setting.model, call(setting.model, batch), batch)
-            return kl_divergence(reference, logits).mean()
+            assert isinstance(setting.loss, Comparison)
+            found = setting.run(batch)
+            return setting.loss.mean(reference, found.rows, found.index, found.samples)
 
         for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
             at = {parameter: torch.lerp(starts[parameter], new, float(node)) for parameter, new in targets.items()}

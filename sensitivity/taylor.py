@@ -58,4 +58,4 @@ class Taylor(GradientEstimator):
 
     def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """Signed or absolute."""
-        return Estimate(mean, se, "nats") if self.signed else Estimate(np.abs(mean), se, "relative")
+        return Estimate(mean, se, setting.unit) if self.signed else Estimate(np.abs(mean), se, "relative")

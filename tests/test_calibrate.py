@@ -218,7 +218,7 @@ def test_what_cannot_be_calibrated_is_refused():
     of = table()
     options, given = plans(10)
     truth = damage(of.sensitivity, options)
-    with pytest.raises(mps.TableError, match="damage is relative, expected nats"):
+    with pytest.raises(mps.TableError, match="damage is relative, a ranking; expected nats"):
         calibrate(of, MeasuredPlans(given, truth))
     with pytest.raises(mps.TableError, match="2 measured plans that the table gives a damage, expected 3 or more"):
         calibrate(of, MeasuredPlans(given[:2], truth[:2], unit="nats"))

@@ -13,6 +13,7 @@ from mpsearch.checkpoint import Checkpoint
 from mpsearch.estimator import Setting
 from mpsearch.logit_shift import LogitShift, Surrogate, surrogate
 from mpsearch.measure import kl_divergence
+from mpsearch.metrics import KL
 from mpsearch.quantize import RoundToNearest
 from mpsearch.sensitivity import KLDivergence
 
@@ -41,7 +42,7 @@ def made(model, batches, precisions="w2 w3 w16", **options):
     )[0]
     layers = mps.layers(model, batches[0])
     setting = Setting(
-        model, batches, units_of(layers), mps.precisions(precisions), RoundToNearest(), {}, "kl", None, checkpoint=kept
+        model, batches, units_of(layers), mps.precisions(precisions), RoundToNearest(), {}, KL(), None, checkpoint=kept
     )
     return surrogate(setting.checkpoint, len(setting.units), setting.precisions), table
 
@@ -111,6 +112,6 @@ def test_nothing_without_one_at_a_time_runs():
     layers = mps.layers(model, batches[0])
     kept = Checkpoint(":memory:", {})
     setting = Setting(
-        model, batches, units_of(layers), mps.precisions("w2"), RoundToNearest(), {}, "kl", None, checkpoint=kept
+        model, batches, units_of(layers), mps.precisions("w2"), RoundToNearest(), {}, KL(), None, checkpoint=kept
     )
     assert surrogate(setting.checkpoint, len(setting.units), setting.precisions) is None

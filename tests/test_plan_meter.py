@@ -12,9 +12,10 @@ from mpsearch import plan_meter
 from mpsearch._profile import units_of
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.estimator import Setting
+from mpsearch.metrics import KL, METRICS, Accuracy, Loss, Own
 from mpsearch.model import samples, state_fingerprint
 from mpsearch.perturb import input_ranges
-from mpsearch.plan_meter import Damage, Measurement, PlanMeter, Spending
+from mpsearch.plan_meter import Measurement, PlanMeter, Spending
 from mpsearch.quantize import RoundToNearest
 
 SIZES = (7, 4, 9, 1)
@@ -59,9 +60,9 @@ def meter_of(
     found = mps.layers(model, data[0]) if layers is None else layers
     ranges = input_ranges(model, data, [layer.name for layer in found])
     kept = Checkpoint(":memory:", {}) if checkpoint is None else checkpoint
-    setting = Setting(model, data, units_of(found), options, RoundToNearest(), ranges, "kl", None, checkpoint=kept)
+    setting = Setting(model, data, units_of(found), options, RoundToNearest(), ranges, KL(), None, checkpoint=kept)
     every = sum(map(samples, data)) if total is None else total
-    return PlanMeter("select", setting, data, damage or Damage(), every, spending or Spending(100.0))
+    return PlanMeter("select", setting, data, damage or KL(), every, spending or Spending(100.0))
 
 
 def plan_of(meter, options):
@@ -88,26 +89,26 @@ class Runs:
 @pytest.mark.parametrize("precisions", ["w2 w3 w4", "w2a8 w3a4 w4a8"])
 @pytest.mark.parametrize(
     "damage",
-    [Damage(), Damage("loss"), Damage("accuracy"), Damage(right, higher_is_better=True), Damage(wrong)],
+    [KL(), Loss(), Accuracy(), Own(right, higher_is_better=True), Own(wrong)],
     ids=["kl", "loss", "accuracy", "own up", "own down"],
 )
 def test_the_mean_is_that_of_evaluate(damage, precisions):
     meter = meter_of(precisions=precisions, damage=damage)
-    metric = damage.metric if damage.own else None
+    metric = damage.function if damage.runs_model else None
     rises = []
     for options in ([0, 0, 0], [0, 2, 1], [0, 0, 1], [1, 0, 0]):
         found = meter.measure(np.array(options))
         expected = mps.evaluate(meter.setting.model, batches(), plan_of(meter, options), metric=metric)
         before = expected.reference
         rise = {
-            "kl": lambda new=expected: new.kl,
-            "loss": lambda new=expected, old=before: new.loss - old.loss,
-            "accuracy": lambda new=expected, old=before: old.accuracy - new.accuracy,
-            right: lambda new=expected, old=before: old.metric - new.metric,
-            wrong: lambda new=expected, old=before: new.metric - old.metric,
-        }[damage.metric]()
+            KL(): lambda new=expected: new.kl,
+            Loss(): lambda new=expected, old=before: new.loss - old.loss,
+            Accuracy(): lambda new=expected, old=before: old.accuracy - new.accuracy,
+            Own(right, higher_is_better=True): lambda new=expected, old=before: old.metric - new.metric,
+            Own(wrong): lambda new=expected, old=before: new.metric - old.metric,
+        }[damage]()
         assert found.value == pytest.approx(rise, abs=1e-12)
-        if damage.metric == "kl":
+        if damage == KL():
             assert found.se == pytest.approx(expected.kl_se, abs=1e-12)
         rises.append(abs(rise))
     assert max(rises) > 0.01
@@ -115,7 +116,7 @@ def test_the_mean_is_that_of_evaluate(damage, precisions):
 
 @pytest.mark.parametrize("metric", ["kl", "loss", "accuracy"])
 def test_the_standard_error_by_a_loop_over_samples(metric):
-    meter = meter_of(damage=Damage(metric))
+    meter = meter_of(damage=METRICS[metric]())
     found = [meter.measure(np.array(options)) for options in ([0, 0, 1], [2, 0, 0])]
     ones = [(x[None], y[None]) for batch in batches() for x, y in zip(*batch, strict=True)]
     each = []
@@ -168,7 +169,7 @@ def test_a_plan_that_is_dropped_keeps_its_first_batches_and_goes_on_from_there()
     assert runs.count == 0
 
 
-@pytest.mark.parametrize("damage", [Damage(), Damage("loss"), Damage(right)], ids=["kl", "loss", "own"])
+@pytest.mark.parametrize("damage", [KL(), Loss(), Own(right)], ids=["kl", "loss", "own"])
 @pytest.mark.parametrize("room", [2**30, 10 * 3 * 4], ids=["kept", "not kept"])
 def test_passes_are_calls_of_the_model(monkeypatch, damage, room):
     """Of the logits of 21 samples only those of the first batch have room in the second case."""
@@ -186,7 +187,7 @@ def test_passes_are_calls_of_the_model(monkeypatch, damage, room):
     assert price <= meter.price + 1e-12
     assert meter.setting.passes.forward * 50 == pytest.approx(runs.count)
     assert meter.share == 21 / 50
-    again = room < 2**30 and not damage.own
+    again = room < 2**30 and not damage.runs_model
     assert meter.price == meter.share * (2 if again else 1)
 
 
@@ -300,11 +301,11 @@ def test_damage_that_is_not_finite_is_refused_with_the_plan():
 
 def test_a_metric_that_is_not_finite_is_refused():
     with pytest.raises(mps.EstimatorError, match="not finite"):
-        meter_of(damage=Damage(lambda model, batch: math.nan)).measure(np.array([0, 2, 2]))
+        meter_of(damage=Own(lambda model, batch: math.nan)).measure(np.array([0, 2, 2]))
 
 
 def test_missing_labels_are_refused():
-    meter = meter_of(data=[x for x, _ in batches()], damage=Damage("loss"))
+    meter = meter_of(data=[x for x, _ in batches()], damage=Loss())
     with pytest.raises(mps.EstimatorError, match="the loss needs labels"):
         meter.measure(np.array([0, 0, 0]))
 
@@ -321,7 +322,7 @@ def test_data_that_is_not_finite_is_told_from_plans_that_are_not():
 def test_a_batch_without_any_prediction_counts_for_nothing(metric):
     data = batches()
     empty = [(data[0][0], torch.full_like(data[0][1], -100)), *data[1:]]
-    with_it, without = meter_of(data=empty, damage=Damage(metric)), meter_of(data=data[1:], damage=Damage(metric))
+    with_it, without = meter_of(data=empty, damage=METRICS[metric]()), meter_of(data=data[1:], damage=METRICS[metric]())
     seen = []
     with_it.measure(np.array([0, 2, 2]), lambda found: bool(seen.append((found.value, found.se))))
     assert all(math.isnan(value) for value in seen[0])
@@ -340,7 +341,7 @@ def test_a_batch_without_any_prediction_counts_for_nothing(metric):
 )
 def test_a_metric_that_fails_is_told(metric, words):
     with pytest.raises(mps.EstimatorError, match="the metric fails, expected metric") as caught:
-        meter_of(damage=Damage(metric)).measure(np.array([0, 2, 2]))
+        meter_of(damage=Own(metric)).measure(np.array([0, 2, 2]))
     assert words in str(caught.value)
 
 
@@ -348,7 +349,7 @@ def test_a_metric_that_fails_is_told(metric, words):
 def test_labels_that_are_no_output_are_refused(shift):
     data = [(x, y + shift) for x, y in batches()]
     with pytest.raises(mps.EstimatorError, match="but the model has 3 outputs: expected 0 to 2"):
-        meter_of(data=data, damage=Damage("loss")).measure(np.array([0, 2, 2]))
+        meter_of(data=data, damage=Loss()).measure(np.array([0, 2, 2]))
 
 
 def test_plans_of_an_earlier_search_are_recalled_at_no_cost_but_not_those_that_it_dropped():

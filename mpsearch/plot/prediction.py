@@ -46,7 +46,7 @@ def prediction_figure(table: CostTable, measured: MeasuredPlans, *, title: str =
         axes.annotate(name, at, xytext=(6, -10), textcoords="offset points", fontsize=8, color="#8a5f00")
     damage_axis(axes.xaxis, predicted, table.unit, table.origin, "predicted damage")
     damage_axis(axes.yaxis, measured.damage, measured.unit, measured.origin, "measured damage")
-    if table.unit == measured.unit == "nats":
+    if table.unit == measured.unit != "relative":
         low = min(predicted.min(), measured.damage.min())
         high = max(predicted.max(), measured.damage.max())
         axes.plot([low, high], [low, high], "--", color=GREY, linewidth=1, label="predicted = measured", zorder=1)

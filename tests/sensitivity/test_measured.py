@@ -293,8 +293,8 @@ def test_coverage_predicts_the_end_of_the_path():
     assert table.unit == "relative"
 
 
-def test_paths_are_of_the_divergence_alone():
-    with pytest.raises(mps.EstimatorError, match="follows the KL"):
+def test_paths_are_of_a_metric_that_compares():
+    with pytest.raises(mps.EstimatorError, match="a metric that compares with the unquantized model"):
         mps.profile(net(), data(), PathShapley(), mps.precisions("w2"), loss="cross-entropy")
 
 
