@@ -1,17 +1,19 @@
 # Needs Python 3.11+ and make; everything else is put into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# two processes of one thread each: on two cores half the time of one process of two
+PARALLEL := -n 2 --dist worksteal
 WHEEL := $(or $(TMPDIR),/var/tmp)/mpsearch-wheel
 export OMP_WAIT_POLICY = PASSIVE
-export OMP_NUM_THREADS = 2
+export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-slow test-wheel test-export-peers notebooks lint docs clean
+.PHONY: demo test test-slow test-wheel test-alone test-versions test-export-peers notebooks lint docs clean
 
 demo: .venv/ready
 	$(BIN)/mpsearch demo
 
 test: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
@@ -49,6 +51,15 @@ test-wheel: .venv/ready
 	rm -rf build dist $(WHEEL) && $(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	$(PYTHON) -m venv $(WHEEL)
 	$(WHEEL)/bin/python -m pip install --quiet torch==2.13.0
-	$(WHEEL)/bin/python -m pip install --quiet dist/*.whl pytest scikit-learn scipy
+	$(WHEEL)/bin/python -m pip install --quiet "$$(echo dist/*.whl)[test]"
 	cp -r tests $(WHEEL)/tests
-	cd $(WHEEL) && bin/python -m pytest -q -m "not slow" --import-mode=importlib tests
+	cd $(WHEEL) && bin/python -m pytest -q -m "not slow" --import-mode=importlib $(PARALLEL) tests
+
+# every public module and a search, with the wheel and what it declares and nothing else
+test-alone:
+	PYTHON=$(PYTHON) sh tests/versions.sh alone
+
+# the suite with the newest versions that pyproject.toml allows, and with the lowest
+test-versions:
+	PYTHON=$(PYTHON) sh tests/versions.sh newest
+	PYTHON=$(PYTHON) sh tests/versions.sh lowest
