@@ -303,7 +303,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def _moved(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, Tensor):
-        return leaf.to(device)
+        there = leaf.to(device)  # loaded in inference mode, it would take no gradients
+        return there.clone() if there.is_inference() and not torch.is_inference_mode_enabled() else there
     return copy.copy(leaf).to(device) if _moves_itself(leaf) else leaf
 
 

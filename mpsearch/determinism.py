@@ -7,7 +7,7 @@ from torch import nn
 
 from mpsearch.data_split import few
 from mpsearch.errors import EstimatorError
-from mpsearch.model import Batch, call, logits_of, output_of
+from mpsearch.model import Batch, call, logits_of, not_finite, output_of
 
 #: Samples that are run twice.
 PROBED = 8
@@ -30,7 +30,7 @@ def probed_output(model: nn.Module, batch: Batch) -> Any:
         output = output_of(model, samples)
         first, second = logits_of(output), call(model, samples)
     if not torch.isfinite(first).all():
-        raise EstimatorError("the output of the unquantized model on the first batch is not finite")
+        raise EstimatorError(f"the output of the unquantized model on the first batch is not finite{not_finite(model)}")
     if first.shape != second.shape:
         raise EstimatorError(
             f"two passes over the same batch return {tuple(first.shape)} and {tuple(second.shape)}: the model is random in evaluation mode"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpsearch.batches import given_of, missing_labels
 from mpsearch.checkpoint import NoCheckpoint, Results
-from mpsearch.errors import EstimatorError
+from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.layer import Layer
 from mpsearch.metrics import Comparison, Run, run
 from mpsearch.metrics import Loss as TargetLoss
@@ -187,7 +187,14 @@ class Setting:
             EstimatorError: where it is no finite scalar.
         """
         if callable(self.loss):
-            value = self.loss(self.model, given_of(batch))
+            try:
+                value = self.loss(self.model, given_of(batch))
+            except MpsearchError:
+                raise
+            except Exception as error:
+                raise EstimatorError(
+                    f"the loss fails, expected loss(model, batch) -> one number: {type(error).__name__}: {error}"
+                ) from error
             if not isinstance(value, Tensor) or value.numel() != 1:
                 raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
             value = value.reshape(())

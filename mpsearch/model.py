@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from mpsearch.batches import Batch as Batch
 from mpsearch.batches import arranged as arranged
@@ -163,7 +164,12 @@ def preserved(model: nn.Module) -> Iterator[None]:
             raise EstimatorError(
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
-        with random_states(), _uncompiled(), unfused(model):
+        with (
+            torch.inference_mode(False),
+            random_states(),
+            _uncompiled(),
+            unfused(model),
+        ):  # what is made inside may take gradients
             yield
     finally:
         restore()
@@ -182,16 +188,46 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
 
 
 def check_values(model: nn.Module) -> None:
-    """Refuse parameters and buffers without values.
+    """Refuse parameters and buffers without values, and parameters that are no plain tensors.
 
     Raises:
         EstimatorError: names the first of them.
     """
-    for name, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+    parameters = dict(model.named_parameters())
+    for name, tensor in itertools.chain(parameters.items(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise EstimatorError(f"{name!r} has no shape yet: run the model once on a batch")
         if tensor.is_meta:
             raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first")
+        if tensor.is_nested:
+            raise EstimatorError(f"{name!r} is a nested tensor, expected a plain one")
+    for name, tensor in parameters.items():
+        if is_traceable_wrapper_subclass(tensor):
+            raise EstimatorError(
+                f"{name!r} is a {type(tensor).__name__}, quantized or spread over devices already: give the model with plain weights"
+            )
+        if tensor.layout is not torch.strided:
+            raise EstimatorError(f"{name!r} is stored as {tensor.layout}: make it dense, weight.to_dense()")
+        if tensor.is_inference():
+            raise EstimatorError(
+                f"{name!r} was made inside torch.inference_mode(), so it takes no gradients: make the model outside, or copy it with "
+                "copy.deepcopy there"
+            )
+
+
+def not_finite(model: nn.Module) -> str:
+    """Suffix for messages about an output that is not finite: the first parameter that holds nan or infinity.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> _ = layer.bias.data.fill_(float("nan"))
+    >>> not_finite(layer)
+    ": 'bias' holds 1 nan"
+    """
+    for name, parameter in model.named_parameters():
+        for word, bad in (("nan", torch.isnan(parameter)), ("infinity", torch.isinf(parameter))):
+            if bad.any():
+                return f": {name!r} holds {int(bad.sum())} {word}"
+    return ""
 
 
 def state_fingerprint(model: nn.Module) -> str:

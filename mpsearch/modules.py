@@ -58,7 +58,8 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
     """Where a tensor lies: equal for tied weights, also where each module wraps the memory in a parameter of its own."""
-    return tensor.device, tensor.data_ptr(), tensor.numel()
+    strided = tensor.layout is torch.strided  # sparse ones lie in several places
+    return tensor.device, tensor.data_ptr() if strided else id(tensor), tensor.numel()
 
 
 def channel_axis(module: nn.Module) -> int:

@@ -2,7 +2,10 @@
 
 import collections
 import itertools
+import math
+import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -244,3 +247,79 @@ def test_predictions_of_a_decoder_count_by_its_own_mask():
     batch = {"input_ids": torch.tensor([[1, 2, 3]]), "decoder_input_ids": torch.tensor([[4, 5, 6]])}
     assert len(predictions(model, logits, {**batch, "attention_mask": mask})[0]) == 3
     assert len(predictions(model, logits, {**batch, "decoder_attention_mask": mask})[0]) == 1
+
+
+def quantized_by_torchao(layer):
+    torchao = pytest.importorskip("torchao.quantization")
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+
+
+def made_in_inference_mode(layer):
+    with torch.inference_mode():
+        layer.weight = nn.Parameter(torch.randn(32, 32), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (quantized_by_torchao, "'0.weight' is a Int8Tensor, quantized or spread over devices already"),
+        (made_in_inference_mode, "'0.weight' was made inside torch.inference_mode"),
+        (lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.to_sparse())), "stored as torch.sparse_coo"),
+        (
+            lambda layer: setattr(layer, "weight", nn.Parameter(layer.weight.to_sparse_csr())),
+            "stored as torch.sparse_csr",
+        ),
+        (lambda layer: layer.weight.data.fill_(math.nan), "'0.weight' holds 1024 nan"),
+        (lambda layer: layer.bias.data[:2].fill_(math.inf), "'0.bias' holds 2 infinity"),
+    ],
+)
+@pytest.mark.parametrize("door", ["profile", "fisher", "evaluate", "search"])
+def test_weights_that_cannot_be_rounded_are_named_and_the_model_is_left_as_it_was(change, words, door):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 3)).train()
+    change(model[0])
+    before = dict(model.named_parameters())
+    batches = [torch.randn(8, 32)] * 3
+    options = mps.precisions("w4 w8")
+    doors = {
+        "profile": lambda: mps.profile(model, batches, KLDivergence(), options, progress=False),
+        "fisher": lambda: mps.profile(model, batches, Fisher(), options, progress=False),
+        "evaluate": lambda: mps.evaluate(model, batches, mps.Plan({"0": mps.Precision("4")}), progress=False),
+        "search": lambda: mps.search(model, batches, mps.Budget(average_bits=4), options, progress=False),
+    }
+    with pytest.raises(mps.EstimatorError, match=re.escape(words)):
+        doors[door]()
+    assert model.training
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+
+
+@pytest.mark.parametrize("estimator", [mps.sensitivity.Fisher(), mps.sensitivity.KLDivergence()])
+def test_inference_mode_around_a_door_changes_nothing(estimator):
+    model, options = nn.Sequential(nn.Linear(4, 3)), mps.precisions("w4")
+    expected = mps.profile(model, [torch.ones(2, 4)], estimator, options, progress=False).sensitivity
+    with torch.inference_mode():
+        batches = [torch.ones(2, 4)]
+        assert (mps.profile(model, batches, estimator, options, progress=False).sensitivity == expected).all()
+    assert (mps.profile(model, batches, estimator, options, progress=False).sensitivity == expected).all()
+
+
+def test_a_sparse_buffer_is_no_hindrance():
+    model = nn.Sequential(nn.Linear(4, 3))
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    table = mps.profile(model, [torch.ones(2, 4)], mps.sensitivity.Fisher(), mps.precisions("w4"), progress=False)
+    assert np.isfinite(table.sensitivity).all()
+
+
+def test_a_loss_that_fails_is_told_in_a_line():
+    def loss(model, batch):
+        raise ValueError("two\nlines")
+
+    with pytest.raises(
+        mps.EstimatorError, match=r"the loss fails, expected loss\(model, batch\).* ValueError: two lines"
+    ):
+        mps.profile(
+            nn.Sequential(nn.Linear(4, 3)),
+            [torch.ones(2, 4)],
+            mps.sensitivity.HessianTrace(),
+            mps.precisions("w4"),
+            loss=loss,
+        )
