@@ -20,6 +20,7 @@ from mpsearch.errors import MpsearchError as MpsearchError
 from mpsearch.errors import PlanError as PlanError
 from mpsearch.errors import SolverError as SolverError
 from mpsearch.errors import TableError as TableError
+from mpsearch.errors import VerificationError as VerificationError
 from mpsearch.front import Front as Front
 from mpsearch.layer import Layer as Layer
 from mpsearch.plan import Plan as Plan

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.flush()  # of the help too
     except mps.InfeasibleError as error:
         return _fail(error, 3)
-    except mps.SolverError as error:
+    except (mps.SolverError, mps.VerificationError) as error:
         return _fail(error, 1)
     except mps.MpsearchError as error:
         return _fail(error, 2)

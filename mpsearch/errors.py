@@ -46,6 +46,10 @@ class ExportError(MpsearchError, ValueError):
     """The target cannot express a part of the plan."""
 
 
+class VerificationError(ExportError):
+    """What the target made of a plan is not what the plan says."""
+
+
 class InfeasibleError(MpsearchError, ValueError):
     """No plan meets the budget, and that is proven."""
 

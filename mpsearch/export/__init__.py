@@ -1,6 +1,7 @@
 """Plans in the hands of other quantizers: `export.<target>(plan, model)`, and `verify`, which reads back what they did."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -56,6 +57,7 @@ from mpsearch.export.verification import Reader as _Reader
 from mpsearch.export.verification import Verification as Verification
 from mpsearch.export.verification import verified as _verified
 from mpsearch.plan import Plan
+from mpsearch.quantize import is_symmetric as _is_symmetric
 
 #: Target -> `export(plan, model=None, *, snap=False, path=None, **options)`.
 EXPORTERS: dict[str, Callable[..., Any]] = {
@@ -118,11 +120,14 @@ def verify(plan: Plan, model: nn.Module, target: str, **options: Any) -> Verific
         What was found of each layer; all of it agrees with the plan.
 
     Raises:
-        ExportError: where anything differs: coverage, precision, code range, bytes, values.
+        ExportError: for what the target cannot express.
+        VerificationError: where anything differs: coverage, precision, code range, bytes, values.
         MissingPackage: without the tool.
     """
     if target not in READERS:
         raise ExportError(f"{target!r} cannot be verified here{nearest(target, READERS)}")
     distribution, read = READERS[target]
-    plan = _fitted(plan, model, target, vllm=False)
-    return _verified(target, _version(distribution), read, plan, model, **options)
+    symmetric = _is_symmetric(options.get("quantizer"))
+    fitting = _fitted(replace(plan, usage={}), model, target, vllm=False, symmetric=symmetric)
+    told = replace(fitting, usage=plan.usage)
+    return _verified(TARGETS[target], _version(distribution), read, told, model, **options)

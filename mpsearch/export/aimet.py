@@ -10,7 +10,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.pt2e import arguments
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch
 from mpsearch.modules import canonical
@@ -73,9 +73,7 @@ def aimet(
     return content
 
 
-def read_aimet(
-    plan: Plan, model: nn.Module, *, example: Batch, quantizer: RoundToNearest = REFERENCE
-) -> dict[str, Stored]:
+def read_aimet(plan: Plan, model: nn.Module, *, example: Batch, quantizer: RoundToNearest = REFERENCE) -> StoredModel:
     """Simulate the model, load the encodings, and let its quantizers round; every layer that has one for its weight."""
     simulated = package("aimet_torch.quantsim", "aimet").QuantizationSimModel(model, arguments(example, model))
     encodings = aimet(plan, model, quantizer=quantizer)
@@ -97,8 +95,7 @@ def read_aimet(
             rounding(weight).dequantize().detach(),
             codes,
             None,  # kept in float
-            None,
             codes * scales,
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return found
+    return StoredModel(found)

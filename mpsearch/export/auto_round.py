@@ -11,7 +11,7 @@ from mpsearch.batches import arranged
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
@@ -65,7 +65,7 @@ def auto_round(
     return content
 
 
-def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> StoredModel:
     """Round to nearest with AutoRound, without tuning; every layer that it gave bits below 16."""
     tool, tokenizers = package("auto_round", "auto-round"), package("tokenizers", "auto-round")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"": 0}, unk_token=""))
@@ -94,6 +94,5 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str
             values,
             (values.reshape(len(scales), -1) / scales).round(),
             None,  # kept in float until it is saved
-            None,
         )
-    return found
+    return StoredModel(found)

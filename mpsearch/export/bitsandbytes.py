@@ -11,7 +11,7 @@ from torch import nn
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel, rest_bytes
 from mpsearch.files import write_atomically
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
@@ -60,7 +60,7 @@ def bitsandbytes(
     return content
 
 
-def read_bitsandbytes(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_bitsandbytes(plan: Plan, model: nn.Module) -> StoredModel:
     """Save a model of transformers and load it with the keywords; every layer that became one of the library's."""
     layers, functional = package("bitsandbytes.nn", "bitsandbytes"), package("bitsandbytes.functional", "bitsandbytes")
     transformers = package("transformers", "bitsandbytes")
@@ -83,17 +83,16 @@ def read_bitsandbytes(plan: Plan, model: nn.Module) -> dict[str, Stored]:
             size = plan[name].group_size and state.blocksize if name in plan else state.blocksize
             precision = Precision(state.quant_type, "16", size)
             values, scales = functional.dequantize_4bit(weight.data, state), state.absmax
-            expected, blocks = REFERENCE(original, precision), original.numel() // state.blocksize
+            expected = REFERENCE(original, precision)
         else:
             precision, scales = Precision("8", "8"), weight.SCB
-            values, expected, blocks = weight.data * weight.SCB[:, None] / 127, None, len(original)
+            values, expected = weight.data * weight.SCB[:, None] / 127, None
         found[name] = Stored(
             precision,
             values.detach(),
             None if expected is not None else weight.data,
             weight.data.numel() * weight.data.element_size() + scales.numel() * scales.element_size(),
-            original.numel() * precision.weight_bits // 8 + 4 * blocks,
             expected,
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return found
+    return StoredModel(found, rest_bytes(loaded.state_dict(), found))

@@ -10,7 +10,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -50,7 +50,7 @@ def brevitas(
     return copied
 
 
-def read_brevitas(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_brevitas(plan: Plan, model: nn.Module) -> StoredModel:
     """Replace the layers; every one whose weight is quantized."""
     originals = {name: weight_of(m).detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
     layers = package("brevitas.nn", _EXTRA)
@@ -70,11 +70,10 @@ def read_brevitas(plan: Plan, model: nn.Module) -> dict[str, Stored]:
             quantized.value.detach(),
             codes,
             None,  # kept in float
-            None,
             RoundToNearest(scale="max")(originals[name], precision),
             tolerance=1e-6 * float(originals[name].abs().max()),
         )
-    return found
+    return StoredModel(found)
 
 
 def _quantized(plan: Plan, model: nn.Module) -> nn.Module:

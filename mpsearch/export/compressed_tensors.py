@@ -23,7 +23,7 @@ from mpsearch.export.stacked_experts import (
     targets,
 )
 from mpsearch.export.targets import Fused, fused_groups, lacking, rules
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel, layer_bytes, rest_bytes
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -79,19 +79,17 @@ def compressed_tensors(
     return config
 
 
-def read_compressed_tensors(
-    plan: Plan, model: nn.Module, *, quantizer: RoundToNearest = REFERENCE
-) -> dict[str, Stored]:
+def read_compressed_tensors(plan: Plan, model: nn.Module, *, quantizer: RoundToNearest = REFERENCE) -> StoredModel:
     """Compress the model; every layer whose weight lies packed in its state."""
     with experts_apart(model, plan):
         return _read(plan, model, quantizer)
 
 
-def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> dict[str, Stored]:
+def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> StoredModel:
     helpers = package("compressed_tensors.compressors", "compressed-tensors")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _compressed(plan, model, _config(plan, model), quantizer)
-    found = {}
+    found, whole = {}, model.state_dict()
     for name, original in originals.items():
         module: Any = model.get_submodule(name)
         state = {key: value.detach() for key, value in module.state_dict().items()}
@@ -101,26 +99,22 @@ def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> dict[str, 
         bits, scale = scheme.weights.num_bits, state["weight_scale"]
         if "weight_packed" in state:
             codes = helpers.unpack_from_int32(state["weight_packed"], bits, torch.Size(state["weight_shape"].tolist()))
-            size = state["weight_packed"].numel() * 4
-            expected = -(-original.shape[1] * bits // 32) * 4 * original.shape[0]
         else:
-            codes, size, expected = state["weight"], state["weight"].numel(), original.numel()
+            codes = state["weight"]
         group = group_size(
             original.shape[1] // scale.shape[1], original.shape[1], plan.layers.get(name, Precision("16"))
         )
         activation = "16" if scheme.input_activations is None else str(scheme.input_activations.num_bits)
         precision = Precision(str(bits), activation, group)
         values = (codes.reshape(scale.numel(), -1).to(scale.dtype) * scale.reshape(-1, 1)).reshape(original.shape)
-        bytes_of_scales = scale.numel() * original.element_size()
         found[name] = Stored(
             precision,
             values,
             codes,
-            size + scale.numel() * scale.element_size(),
-            expected + bytes_of_scales,
+            layer_bytes(whole, name),
             quantizer(original, precision),
         )
-    return found
+    return StoredModel(found, rest_bytes(whole, found))
 
 
 def config_groups(plan: Plan, model: nn.Module | None, fused: Fused) -> dict[str, Any]:

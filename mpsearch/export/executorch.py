@@ -11,7 +11,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.pt2e import arguments, converted, stored
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch
 from mpsearch.plan import Plan
@@ -56,9 +56,7 @@ def executorch(
     return program
 
 
-def read_executorch(
-    plan: Plan, model: nn.Module, *, example: Batch, backend: Backend = "portable"
-) -> dict[str, Stored]:
+def read_executorch(plan: Plan, model: nn.Module, *, example: Batch, backend: Backend = "portable") -> StoredModel:
     """Read the weights of the graph, and run the program: its output must be the graph's.
 
     Raises:

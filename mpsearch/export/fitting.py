@@ -13,11 +13,15 @@ from mpsearch.errors import EstimatorError, ExportError, nearest
 from mpsearch.experts import place_of
 from mpsearch.export.targets import TARGETS, Fused, Target, fused_groups, rules
 from mpsearch.layer import Layer
+from mpsearch.model_bytes import plan_bytes
 from mpsearch.modules import canonical, holds_weight, kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
 from mpsearch.unfused import unfused
+
+#: Share by which bytes that are told and bytes that are stored may differ: constants of a graph, a header.
+_SAME_BYTES = 0.01
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Snapped:
     """A plan moved to what a target can express.
 
     Attributes:
-        plan: the new plan; its usage holds what can be recomputed, `memory_bytes`, where the old plan told it.
+        plan: the new plan; its usage holds what can be recomputed, `memory_bytes` as the target stores it, where the old plan told it.
         changes: layer -> precision before, precision after, why.
         target: the target.
     """
@@ -39,12 +43,22 @@ class Snapped:
             return f"{self.target} expresses the plan as it is"
         lines = [f"{name}: {before} -> {after}" for name, (before, after, _) in self.changes.items()]
         used = self.plan.usage.get("memory_bytes")
-        tail = "" if used is None else f"; memory_bytes is now {used:.0f}"
+        tail = "" if used is None else f"; memory_bytes is now {used:.0f}, as {self.target} stores it"
         return f"{len(lines)} of {len(self.plan)} layers moved to what {self.target} has: {', '.join(lines)}{tail}"
 
 
-def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = False, vllm: bool | None = None) -> Plan:
+def fitted(
+    plan: Plan,
+    model: nn.Module | None,
+    target: str,
+    *,
+    snap: bool = False,
+    vllm: bool | None = None,
+    symmetric: bool = True,
+) -> Plan:
     """The plan, once it is certain that the target carries it out as it stands.
+
+    A warning tells where the plan's `memory_bytes` is not what the target stores.
 
     Args:
         plan: any plan.
@@ -52,15 +66,16 @@ def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = Fal
         target: a name in `TARGETS`.
         snap: move what the target cannot express instead of refusing it, and say so in a warning.
         vllm: the exporter's option, as for `rules`.
+        symmetric: the exporter's quantizer has no zero-points.
 
     Raises:
         ExportError: with layer, precision and what the target can.
     """
     if snap:
-        found = snapped(plan, model, target, vllm=vllm)
+        found = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
         if found.changes:
             warnings.warn(str(found), stacklevel=3)
-        return found.plan
+            return found.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     for layer in layers.values():
         reason = known.refusal(layer, plan[layer.name])
@@ -71,20 +86,44 @@ def fitted(plan: Plan, model: nn.Module | None, target: str, *, snap: bool = Fal
         if len({_effect(plan, name) for name in names}) > 1:
             told = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
             raise ExportError(f"{target} needs one precision for layers that {title}: {told}")
+    if model is not None and "memory_bytes" in plan.usage:
+        difference = differing(plan.usage["memory_bytes"], plan_bytes(plan, model, known, symmetric=symmetric).total)
+        if difference:
+            warnings.warn(f"{difference} as {target} stores it; {counted_for(target)}", stacklevel=3)
     return plan
 
 
-def snapped(plan: Plan, model: nn.Module | None, target: str, *, vllm: bool | None = None) -> Snapped:
+def differing(told: float, stored: int) -> str | None:
+    """Both numbers of bytes where they differ by more than 1 %; else None.
+
+    >>> differing(1000.0, 1009), differing(31488.0, 43008)
+    (None, 'memory_bytes of the plan is 31488, but 43008 (+37 %)')
+    """
+    if abs(stored - told) <= _SAME_BYTES * told:
+        return None
+    change = f" ({stored / told - 1:+.0%})".replace("%", " %") if told > 0 else ""
+    return f"memory_bytes of the plan is {told:.0f}, but {stored}{change}"
+
+
+def counted_for(target: str) -> str:
+    """What to do about it."""
+    return f"search and solve with layers(..., target={target!r}) (--target {target}), which counts that"
+
+
+def snapped(
+    plan: Plan, model: nn.Module | None, target: str, *, vllm: bool | None = None, symmetric: bool = True
+) -> Snapped:
     """The nearest plan that the target can express, every layer (or group of joined layers) at no more bytes.
 
-    Nearest in weight bits, then in the weight's format, then in activation bits, then in group size. Bytes are those of the reference
-    quantizer: packed codes and scales.
+    Nearest in weight bits, then in the weight's format, then in activation bits, then in group size. What is compared are the bytes of the
+    reference quantizer, packed codes and scales; the new plan tells those that the target stores.
 
     Args:
         plan: any plan.
         model: its layers' shapes tell the bytes.
         target: a name in `TARGETS`.
         vllm: the exporter's option, as for `rules`: layers that are fused at run time move together.
+        symmetric: the exporter's quantizer has no zero-points.
 
     Raises:
         ExportError: without a model, or where nothing that the target has is small enough.
@@ -115,10 +154,7 @@ def snapped(plan: Plan, model: nn.Module | None, target: str, *, vllm: bool | No
         return Snapped(plan, {}, target)
     usage = {}
     if "memory_bytes" in plan.usage:
-        saved = sum(
-            _bytes(layers[name], before) - _bytes(layers[name], after) for name, (before, after, _) in changes.items()
-        )
-        usage["memory_bytes"] = plan.usage["memory_bytes"] - saved
+        usage["memory_bytes"] = float(plan_bytes(moved, model, known, symmetric=symmetric).total)
     origin = {
         **plan.origin,
         "snapped": {"target": target, "from": {name: str(b) for name, (b, _, _) in changes.items()}},

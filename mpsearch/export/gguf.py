@@ -16,7 +16,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.llama_quantize import tensor_name, tensor_names
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files import replacing
 from mpsearch.modules import storage_of, weight_of
 from mpsearch.plan import Plan
@@ -72,7 +72,7 @@ def gguf(
     return {name: kind for name, (kind, _) in tensors.items()}
 
 
-def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> dict[str, Stored]:
+def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> StoredModel:
     """Write the file, and read every tensor of it that is not stored as the model stores it."""
     library = package("gguf", "gguf")
     with tempfile.TemporaryDirectory() as folder:
@@ -80,10 +80,16 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> d
         gguf(plan, model, path=path, architecture=architecture)
         file = library.GGUFReader(path)
         kept = {tensor.name: tensor for tensor in file.tensors}
+        starts = sorted(tensor.data_offset for tensor in file.tensors)
+        ends = dict(zip(starts, [*starts[1:], len(file.data)], strict=True))
+        sizes = {name: ends[tensor.data_offset] - tensor.data_offset for name, tensor in kept.items()}
+        left_alone = sum(sizes.values())
+        counted: set[str] = set()
         found = {}
         for name, weight in layer_weights(model).items():
             names = tensor_names(name, architecture)
-            tensors = [kept.get(one) or kept[_name_of_tied(model, name, architecture)] for one in names]
+            names = tuple(one if one in kept else _name_of_tied(model, name, architecture) for one in names)
+            tensors = [kept[one] for one in names]
             place = place_of(name)
             parts = [tensor.data if place is None else tensor.data[place.number] for tensor in tensors]
             kind = tensors[0].tensor_type
@@ -92,17 +98,18 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> d
                 continue
             values = torch.from_numpy(np.concatenate([library.dequantize(part, kind) for part in parts]))
             precision = Precision(format_name)
-            block, size = library.GGML_QUANT_SIZES[kind]
+            nbytes = sum(sizes[one] for one in names) if place is None else sum(part.nbytes for part in parts)
+            left_alone -= 0 if place is None and names[0] in counted else nbytes
+            counted.update(names)
             found[name] = Stored(
                 precision,
                 _unrotated(name, values.reshape(weight.shape), model, architecture),
                 None,
-                sum(part.nbytes for part in parts),
-                weight.numel() // block * size,
+                nbytes,
                 REFERENCE(weight, precision),
                 tolerance=1e-6 * float(weight.abs().max()),
             )
-        return found
+        return StoredModel(found, left_alone)
 
 
 def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
 from mpsearch.export.targets import VLLM, fused_groups
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
@@ -86,7 +86,7 @@ def gptqmodel(
     return content
 
 
-def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> StoredModel:
     """Save a model of transformers, quantize it with GPTQ on the example, and unpack every layer with packed codes."""
     tool, tokenizers = package("gptqmodel", _EXTRA), package("tokenizers", _EXTRA)
     if not hasattr(model, "save_pretrained"):
@@ -123,9 +123,9 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str,
             values.T,
             (values / scales).round(),
             sum(part.numel() * part.element_size() for part in parts),
-            weight.numel() * bits // 8 + groups * len(weight) * (16 + bits) // 8 + 4 * columns * len(modules),
         )
-    return found
+    names = {part for name in found for part in apart.get(name, (name,))}
+    return StoredModel(found, rest_bytes(loaded.model.state_dict(), names))
 
 
 def _settings(precision: Precision) -> dict[str, Any]:

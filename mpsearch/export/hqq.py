@@ -11,12 +11,9 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-
-#: Bits of a code as HQQ stores it: 10 codes of 3 bits share 32 bits, 5 and 6 bits lie in bytes.
-_STORED_BITS = {1: 1.0, 2: 2.0, 3: 3.2, 4: 4.0, 5: 8.0, 6: 8.0, 8: 8.0}
 
 
 def hqq(
@@ -51,7 +48,7 @@ def hqq(
     return copied
 
 
-def read_hqq(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_hqq(plan: Plan, model: nn.Module) -> StoredModel:
     """Replace the layers, and unpack the codes of every `HQQLinear`."""
     core = package("hqq.core.quantize", "hqq")
     _replace(plan, model)
@@ -64,19 +61,13 @@ def read_hqq(plan: Plan, model: nn.Module) -> dict[str, Stored]:
         bits, size = int(meta["nbits"]), int(meta["group_size"])
         groups = layer.in_features * layer.out_features // size
         codes: Tensor = core.Quantizer.unpack[meta["packing"]](layer.W_q.detach(), dtype=torch.uint8)[:groups]
-        scales = (
-            meta["scale"].numel() * meta["scale"].element_size() + meta["zero"].numel() * meta["zero"].element_size()
-        )
-        per_word = 32 / _STORED_BITS[bits] if bits == 3 else 1
-        words = -(-groups // per_word) * per_word if bits == 3 else groups
         found[name] = Stored(
             Precision(str(bits), "16", size),
             layer.dequantize().detach(),
             codes,
-            layer.W_q.numel() * layer.W_q.element_size() + scales,
-            round(words * size * _STORED_BITS[bits] / 8) + 2 * groups * meta["scale"].element_size(),
+            sum(part.numel() * part.element_size() for part in (layer.W_q, meta["scale"], meta["zero"])),
         )
-    return found
+    return StoredModel(found, rest_bytes(model.state_dict(), found))
 
 
 def _replace(plan: Plan, model: nn.Module) -> None:

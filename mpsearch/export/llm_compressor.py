@@ -14,7 +14,7 @@ from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
 from mpsearch.export.targets import rules
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
@@ -61,9 +61,7 @@ def llm_compressor(
     return content
 
 
-def read_llm_compressor(
-    plan: Plan, model: nn.Module, *, modifier: Modifier = "QuantizationModifier"
-) -> dict[str, Stored]:
+def read_llm_compressor(plan: Plan, model: nn.Module, *, modifier: Modifier = "QuantizationModifier") -> StoredModel:
     """Save a model of transformers, let llm-compressor round it to nearest; every layer that it gave a scheme."""
     if modifier != "QuantizationModifier":
         raise ExportError(
@@ -104,11 +102,10 @@ def read_llm_compressor(
             values,
             (values.reshape(scale.numel(), -1) / scale.reshape(-1, 1)).round(),
             None,  # kept in float until it is saved
-            None,
             _rounded(weight, precision),
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return found
+    return StoredModel(found)
 
 
 def _rounded(weight: Tensor, precision: Precision) -> Tensor:

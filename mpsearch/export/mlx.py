@@ -11,7 +11,7 @@ from torch import nn
 
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
@@ -61,7 +61,7 @@ def mlx(
     return predicate
 
 
-def read_mlx(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_mlx(plan: Plan, model: nn.Module) -> StoredModel:
     """Quantize MLX layers with the model's weights under the model's names; every layer that came out quantized."""
     core, layers = package("mlx.core", "mlx"), package("mlx.nn", "mlx")
     tree = _tree(model)
@@ -80,9 +80,8 @@ def read_mlx(plan: Plan, model: nn.Module) -> dict[str, Stored]:
             torch.from_numpy(np.array(values.astype(core.float32))).to(weight.dtype),
             torch.from_numpy(_codes(words, bits)),
             words.nbytes + module.scales.nbytes + module.biases.nbytes,
-            weight.numel() * bits // 8 + 2 * weight.numel() // size * weight.element_size(),
         )
-    return found
+    return StoredModel(found)
 
 
 def _codes(words: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:

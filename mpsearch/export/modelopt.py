@@ -12,7 +12,7 @@ from mpsearch.experts import place_of
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -68,7 +68,7 @@ def modelopt(
     return content
 
 
-def read_modelopt(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_modelopt(plan: Plan, model: nn.Module) -> StoredModel:
     """Quantize the model; every layer whose weight quantizer is on."""
     quantization: Any = package("modelopt.torch.quantization", "modelopt")
     originals = {name: weight.clone() for name, weight in layer_weights(model).items()}
@@ -91,11 +91,10 @@ def read_modelopt(plan: Plan, model: nn.Module) -> dict[str, Stored]:
             of_weight(original).detach(),
             None,
             None,
-            None,
             RoundToNearest(scale="max")(original, precision),
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return found
+    return StoredModel(found)
 
 
 def _quantizers(name: str, own: Container[str]) -> tuple[str, str]:

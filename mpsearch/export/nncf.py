@@ -12,7 +12,7 @@ from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.pt2e import arguments
 from mpsearch.export.tracing import traced
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch
 from mpsearch.modules import weight_of
@@ -72,7 +72,7 @@ def nncf(
     return passes
 
 
-def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stored]:
+def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> StoredModel:
     """Convert the model to OpenVINO, run the passes, and let its kernels unpack every constant of few bits."""
     openvino, tool = package("openvino", _EXTRA), package("nncf", _EXTRA)
     with traced("nncf"):
@@ -98,9 +98,8 @@ def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> dict[str, Stor
             ((codes.to(weight.dtype) - zeros) * scales).reshape(weight.shape),
             codes,
             sum(part.data.nbytes for part in (constant, scale, zero) if part is not None),
-            weight.numel() * int(bits) // 8 + 2 * weight.numel() // size + (zero is not None),
         )
-    return found
+    return StoredModel(found)
 
 
 def _compressed(

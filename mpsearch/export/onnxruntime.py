@@ -12,7 +12,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes
 from mpsearch.export.package import package
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.int8_products import warn_of_saturation
 from mpsearch.model import Batch
@@ -60,7 +60,7 @@ def onnxruntime(
     """
     if model is None:
         raise ExportError("onnxruntime needs the model: what it writes is the model itself")
-    plan = fitted(plan, model, "onnxruntime", snap=snap)
+    plan = fitted(plan, model, "onnxruntime", snap=snap, symmetric=quantizer.symmetric)
     if accuracy_level == 4:
         bytes_wide = (name for name, precision in plan.items() if precision.weight == "8")
         warn_of_saturation("onnxruntime MatMulNBits", bytes_wide, "accuracy_level=0 computes them in float")
@@ -101,7 +101,7 @@ def read_onnxruntime(
     dynamic_shapes: Any = None,
     accuracy_level: int = 0,
     quantizer: RoundToNearest = REFERENCE,
-) -> dict[str, Stored]:
+) -> StoredModel:
     """Write the model, start a session with it, and unpack the codes of every MatMulNBits node."""
     graph = onnxruntime(
         plan,
@@ -114,10 +114,11 @@ def read_onnxruntime(
     package("onnxruntime", _EXTRA).InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     numpy_helper = package("onnx.numpy_helper", _EXTRA)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    found = {}
+    found, inputs = {}, set()
     for node in graph.graph.node:
         if node.op_type != "MatMulNBits":
             continue
+        inputs.update(node.input[1:])
         name = node.name.rpartition("/")[0]
         settings = {attribute.name: attribute.i for attribute in node.attribute}
         bits, size, rows, columns = (settings[key] for key in ("bits", "block_size", "N", "K"))
@@ -128,16 +129,17 @@ def read_onnxruntime(
         values = (codes - zeros) * torch.tensor(scales).reshape(rows, groups, 1)
         precision = Precision(str(bits), "16", size)
         weight = weight_of(model.get_submodule(name)).detach()
-        size_of_zeros = 0 if quantizer.symmetric else rows * -(-groups * bits // 8)
         found[name] = Stored(
             precision,
             values.reshape(weight.shape),
             codes,
             packed.nbytes + scales.nbytes + sum(part.nbytes for part in points),
-            rows * columns * bits // 8 + rows * groups * scales.itemsize + size_of_zeros,
             quantizer(weight, precision),
         )
-    return found
+    others = [value for key, value in constants.items() if key not in inputs and value.dtype.kind not in "biu"]
+    return StoredModel(
+        found, sum(value.nbytes for value in others)
+    )  # whole numbers are shapes and axes, which the tracer adds
 
 
 def _constants(graph: Any, name: str, codes: Codes) -> list[str]:

@@ -17,7 +17,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes, transposed
 from mpsearch.export.package import package
-from mpsearch.export.verification import REFERENCE, Stored
+from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.int8_products import warn_of_saturation
 from mpsearch.model import Batch, inputs_of
@@ -112,7 +112,7 @@ def read_onnxruntime_static(
     dynamic_shapes: Any = None,
     quantizer: RoundToNearest = REFERENCE,
     reduce_range: bool = False,
-) -> dict[str, Stored]:
+) -> StoredModel:
     """Write the model, start a session with it, and read the dequantized weight of every product that has one."""
     made = onnxruntime_static(
         plan, model, example=example, dynamic_shapes=dynamic_shapes, quantizer=quantizer, reduce_range=reduce_range
@@ -126,7 +126,8 @@ def read_onnxruntime_static(
         if node.op_type not in ("MatMul", "Gemm", "Conv") or node.input[1] not in sources:
             continue
         name = node.name.rpartition("/")[0]
-        codes, scales = (torch.from_numpy(constants[key].copy()) for key in sources[node.input[1]].input[:2])
+        parts = [constants[key] for key in sources[node.input[1]].input]
+        codes, scales = (torch.from_numpy(part.copy()) for part in parts[:2])
         codes = codes.T if transposed(node) else codes
         weight = weight_of(model.get_submodule(name)).detach()
         values = codes * scales.reshape(-1, *[1] * (codes.ndim - 1))
@@ -138,12 +139,11 @@ def read_onnxruntime_static(
             precision,
             values,
             codes,
-            codes.numel() + scales.numel() * 4,
-            weight.numel() + weight.shape[0] * 4,
+            sum(part.nbytes for part in parts),
             quantizer(weight, _reduced(precision) if reduce_range else precision),
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return found
+    return StoredModel(found)
 
 
 def _ranged(plan: Plan, reduce_range: bool) -> Plan:

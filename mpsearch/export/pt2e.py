@@ -13,7 +13,7 @@ from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
@@ -84,7 +84,7 @@ def _write(path: str | os.PathLike[str], plan: Plan, model: nn.Module, example: 
     write_atomically(path, content.getvalue())
 
 
-def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch, outputs: bool = False) -> dict[str, Stored]:
+def read_pt2e(plan: Plan, model: nn.Module, *, example: Batch, outputs: bool = False) -> StoredModel:
     """Export, prepare, calibrate with the example, convert; every weight behind a dequantization."""
     return stored(plan, *converted(plan, model, example, outputs))
 
@@ -115,7 +115,7 @@ def arguments(example: Batch, model: nn.Module) -> tuple[Any, ...]:
     return tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)
 
 
-def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tensor]) -> dict[str, Stored]:
+def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tensor]) -> StoredModel:
     """Every weight behind a dequantization in a quantized graph."""
     found = {}
     for node in graph.graph.nodes:
@@ -135,12 +135,11 @@ def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tens
             precision,
             values.to(folded[name].dtype),
             codes,
-            codes.numel() * codes.element_size() + scales.numel() * 4,
-            folded[name].numel() + folded[name].shape[0] * 4,
+            sum(part.numel() * part.element_size() for part in (codes, scales, zeros)),
             RoundToNearest(scale="max")(folded[name], precision),
             tolerance=1e-6 * float(folded[name].abs().max()),
         )
-    return found
+    return StoredModel(found)
 
 
 def _owner(node: torch.fx.Node) -> str | None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
@@ -52,7 +52,7 @@ def quanto(
     return content
 
 
-def read_quanto(plan: Plan, model: nn.Module) -> dict[str, Stored]:
+def read_quanto(plan: Plan, model: nn.Module) -> StoredModel:
     """Quantize layer by layer and freeze; every layer whose weight became one of its tensors."""
     tool = package("optimum.quanto", "quanto")
     originals = {name: weight_of(m).detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
@@ -69,14 +69,12 @@ def read_quanto(plan: Plan, model: nn.Module) -> dict[str, Stored]:
         precision = Precision(str(bits), "16", group_size(size, columns, plan.layers.get(name, Precision("16"))))
         packed = getattr(weight._data, "_data", weight._data)
         scales = [getattr(weight, key) for key in ("_scale", "_shift") if hasattr(weight, key)]
-        groups = original.numel() // size
         found[name] = Stored(
             precision,
             weight.dequantize().detach(),
             weight._data.unpack() if bits < 8 else weight._data,
             sum(part.numel() * part.element_size() for part in (packed, *scales)),
-            original.numel() * bits // 8 + len(scales) * groups * original.element_size(),
             RoundToNearest(scale="max")(original, precision) if bits == 8 else None,
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return found
+    return StoredModel(found, rest_bytes(model.state_dict(), found))

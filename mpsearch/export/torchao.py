@@ -13,7 +13,7 @@ from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.min_max import MinMax
 from mpsearch.export.package import package
 from mpsearch.export.targets import VLLM, fused_groups
-from mpsearch.export.verification import Stored
+from mpsearch.export.verification import Stored, StoredModel, layer_bytes, rest_bytes
 from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of
 from mpsearch.plan import Plan
@@ -65,12 +65,12 @@ def torchao(
     return config
 
 
-def read_torchao(plan: Plan, model: nn.Module, *, symmetric: bool = False) -> dict[str, Stored]:
+def read_torchao(plan: Plan, model: nn.Module, *, symmetric: bool = False) -> StoredModel:
     """Quantize the model with torchao; every layer whose weight became one of its tensors."""
     quantization = package("torchao.quantization", "torchao")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
     quantization.quantize_(model, torchao(plan, model, symmetric=symmetric), filter_fn=None)
-    found = {}
+    found, state = {}, model.state_dict()
     for name, original in originals.items():
         weight = model.get_submodule(name).weight
         if not isinstance(weight, quantization.IntxUnpackedToInt8Tensor):
@@ -79,16 +79,14 @@ def read_torchao(plan: Plan, model: nn.Module, *, symmetric: bool = False) -> di
         group = group_size(weight.block_size[1], original.shape[1], plan.layers.get(name, Precision("16")))
         activation = "16" if weight.activation_quantization is None else "8"
         precision = Precision(str(bits), activation, group)
-        scales = original.numel() // weight.block_size[1]
         found[name] = Stored(
             precision,
             weight.dequantize(),
             weight.qdata,
-            sum(t.numel() * t.element_size() for t in (weight.qdata, weight.scale, weight.zero_point)),
-            original.numel() + scales * (original.element_size() + 1),
+            layer_bytes(state, name),
             MinMax(symmetric)(original, precision),
         )
-    return found
+    return StoredModel(found, rest_bytes(state, found))
 
 
 def _config(precision: Precision, symmetric: bool) -> Any:

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,8 +11,7 @@ from torch import nn
 from mpsearch.errors import EstimatorError
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
-from mpsearch.left_alone import Place, every_tensor, left_alone_bytes
-from mpsearch.modules import canonical, storage_of, weight_of
+from mpsearch.model_bytes import every_tensor, holders, left_alone_bytes
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
 from mpsearch.resources.resource import Resource
@@ -61,21 +60,15 @@ class MemoryBytes:
                 f"memory_bytes are those of RoundToNearest: {type(self.quantizer).__name__} has no stored_bytes(layer, precision)",
                 stacklevel=2,
             )
-        seen: set[Place] = set()
-        for row, layer in enumerate(layers):
-            if layer.is_cache:
-                continue
-            module = model.get_submodule(layer.name)
-            place = storage_of(weight_of(module))
-            shared = place in seen
-            seen.add(place)
-            whole = _described(layer, module)
+        rows = {layer.name: row for row, layer in enumerate(layers)}
+        held = holders(model, layers)
+        for one in held:
             for column, precision in enumerate(precisions):
-                if not shared or (storage is not None and storage.unties and precision.quantizes_weight):
-                    usage[row, column] = self._bytes(whole, precision)
-        tensors = every_tensor(model)
-        reference = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        return Resource(usage, float(left_alone_bytes(model, seen, storage)), float(reference))
+                if one.counts(precision, storage):
+                    usage[rows[one.layer.name], column] = self._bytes(one.layer, precision)
+        reference = sum(tensor.numel() * tensor.element_size() for tensor in every_tensor(model).values())
+        left_alone = left_alone_bytes(model, {one.place for one in held}, storage)
+        return Resource(usage, float(left_alone), float(reference))
 
     def _bytes(self, layer: Layer, precision: Precision) -> float:
         if row_misfit(layer, precision) is not None:
@@ -88,10 +81,3 @@ class MemoryBytes:
             if layer.target or precision not in (layer.allowed or (precision,)):  # it may not have it anyway
                 return np.nan
             raise EstimatorError(f"memory_bytes of layer {layer.name!r} at {precision}: {error}") from None
-
-
-def _described(layer: Layer, module: nn.Module) -> Layer:
-    """The layer with the shape and dtype of its weight."""
-    weight = weight_of(module)
-    shape = layer.weight_shape or tuple(canonical(module).shape)
-    return replace(layer, weight_shape=shape, dtype=str(weight.dtype).removeprefix("torch."))

@@ -39,7 +39,7 @@ def affine(row, bits):
 
 def test_values_group_by_group(llama):
     plan = mixed(llama, ["w2g32", "w3g64", "w4g32", "w5g32", "w6g32", "w8g64"])
-    for name, stored in read_mlx(plan, llama).items():
+    for name, stored in read_mlx(plan, llama).layers.items():
         precision = plan[name]
         rows = llama.get_submodule(name).weight.detach().numpy().reshape(-1, precision.group_size)
         expected = np.stack([affine(row, precision.weight_bits) for row in rows])
