@@ -77,6 +77,7 @@ __all__ = [
     "SolverError",
     "Status",
     "TableError",
+    "VerificationError",
     "calibrate",
     "distill_data",
     "evaluate",

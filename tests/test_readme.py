@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
 #: Packages that a line needs, by a word in it.
 NEEDED = {
-    "torchao": "torchao",
+    "brevitas": "brevitas",
     "compressed-tensors": "compressed_tensors",
     "gguf": "gguf",
     "onnxruntime": "onnxruntime",

@@ -36,7 +36,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--snap", action="store_true", help="move what the target lacks to the nearest at no more bytes"
     )
-    parser.add_argument("--verify", action="store_true", help="carry the plan out with the real tool and read it back")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="carry the plan out with the real tool, read it back, and compare the bytes with those told",
+    )
     parser.add_argument(
         "-o",
         "--out",
@@ -83,7 +87,8 @@ def write(
     Raises:
         UsageError: for an unknown target or option, or where the model or the data is missing.
         EstimatorError: for data without samples.
-        ExportError: for what the target cannot express, or does not carry out.
+        ExportError: for what the target cannot express.
+        VerificationError: for what it does not carry out.
     """
     from mpsearch import export
     from mpsearch.model import collect
@@ -116,6 +121,7 @@ def write(
         content["verified"] = [
             {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
         ]
+        content |= {"told_bytes": report.told_bytes, "stored_bytes": report.stored_bytes}
         lines += ["", str(report)]
     with _calm():
         exporter(plan, model, path=out, **{key: settings[key] for key in settings.keys() & takes})
@@ -152,7 +158,7 @@ def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, A
 COMMAND = Command(
     "export",
     "write a plan for another quantizer, and read back what it does",
-    "export plan.json --to torchao --model nets.py:net --verify -o torchao.json",
+    "export plan.json --to brevitas --model nets.py:net --verify -o net.pt",
     add,
     run,
 )

@@ -94,7 +94,8 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> S
             parts = [tensor.data if place is None else tensor.data[place.number] for tensor in tensors]
             kind = tensors[0].tensor_type
             format_name = {cast: known for known, cast in _CASTS.items()}.get(kind.name, kind.name.lower())
-            if format_name == _KEPT[weight.dtype]:
+            planned = plan.layers.get(name, Precision("16"))
+            if format_name == _KEPT[weight.dtype] and planned.weight != format_name:
                 continue
             values = torch.from_numpy(np.concatenate([library.dequantize(part, kind) for part in parts]))
             precision = Precision(format_name)

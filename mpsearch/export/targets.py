@@ -76,6 +76,7 @@ class Scheme:
         kinds: kinds of layer, as in `Layer.kind`.
         columns: the columns of the weight must be a multiple of it.
         rows: its rows must be; gate and up of experts in one matrix are two layers to who asks for more than 1.
+        groups: so must the groups of all its rows, where codes of so many lie in one byte.
         pointwise: of convolutions, only those with a kernel of one position.
         experts: for layers of experts too.
     """
@@ -87,6 +88,7 @@ class Scheme:
     kinds: tuple[str, ...] = ("linear",)
     columns: int = 1
     rows: int = 1
+    groups: int = 1
     pointwise: bool = False
     experts: bool = True
 
@@ -112,6 +114,9 @@ class Scheme:
         rows = shape[0] // 2 if halved and self.rows > 1 else shape[0]
         if rows % self.rows:
             return f"it needs rows in multiples of {self.rows}, the weight has {rows}"
+        groups = math.prod(shape) // (size or math.prod(shape[1:]))
+        if groups % self.groups:
+            return f"it needs groups in multiples of {self.groups}, the weight has {groups} of {size}"
         return None
 
     def precisions(self, layer: Layer, sizes: set[int | None]) -> Iterator[Precision]:
@@ -293,7 +298,10 @@ _GGUF = tuple(
 _MLX = Scheme(
     ("2", "3", "4", "5", "6", "8"), per_channel=False, group_sizes=(32, 64, 128), kinds=("linear", "embedding")
 )
-_HQQ = Scheme(("1", "2", "3", "4", "5", "6", "8"), per_channel=False, group_sizes=range(8, 1 << 31, 8))
+_HQQ = tuple(
+    Scheme(weights, per_channel=False, group_sizes=range(8, 1 << 31, 8), groups=groups)
+    for weights, groups in ((("1",), 8), (("2",), 4), (("3",), 1), (("4",), 2), (("5", "6", "8"), 1))
+)
 _TORCHAO = (
     Scheme(integers(1, 8), group_sizes=_ANY, kinds=("linear", "embedding")),
     Scheme(integers(1, 8), kinds=("conv2d",), pointwise=True),
@@ -337,7 +345,7 @@ TARGETS: dict[str, Target] = {
             storage=stored.GPTQMODEL,
         ),
         Target("auto-round", _AUTO_ROUND, VLLM, stacked=True, storage=stored.AUTO_ROUND, in_float=("lm_head",)),
-        Target("hqq", (_HQQ,), storage=stored.HQQ),
+        Target("hqq", _HQQ, storage=stored.HQQ),
         Target("mlx", (_MLX,), storage=stored.MLX),
         Target(
             "pt2e",

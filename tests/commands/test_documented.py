@@ -93,8 +93,8 @@ def here(folder, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", [name for name in EVERY if name != "demo"])  # below, smaller
 def test_the_example_of_a_command_runs(here, capsys, name):
-    if "torchao" in EVERY[name].example:
-        pytest.importorskip("torchao")
+    if "brevitas" in EVERY[name].example:
+        pytest.importorskip("brevitas")
     words = shlex.split(EVERY[name].example)
     assert words[0] == name
     assert main(words) == 0, capsys.readouterr().err
@@ -141,7 +141,6 @@ RUNS = {
     "import: a table": ["import measurement.json --from exllamav2 --model nets.py:decoder -o theirs.csv"],
     "completion": ["completion fish"],
 }
-VERIFY = "export plan.json --to torchao --model nets.py:net --verify -o torchao.json"
 
 
 def documented():
@@ -191,9 +190,9 @@ def test_json_prints_what_is_documented(here, capsys, section):
 
 
 def test_json_of_a_verified_export(here, capsys):
-    pytest.importorskip("torchao")
+    pytest.importorskip("brevitas")
     told = documented()["export"]
-    assert main([*VERIFY.split(), "--json", "--quiet"]) == 0
+    assert main([*EVERY["export"].example.split(), "--json", "--quiet"]) == 0
     found = printed(json.loads(capsys.readouterr().out), list(told))
     assert {key for key in told if told[key].startswith("with `--verify`")} <= found <= set(told)
 

@@ -16,7 +16,7 @@ from mpsearch.commands.export import write as run
 from mpsearch.loading import UsageError
 
 OFF = {"options": [], "snap": False, "verify": False}
-PLAN = mps.Plan({"0": mps.Precision("4", "16", 32), "2": mps.Precision("16")}, usage={"memory_bytes": 5000.0})
+PLAN = mps.Plan({"0": mps.Precision("4", "16", 32), "2": mps.Precision("16")})
 
 
 @pytest.fixture
@@ -33,12 +33,13 @@ def test_a_file_and_a_report(tmp_path, model):
 
 
 def test_snapping_is_reported(tmp_path, model):
-    plan = mps.Plan({**PLAN, "2": mps.Precision("9", "16", 32)}, usage=PLAN.usage)
+    plan = mps.Plan({**PLAN, "2": mps.Precision("9", "16", 32)}, usage={"memory_bytes": 5000.0})
     content, text = run(plan, "gptqmodel", str(tmp_path / "g.json"), model, None, **{**OFF, "snap": True})
     assert content["snapped"] == {"2": ["w9g32", "w8g32"]}
-    assert content["usage"] == {"memory_bytes": 5000 - 32 * 32 / 8}
+    four, eight = 1024 + 2 * 16 + 2 * 64 + 4 * 64, 1024 + 32 + 2 * 32 + 4 * 32  # codes, zero-points, scales, groups
+    assert content["usage"] == {"memory_bytes": four + eight + 2 * 32 * 4}
     assert "2: w9g32 -> w8g32" in text
-    assert "memory_bytes is now 4872" in text
+    assert "memory_bytes is now 2944, as gptqmodel stores it" in text
     assert json.loads((tmp_path / "g.json").read_text())["dynamic"]["+:^2$"]["bits"] == 8
 
 
@@ -66,7 +67,9 @@ def test_verified_through_the_command(tmp_path, model):
     assert [(check["name"], check["precision"], check["difference"]) for check in content["verified"]] == [
         ("0", "w4g32", 0)
     ]
-    assert "1 layers carried out as planned" in text
+    total = 64 * 32 + 64 * (4 + 1) + 4 * 32 * 32 + 2 * 4 * 32
+    assert (content["told_bytes"], content["stored_bytes"]) == (total, total)
+    assert f"1 layers carried out as planned; bytes: {total} told, {total} stored" in text
     json.dumps(content)
 
 
@@ -149,6 +152,24 @@ def test_results_for_machines_are_nothing_but_json(here, capfd):
     captured = capfd.readouterr()
     assert json.loads(captured.out)["verified"][0]["precision"] == "w4g32"
     assert captured.err == ""
+
+
+def test_other_bytes_than_were_told_are_exit_status_1(here, capsys):
+    """Counted without padding, torchao's int8 codes take twice as much: told on export, refused by --verify, gone with the target."""
+    pytest.importorskip("torchao")
+    profile = "profile nets.py:net --data nets.py:data --estimator relative-weight-error --precisions w4g32"
+    for options, same in (("", False), (" --target torchao", True)):
+        assert shell(capsys, f"{profile}{options} -o t.csv --quiet")[0] == 0
+        assert shell(capsys, "solve t.csv --budget average_bits=4 -o plan.json --quiet")[0] == 0
+        export = "export plan.json --to torchao --model nets.py:net -o t.json"
+        status, _, err = shell(capsys, export)
+        assert status == 0
+        assert ("memory_bytes of the plan is" in err) is not same
+        status, out, err = shell(capsys, f"{export} --verify")
+        assert (status, "stored" in out) == ((0, True) if same else (1, False))
+        if not same:
+            assert len(err.splitlines()) == 1
+            assert "is 2176, but 3808 (+75 %) as torchao stores it; search and solve with layers(..., target='torchao')" in err
 
 
 @pytest.mark.parametrize(
