@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -170,7 +170,7 @@ def verified(target: Target, version: str, read: Reader, plan: Plan, model: nn.M
     with unfused(model):
         weights = {name: canonical(model.get_submodule(name)).detach() for name in plan}
     counted = plan_bytes(plan, model, target, symmetric=is_symmetric(options.get("quantizer")))
-    stored = read(plan, copied, **options)
+    stored = read(replace(plan, usage={}), copied, **options)  # what its bytes should be is told below
     wanted = {name: p for name, p in plan.items() if p.quantizes_weight or p.quantizes_activation}
     wrong = [f"{name!r} was left alone, the plan says {wanted[name]}" for name in wanted if name not in stored.layers]
     wrong += [f"{name!r} was quantized, the plan leaves it alone" for name in stored.layers if name not in wanted]
