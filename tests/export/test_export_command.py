@@ -169,7 +169,10 @@ def test_other_bytes_than_were_told_are_exit_status_1(here, capsys):
         assert (status, "stored" in out) == ((0, True) if same else (1, False))
         if not same:
             assert len(err.splitlines()) == 1
-            assert "is 2176, but 3808 (+75 %) as torchao stores it; search and solve with layers(..., target='torchao')" in err
+            assert (
+                "is 2176, but 3808 (+75 %) as torchao stores it; search and solve with layers(..., target='torchao')"
+                in err
+            )
 
 
 @pytest.mark.parametrize(
