@@ -47,6 +47,7 @@ from mpsearch.model import (
     state_fingerprint,
     targets_of,
 )
+from mpsearch.outdone import without_outdone
 from mpsearch.perturb import Quantizer, input_ranges
 from mpsearch.plan_meter import Spending
 from mpsearch.precision import Precision
@@ -193,6 +194,7 @@ def search(
             **table_fields(usage),
         )
         goal.check(base)
+        base = without_outdone(base, goal)
         output = probed_output(model, example)
         everything = [batch for part in given.values() for batch in part]
         choice = choose(model, everything, output, example, metric, loss=loss, higher_is_better=higher_is_better)

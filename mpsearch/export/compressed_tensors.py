@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted, group_size
@@ -80,16 +80,17 @@ def compressed_tensors(
 
 
 def read_compressed_tensors(plan: Plan, model: nn.Module, *, quantizer: RoundToNearest = REFERENCE) -> StoredModel:
-    """Compress the model; every layer whose weight lies packed in its state."""
+    """Compress the model; every layer whose weight lies packed in its state, which is that of the folder."""
+    known = checkpoint_names(model)
     with experts_apart(model, plan):
-        return _read(plan, model, quantizer)
+        return _read(plan, model, quantizer, known)
 
 
-def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> StoredModel:
+def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest, known: Mapping[str, tuple[str, ...]]) -> StoredModel:
     helpers = package("compressed_tensors.compressors", "compressed-tensors")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _compressed(plan, model, _config(plan, model), quantizer)
-    found, whole = {}, model.state_dict()
+    found, whole = {}, _state(model, known)
     for name, original in originals.items():
         module: Any = model.get_submodule(name)
         state = {key: value.detach() for key, value in module.state_dict().items()}
@@ -111,10 +112,18 @@ def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest) -> StoredMode
             precision,
             values,
             codes,
-            layer_bytes(whole, name),
+            sum(layer_bytes(whole, part) for part in known.get(name, (name,))),
             quantizer(original, precision),
         )
-    return StoredModel(found, rest_bytes(whole, found))
+    names = {part for name in found for part in known.get(name, (name,))}
+    return StoredModel(found, rest_bytes(whole, names))
+
+
+def _state(model: nn.Module, known: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """The state of a compressed model, experts by their names in checkpoints."""
+    return {
+        name: part for key, value in model.state_dict().items() for name, part in checkpoint_parts(key, value, known)
+    }
 
 
 def config_groups(plan: Plan, model: nn.Module | None, fused: Fused) -> dict[str, Any]:
@@ -191,9 +200,7 @@ def _save(model: nn.Module, folder: Path, known: Mapping[str, tuple[str, ...]], 
     """A folder in the layout of transformers, experts by their names in checkpoints."""
     compressor = package("compressed_tensors.compressors", "compressed-tensors").ModelCompressor
     folder.mkdir(parents=True, exist_ok=True)
-    state = {
-        name: part for key, value in model.state_dict().items() for name, part in checkpoint_parts(key, value, known)
-    }
+    state = _state(model, known)
     if hasattr(model, "save_pretrained"):
         cast(Any, model).save_pretrained(folder, state_dict=state)
     else:
