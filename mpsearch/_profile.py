@@ -46,6 +46,7 @@ from mpsearch.quantize import RoundToNearest
 from mpsearch.resources import RESOURCES, Resource
 from mpsearch.resources.columns import (
     ResourceFunction,
+    counted,
     measure_resources,
     named_functions,
     refused_cells,
@@ -228,6 +229,7 @@ def profile(
                         "model_fingerprint": before,
                         "data_fingerprint": seen,
                         "undecided": undecided_facts,
+                        "counted": counted(usage),
                         **estimate.facts,
                     }
                     tables[place] = _table(
@@ -453,7 +455,7 @@ def unscored(
         check_layers(model, decisions)
         decisions, without = decidable(decisions, options)
         usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
-        origin = {"undecided": left_undecided(model, decisions, exclude, without)}
+        origin = {"undecided": left_undecided(model, decisions, exclude, without), "counted": counted(usage)}
     refused = refused_cells(usage) | refused_options(decisions, options)
     sensitivity = np.where(refused, np.nan, 0.0)
     return CostTable(tuple(decisions), options, sensitivity, unit="nats", origin=origin, **table_fields(usage))

@@ -52,7 +52,7 @@ from mpsearch.perturb import Quantizer, input_ranges
 from mpsearch.plan_meter import Spending
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
-from mpsearch.resources.columns import ResourceFunction, refused_cells, table_fields
+from mpsearch.resources.columns import ResourceFunction, counted, refused_cells, table_fields
 from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
 from mpsearch.settings import checked_number
@@ -190,7 +190,7 @@ def search(
             tuple(decisions),
             options,
             np.where(refused_cells(usage) | refused_options(decisions, options), np.nan, 0.0),
-            origin={"undecided": left_undecided(model, decisions, exclude, without)},
+            origin={"undecided": left_undecided(model, decisions, exclude, without), "counted": counted(usage)},
             **table_fields(usage),
         )
         goal.check(base)

@@ -29,7 +29,7 @@ def finer(a: Precision, b: Precision) -> bool:
 def without_outdone(table: CostTable, goal: Goal) -> CostTable:
     """The table without options that use no less than a finer one of all that the goal limits, or makes least.
 
-    Which were left out is told in a warning.
+    Which were left out is told in a warning, and under `outdone` in the origin.
 
     Args:
         table: what is allowed, and what it uses.
@@ -59,5 +59,7 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
         for (name, better), count in by.items()
         if better not in coarse
     )
-    warnings.warn(f"options that use as much as a finer one are left out: {told}", stacklevel=3)
-    return replace(table, sensitivity=np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity))
+    text = f"options that use as much as a finer one are left out: {told}"
+    warnings.warn(text, stacklevel=3)
+    sensitivity = np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity)
+    return replace(table, sensitivity=sensitivity, origin={**table.origin, "outdone": text})

@@ -1,7 +1,7 @@
 """Text for a person: aligned tables, amounts with units."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -113,6 +113,16 @@ def passes(forward: float, backward: float) -> str:
     if not backward:
         return f"{forward:.4g} forward passes"
     return f"{forward:.4g} forward and {backward:.4g} backward passes"
+
+
+def counted(origin: Mapping[str, Any]) -> str:
+    """How the resources of a table are counted, in words; empty where its origin does not say.
+
+    >>> counted({"counted": {"memory_bytes": "as hqq stores it"}}), counted({})
+    ('memory_bytes: as hqq stores it', '')
+    """
+    facts = origin.get("counted", {})
+    return "; ".join(f"{name}: {text}" for name, text in facts.items()) if isinstance(facts, Mapping) else ""
 
 
 def _scaled(value: float, units: Sequence[tuple[float, str]], digits: int) -> str:

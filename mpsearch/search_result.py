@@ -183,6 +183,16 @@ class SearchResult:
         return sentence(self.tables["posterior"].origin.get("undecided", {}))
 
     @property
+    def counted(self) -> str:
+        """How `memory_bytes` is counted, in words."""
+        return report.counted(self.tables["posterior"].origin)
+
+    @property
+    def outdone(self) -> str:
+        """Which options were left out since finer ones use no more, in words; empty where none was."""
+        return str(self.tables["posterior"].origin.get("outdone", ""))
+
+    @property
     def beyond(self) -> str:
         """What a uniform precision is that uses more than was allowed."""
         return "over budget" if self.settings["budget"] else "larger"
@@ -369,7 +379,7 @@ class SearchResult:
                 "",
                 self.spent,
                 proof,
-                *filter(None, [self.undecided]),
+                *filter(None, [self.undecided, self.counted, self.outdone]),
             ]
         )
 

@@ -356,7 +356,11 @@ def test_the_text_tells_what_was_limited(result, over, settings, header, above):
     assert header in str(shown)
     assert above in str(shown)
     assert "metric" not in str(shown)
-    assert max(map(len, shown.text(80).splitlines())) <= 100
+    table, _, facts = shown.text(80).rpartition("\n\n")
+    assert max(map(len, table.splitlines())) <= 100
+    assert (
+        "memory_bytes: codes packed without padding, a scale in the weight's dtype for each group or channel; " in facts
+    )
 
 
 def test_the_text_tells_a_metric_of_ones_own_and_leaves_out_what_there_is_not(result):

@@ -143,7 +143,7 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
     for precision, lost in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
         if lost:
             told.append(f"{precision} is not allowed in {lost} of {len(layers)} layers")
-    told += filter(None, [sentence(table.origin["undecided"])])
+    told += filter(None, [sentence(table.origin["undecided"]), report.counted(table.origin)])
     parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(told))]
     if groups:
         parts.append(groups_text(groups, screen))

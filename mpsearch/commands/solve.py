@@ -71,6 +71,7 @@ def _text(
         [
             screen.title(f"predicted damage {report.damage(solution.sensitivity)} {table.unit}, {proof}"),
             usage_text(solution.plan, screen),
+            *map(screen.prose, filter(None, [report.counted(table.origin)])),
             plan_text(solution.plan, screen),
             screen.prose(_uniform(table, limits)),
         ]

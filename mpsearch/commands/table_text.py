@@ -31,15 +31,13 @@ def table_text(table: mps.CostTable, screen: Screen) -> str:
         for block in found
     ]
     told = f"{len(table.layers)} layers x {len(names)} precisions: {' '.join(names)}"
-    left = sentence(table.origin.get("undecided", {}))
+    facts = filter(None, [sentence(table.origin.get("undecided", {})), report.counted(table.origin)])
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:
             groups.setdefault(layer.group, []).append(layer.name)
     parts = [
-        screen.table([header, *(names[j] for j in columns)], cells)
-        + "\n"
-        + screen.prose(told + (f"\n{left}" if left else "")),
+        screen.table([header, *(names[j] for j in columns)], cells) + "\n" + screen.prose("\n".join([told, *facts])),
         range_text(table, screen),
         *([groups_text(groups, screen)] if groups else []),
     ]

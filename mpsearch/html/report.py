@@ -173,8 +173,8 @@ def _layers(result: SearchResult) -> str:
         "Sensitivity is the damage at the chosen precision as the search learned it from "
         "measured plans. Click a heading to sort."
     )
-    if result.undecided:
-        note += f" {escape(result.undecided)}."
+    for fact in filter(None, [result.undecided, result.counted, result.outdone]):
+        note += f" {escape(fact)}."
     return (
         f'<p class="note">{note}</p><div class="scroll tall" role="region" aria-label="layers" tabindex="0">'
         f'<table id="layers"><thead><tr>{heads}</tr></thead>\n<tbody>' + "\n".join(rows) + "</tbody></table></div>"

@@ -96,6 +96,11 @@ def refused_cells(found: Mapping[str, Resource]) -> NDArray[np.bool_]:
     return np.logical_or.reduce(refused) if refused else np.zeros((1, 1), bool)
 
 
+def counted(found: Mapping[str, Resource]) -> dict[str, str]:
+    """How resources are counted, in words, where they say."""
+    return {name: one.counted for name, one in found.items() if one.counted}
+
+
 def table_fields(found: Mapping[str, Resource]) -> dict[str, Any]:
     """`usage`, `fixed_usage`, `reference_usage` and `peaks` of a `CostTable`."""
     sums = {name: one for name, one in found.items() if not one.is_peak}

@@ -9,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from mpsearch.errors import EstimatorError
+from mpsearch.export.storage import PACKED, Storage
 from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.model_bytes import every_tensor, holders, left_alone_bytes
@@ -68,7 +69,14 @@ class MemoryBytes:
                     usage[rows[one.layer.name], column] = self._bytes(one.layer, precision)
         reference = sum(tensor.numel() * tensor.element_size() for tensor in every_tensor(model).values())
         left_alone = left_alone_bytes(model, {one.place for one in held}, storage)
-        return Resource(usage, float(left_alone), float(reference))
+        return Resource(usage, float(left_alone), float(reference), self._counted(layers, storage))
+
+    def _counted(self, layers: Sequence[Layer], storage: Storage | None) -> str:
+        if storage is not None:
+            return f"as {next(layer.target for layer in layers if layer.target)} stores it: {storage.text}"
+        if isinstance(self.quantizer, StoresBytes) and not type(self.quantizer).__module__.startswith("mpsearch."):
+            return f"as {type(self.quantizer).__name__} tells; with target=... (--target) as that tool stores it"
+        return f"{PACKED.text}; with target=... (--target) as that tool stores it"
 
     def _bytes(self, layer: Layer, precision: Precision) -> float:
         if row_misfit(layer, precision) is not None:

@@ -19,11 +19,13 @@ class Resource:
         usage: (L, P) use by each cell, nan = option not allowed; (T, L, P) for a maximum over T steps.
         fixed: use that no decision touches; (T,) for a maximum.
         reference: use by the unquantized model; nan where it is not known.
+        counted: how, in words, where that is no matter of course.
     """
 
     usage: Array
     fixed: float | Array
     reference: float
+    counted: str = ""
 
     @property
     def is_peak(self) -> bool:
