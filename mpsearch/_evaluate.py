@@ -18,7 +18,7 @@ from mpsearch.metric_choice import MetricChoice, check_metric, choose
 from mpsearch.metrics import KL, Floats, Metric, Own, Run, run
 from mpsearch.metrics import Loss as TargetLoss
 from mpsearch.model import Batch, collect, preserved, state_fingerprint
-from mpsearch.modules import holds_weight, weight_of
+from mpsearch.modules import holds_weight, layer_of, named_layers, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
 from mpsearch.quantize import RoundToNearest
@@ -64,7 +64,7 @@ def evaluate(
     check_metric(metric)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
-    with preserved(model), torch.no_grad():
+    with preserved(model, data[0]), torch.no_grad():
         _check_plan(model, plan)
         tell_unnamed(model, named_weights(model, plan), len(plan))
         choice = choose(model, data, probed_output(model, data[0]), few(data[0], PROBED), metric, loss=loss)
@@ -89,7 +89,7 @@ def evaluate(
 
 def named_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:
     """Weights of the layers that a plan names."""
-    modules = [model.get_submodule(name) for name in plan]
+    modules = [layer_of(model, name) for name in plan]
     return [weight_of(module) for module in modules if holds_weight(module)]
 
 
@@ -178,7 +178,7 @@ class Tally:
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) | named_layers(model)
     if not plan:
         raise PlanError("the plan has no layers")
     at: dict[nn.Parameter, str] = {}

@@ -17,7 +17,8 @@ from mpsearch.export.targets import TARGETS
 from mpsearch.layer import Layer
 from mpsearch.layer_options import Options, with_options
 from mpsearch.model import Batch, preserved, samples
-from mpsearch.modules import canonical, holds_weight, kind_of, weight_of
+from mpsearch.modules import canonical, holds_weight, kind_of, named_layers, weight_of
+from mpsearch.operand import Operand
 from mpsearch.precision import Precision
 from mpsearch.undecided import WORTH_A_WORD, sentence, undecided
 
@@ -87,8 +88,8 @@ def layers(
         raise TableError(f"experts={experts!r}, expected 'each' or 'block'")
     # attention reads the weight of its out_proj itself: a module that takes its place is never called
     own = {n for n, m in model.named_modules() if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
-    with preserved(model):
-        every = {name: module for name, module in model.named_modules() if kind_of(module) is not None}
+    with preserved(model, example):
+        every = named_layers(model)
         found = {name: module for name, module in every.items() if holds_weight(module) and weight_of(module).numel()}
         caches = {name: module for name, module in every.items() if not holds_weight(module)} if kv_cache else {}
         if "" in every:
@@ -103,7 +104,8 @@ def layers(
         if target is not None:
             stacked = TARGETS[target].stacked
             # caches are refused by the options of the target
-            hidden = sorted(n for n in set(found) - own - excluded if not (stacked and place_of(n)))
+            unnamed = {n for n, one in found.items() if n not in own or isinstance(one, Operand)}
+            hidden = sorted(n for n in unnamed - excluded if not (stacked and place_of(n)))
             excluded.update(hidden)
             if hidden:
                 warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", stacklevel=2)
@@ -233,8 +235,10 @@ def _run(
 
 def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:
     """Multiply-accumulates of one call: each output element sums over the weights that reach it."""
-    if isinstance(module, nn.Embedding):
+    if kind_of(module) == "embedding":
         return 0
+    if isinstance(module, Operand) and not module.kind.startswith("conv"):
+        return output.numel() * given.shape[-1]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input element meets the kernels of its channel
         return int(given.numel() * (module.weight.numel() // module.weight.shape[0]))
     weight = canonical(module)

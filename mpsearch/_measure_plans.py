@@ -20,7 +20,7 @@ from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.metric_choice import check_metric, choose
 from mpsearch.metrics import Metric, run
 from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint
-from mpsearch.modules import holds_weight, weight_of
+from mpsearch.modules import holds_weight, layer_of, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -77,7 +77,7 @@ def measure_plans(
     unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)))
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]
-    with preserved(model), torch.no_grad():
+    with preserved(model, data[0]), torch.no_grad():
         for number, plan in enumerate(plans):
             try:
                 check_plan(model, plan)
@@ -128,7 +128,7 @@ def _cells(
     found: dict[tuple[nn.Parameter, Precision], Tensor] = {}
     for plan in plans:
         for name, precision in plan.items():
-            key = weight_of(model.get_submodule(name)), replace(precision, activation="16")
+            key = weight_of(layer_of(model, name)), replace(precision, activation="16")
             if _changes_weight(model, name, precision) and key not in found:
                 found[key] = quantized_weights(model, {name: precision}, quantize)[key[0]]
     return found
@@ -138,7 +138,7 @@ def _chosen(
     model: nn.Module, plan: Plan, cells: dict[tuple[nn.Parameter, Precision], Tensor]
 ) -> dict[nn.Parameter, Tensor]:
     keys = [
-        (weight_of(model.get_submodule(name)), replace(precision, activation="16"))
+        (weight_of(layer_of(model, name)), replace(precision, activation="16"))
         for name, precision in plan.items()
         if _changes_weight(model, name, precision)
     ]
@@ -146,4 +146,4 @@ def _chosen(
 
 
 def _changes_weight(model: nn.Module, name: str, precision: Precision) -> bool:
-    return precision.quantizes_weight and holds_weight(model.get_submodule(name))
+    return precision.quantizes_weight and holds_weight(layer_of(model, name))

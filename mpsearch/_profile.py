@@ -38,7 +38,7 @@ from mpsearch.model import (
     preserved,
     state_fingerprint,
 )
-from mpsearch.modules import weight_of
+from mpsearch.modules import layer_of, named_layers, weight_of
 from mpsearch.peak_memory import peak_memory
 from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
@@ -166,7 +166,7 @@ def profile(
     own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
-    with preserved(model):
+    with preserved(model, data[0]):
         found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
         decisions, options = columns(with_options(found, allow, fixed), own)
         check_layers(model, decisions)
@@ -268,7 +268,7 @@ def run_identity(
     """
     quantizer = only_allowed(quantize, decisions, options, refused_options(decisions, options))
     sizes = {layer.name: layer.numel for layer in decisions if not layer.is_cache}
-    smallest = [(model.get_submodule(name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
+    smallest = [(layer_of(model, name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
         "weights": weights,
         "output": output_identity(model, output),
@@ -365,7 +365,7 @@ def forecast(
     Passes(forward=2, backward=3)
     """
     data = collect(batches, model)
-    with preserved(model):
+    with preserved(model, data[0]):
         found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
     decisions, options = columns(with_options(found, allow, fixed), checked_precisions(precisions))
     cost = getattr(estimator, "cost", None)
@@ -395,7 +395,7 @@ def checked_precisions(options: Sequence[Precision]) -> tuple[Precision, ...]:
 
 
 def check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules()) | named_layers(model)
     seen: set[str] = set()
     for layer in decisions:
         if layer.name not in modules:
@@ -451,7 +451,7 @@ def unscored(
 ) -> CostTable:
     """What every option costs, before any calibration: a table whose sensitivity is 0 where an option is allowed."""
     decisions, options = columns(decisions, checked_precisions(precisions))
-    with preserved(model):
+    with preserved(model, example):
         check_layers(model, decisions)
         decisions, without = decidable(decisions, options)
         usage = resource_columns(model, decisions, options, resources, RoundToNearest(), example)
@@ -465,7 +465,7 @@ def left_undecided(
     model: nn.Module, decisions: Sequence[Layer], exclude: Sequence[str], without: Mapping[str, str]
 ) -> dict[str, Any]:
     """What no decision touches, for the origin of a table; `without` has the layers that no option fits, with the reasons."""
-    weights = [weight_of(model.get_submodule(layer.name)) for layer in decisions if not layer.is_cache]
+    weights = [weight_of(layer_of(model, layer.name)) for layer in decisions if not layer.is_cache]
     return undecided(model, weights, exclude) | ({"without_option": dict(without)} if without else {})
 
 

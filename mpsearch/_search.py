@@ -178,7 +178,7 @@ def search(
     _check_counted(parts)
     before = state_fingerprint(model)
     start = time.perf_counter()
-    with preserved(model):
+    with preserved(model, parts["score"][0]):
         example = few(parts["score"][0], PROBED)
         found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
         decisions, options = columns(with_options(found, allow, fixed), own)

@@ -12,7 +12,8 @@ from mpsearch.errors import EstimatorError, nearest
 from mpsearch.formats import Grid, round_to_grid
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, collect, preserved
-from mpsearch.modules import canonical, channel_axis, holds_weight, kind_of, weight_of
+from mpsearch.modules import canonical, channel_axis, holds_weight, kind_of, layer_of, named_layers, weight_of
+from mpsearch.operand import Operand
 from mpsearch.perturb import Quantizer, inputs
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
@@ -61,18 +62,20 @@ def input_statistics(
         EstimatorError: for unusable data, or an input that is not finite.
     """
     data = collect(batches, model)
-    with preserved(model), torch.no_grad():
-        modules = {name: module for name, module in model.named_modules() if kind_of(module) and holds_weight(module)}
+    with preserved(model, data[0]), torch.no_grad():
+        modules = {name: module for name, module in named_layers(model).items() if holds_weight(module)}
         found = list(modules) if names is None else names
         patched = [name for name in found if names is not None or _has_patches(modules[name])]
-        sums = {name: _Sums(name, model.get_submodule(name)) for name in patched}
-        with inputs({model.get_submodule(name): s.add for name, s in sums.items()}):
+        sums = {name: _Sums(name, layer_of(model, name)) for name in patched}
+        with inputs({layer_of(model, name): s.add for name, s in sums.items()}):
             for batch in data:
                 call(model, batch)
     return {name: sums[name].means() if name in sums and sums[name].patches else None for name in found}
 
 
 def _has_patches(module: nn.Module) -> bool:
+    if isinstance(module, Operand):
+        return module.kind in ("linear", "bilinear")
     return kind_of(module) in ("linear", "conv1d", "conv2d", "conv3d")
 
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from mpsearch.model import Batch, call, first_tensor, preserved
+from mpsearch.modules import operands_of
 
 #: Operations that multiply two tensors; attention of one piece has `attention` in its name.
 _PRODUCTS = ("mul", "mm", "bmm", "baddbmm", "addmm")
@@ -27,8 +28,10 @@ class DataFlow:
 
     Attributes:
         reads: layer -> what identifies the tensor that each of its calls read; layers that are not called are missing.
-        multiplied: pairs of layers whose outputs meet in a product: queries and keys, a gate and what it gates.
-        added: pairs of layers whose outputs meet in a sum of tensors of one shape: operands of a residual connection.
+        multiplied: pairs of layers that read the same tensors and whose outputs meet in a product: queries and keys, a gate and what
+            it gates.
+        added: pairs of layers whose outputs meet in a sum of tensors of one shape, operands of a residual connection: not each with
+            each, but enough to connect all that meet.
         cached_macs: cache -> multiply-accumulates of the products that read what goes into it.
     """
 
@@ -78,8 +81,9 @@ def trace(
         return see
 
     handles = []
+    reads = operands_of(model).reads
     try:
-        for name, module in layers.items():
+        for name, module in [*layers.items(), *((name, one) for name, one in reads.items() if name in layers)]:
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave(name), prepend=True, with_kwargs=True))
         for name, module in caches.items():
@@ -89,16 +93,24 @@ def trace(
     finally:
         for handle in handles:
             handle.remove()
-    return recorder.flow
+    return recorder.finished()
 
 
 class _Recorder(TorchDispatchMode):
-    """Follows memory: each storage carries the layers whose outputs have gone into it since they were made."""
+    """Follows memory: what is in each storage is a node of a graph, with the nodes that it was made from.
+
+    Nodes of the outputs of layers have no parents. Which layers meet is told at the end, when it is known which of them read the same
+    tensors: of those alone pairs are formed, else each product along a residual connection would pair all layers before it.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flow = DataFlow()
-        self.makers: dict[int, frozenset[str]] = {}
+        self.nodes: dict[int, int] = {}  # storage -> node
+        self.parents: list[tuple[int, ...]] = []  # of each node, by number
+        self.names: dict[int, str] = {}  # node -> the layer whose output it is
+        self.products: list[tuple[int, ...]] = []  # nodes that meet
+        self.sums: list[tuple[int, ...]] = []
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
         self.made: Counter[int] = Counter()  # storage -> times it was given out
         self.waiting: dict[tuple[int, int, int], str] = {}  # what is of a cache and was in no product yet -> the cache
@@ -116,7 +128,12 @@ class _Recorder(TorchDispatchMode):
 
     def leave(self, name: str, output: Tensor) -> None:
         self.depth -= 1
-        self.makers[_storage(output)] = frozenset([name])
+        self.names[self._node(output, ())] = name
+
+    def _node(self, tensor: Tensor, parents: tuple[int, ...]) -> int:
+        self.parents.append(parents)
+        self.nodes[_storage(tensor)] = len(self.parents) - 1
+        return len(self.parents) - 1
 
     def cached(self, name: str, output: Tensor) -> None:
         self.waiting[self._part(output)] = name
@@ -129,7 +146,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         given = list(_tensors((args, kwargs)))
         read = {_storage(tensor) for tensor in given}
-        makers = frozenset[str]().union(*(self.makers.get(place, frozenset()) for place in read))
+        parents = tuple({self.nodes[place] for place in read if place in self.nodes})
         name = func.overloadpacket.__name__
         self._meet(name, given)
         waiting = self._product(name, given, [self.waiting.get(self._part(tensor), "") for tensor in given])
@@ -137,7 +154,12 @@ class _Recorder(TorchDispatchMode):
             place = _storage(tensor)
             if place not in read or func._schema.is_mutable:
                 self.writes[place] = self.writes.get(place, 0) + 1
-                self.makers[place] = makers
+                if len(parents) == 1:
+                    self.nodes[place] = parents[0]
+                elif parents:
+                    self._node(tensor, parents)
+                else:
+                    self.nodes.pop(place, None)
                 self.made[place] += place not in read
                 self.waiting[self._part(tensor)] = waiting
         return result
@@ -158,16 +180,84 @@ class _Recorder(TorchDispatchMode):
         return ""
 
     def _meet(self, name: str, given: list[Tensor]) -> None:
-        """Note the layers whose outputs an operation brings together."""
+        """Note what an operation brings together."""
         if name.rstrip("_") in _PRODUCTS or "attention" in name:
-            found = self.flow.multiplied
+            meetings = self.products
         elif name.rstrip("_") == "add" and len({tensor.shape for tensor in given}) == 1:
-            found = self.flow.added
+            meetings = self.sums
         else:
             return
-        sides = [self.makers.get(_storage(tensor), frozenset()) for tensor in given]
-        for one, other in itertools.combinations(sides, 2):
-            found.update(frozenset(pair) for pair in itertools.product(one, other) if pair[0] != pair[1])
+        nodes = tuple(self.nodes[place] for place in map(_storage, given) if place in self.nodes)
+        if len(nodes) > 1:
+            meetings.append(nodes)
+
+    def finished(self) -> DataFlow:
+        """The flow, with the pairs of layers that meet."""
+        self.flow.multiplied = self._multiplied()
+        self.flow.added = self._added()
+        return self.flow
+
+    def _multiplied(self) -> set[frozenset[str]]:
+        readers: dict[tuple[Any, ...], list[str]] = {}
+        for name, reads in self.flow.reads.items():
+            readers.setdefault(tuple(reads), []).append(name)
+        alike = {name: number for number, names in enumerate(readers.values()) if len(names) > 1 for name in names}
+        nobody: dict[int, frozenset[str]] = {}
+        makers: list[dict[int, frozenset[str]]] = []  # of each node: layers that have others alike, by what they read
+        for number, parents in enumerate(self.parents):
+            if number in self.names:
+                name = self.names[number]
+                makers.append({alike[name]: frozenset([name])} if name in alike else nobody)
+                continue
+            sides = [makers[parent] for parent in parents if makers[parent]]
+            if len(sides) < 2:
+                makers.append(sides[0] if sides else nobody)  # the same object: it is paired once
+                continue
+            whole = dict(sides[0])
+            for side in sides[1:]:
+                for key, names in side.items():
+                    whole[key] = whole.get(key, frozenset()) | names
+            makers.append(whole)
+        pairs: set[frozenset[str]] = set()
+        done: set[tuple[int, int]] = set()
+        for nodes in self.products:
+            for one, other in itertools.combinations([makers[node] for node in nodes], 2):
+                if one and other and (id(one), id(other)) not in done:
+                    done.add((id(one), id(other)))
+                    for key in one.keys() & other.keys():
+                        pairs.update(frozenset(pair) for pair in itertools.product(one[key], other[key]))
+        return {pair for pair in pairs if len(pair) == 2}
+
+    def _added(self) -> set[frozenset[str]]:
+        """Each with each would be quadratic: what met before is one from then on."""
+        one_of: dict[int, str | None] = {}  # node -> one of its layers, where all of them have met
+        pairs: set[frozenset[str]] = set()
+
+        def layers_of(node: int) -> list[str]:
+            found, left, seen = [], [node], set[int]()
+            while left:
+                place = left.pop()
+                if place in seen:
+                    continue
+                seen.add(place)
+                if place in one_of:
+                    found += [name for name in [one_of[place]] if name is not None]
+                elif place in self.names:
+                    found.append(self.names[place])
+                else:
+                    left += self.parents[place]
+            whole.update(seen)
+            return found
+
+        for nodes in self.sums:
+            whole = set[int]()
+            sides = [side for side in map(layers_of, nodes) if side]
+            if len(sides) < 2:
+                continue
+            first = sides[0][0]
+            pairs.update(frozenset((first, name)) for side in sides for name in side if name != first)
+            one_of.update(dict.fromkeys(whole, first))
+        return pairs
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

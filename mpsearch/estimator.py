@@ -16,7 +16,7 @@ from mpsearch.layer import Layer
 from mpsearch.metrics import Comparison, Run, run
 from mpsearch.metrics import Loss as TargetLoss
 from mpsearch.model import Batch, predictions, targets_of
-from mpsearch.modules import weight_of
+from mpsearch.modules import layer_of, weight_of
 from mpsearch.perturb import Quantizer, Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.precision import Precision
 
@@ -103,7 +103,7 @@ class Setting:
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
-        return self.model.get_submodule(layer.name)
+        return layer_of(self.model, layer.name)
 
     def parameters(self, unit: Unit) -> dict[nn.Parameter, Layer]:
         """The distinct weights of a unit (tied ones once), each with a layer that holds it; none of a cache."""

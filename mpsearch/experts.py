@@ -13,9 +13,11 @@ from torch import nn
 
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call
-from mpsearch.modules import canonical
+from mpsearch.modules import canonical, layer_of
+from mpsearch.operand import Operand
 
-_NAME = re.compile(r"(?P<block>(?:.+\.)?[^.]*experts)\.(?P<number>\d+)\.(?P<part>.+)")
+_NAME = re.compile(r"(?P<block>(?:.+\.)?[^.]*experts)\.(?:[a-z]*_)?(?P<number>\d+)\.(?P<part>.+)")
+_ROUTER = re.compile(r"router|gat(e|ing)|switch")
 
 
 @dataclass(frozen=True)
@@ -45,23 +47,47 @@ def place_of(name: str) -> Place | None:
 
 
 def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
-    """Layers that choose experts: beside a list of n experts, with n outputs; a gate with one output is such a layer too.
+    """Layers that choose experts: beside n experts, with n outputs; a gate with one output is such a layer too.
 
-    The experts may lie in tensors of their own shape (n, ...) that are no layers.
+    The experts may lie in tensors of their own, stacked or behind each other. A router may be one module deeper than they (`router.layer`).
+
+    >>> block = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4) for _ in range(3)]), "router": nn.Sequential(nn.Linear(4, 3))})
+    >>> routers(block, {"experts.0": block["experts"][0], "router.0": block["router"][0]})
+    ['router.0']
     """
-    counts: dict[str, int] = {}
+    counts: dict[str, set[int]] = {}  # block -> numbers of experts
     for name, module in model.named_modules():
         parent, _, last = name.rpartition(".")
         if last.endswith("experts"):
             stacked = [len(tensor) for tensor in module._parameters.values() if tensor is not None and tensor.ndim == 3]
-            counts[parent] = len(module._modules) if "0" in module._modules else max(stacked, default=-1)
+            numbered = [key for key in module._modules if key.rpartition("_")[2].isdigit()]
+            counts.setdefault(parent, set()).update([*stacked[:1], *([len(numbered)] if numbered else [])])
+    for name, module in layers.items():
+        if (
+            isinstance(module, Operand)
+            and module.layout.matrices > 1
+            and (module.weight.ndim == 3 or "experts" in name)
+        ):
+            holder = name.rpartition(".")[0]
+            for block in {holder, _beside_experts(holder)}:
+                counts.setdefault(block, set()).add(module.layout.matrices)
     found = []
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")
+        above, _, within = parent.rpartition(".")
         outputs = canonical(module).shape[0]
-        if parent in counts and (outputs == counts[parent] or (outputs == 1 and "gate" in last)):
+        beside = counts.get(parent, ())
+        deeper = counts.get(above, ()) if _ROUTER.search(within) else ()
+        if outputs in beside or outputs in deeper or (outputs == 1 and "gate" in last and beside):
             found.append(name)
     return found
+
+
+def _beside_experts(name: str) -> str:
+    """The block that a module named `...experts`, or one in it, stands in; the name itself where there is none."""
+    parts = name.split(".")
+    places = [place for place, part in enumerate(parts) if part.endswith("experts")]
+    return ".".join(parts[: places[-1]]) if places else name
 
 
 def without_tokens(model: nn.Module, layers: Sequence[Layer], batches: Iterable[Batch]) -> set[str]:
@@ -73,7 +99,7 @@ def without_tokens(model: nn.Module, layers: Sequence[Layer], batches: Iterable[
     def seen(name: str) -> Any:
         return lambda *_: idle.discard(name)
 
-    handles = [model.get_submodule(name).register_forward_pre_hook(seen(name)) for name in idle]
+    handles = [layer_of(model, name).register_forward_pre_hook(seen(name)) for name in idle]
     try:
         with torch.no_grad():
             for batch in batches:
@@ -102,13 +128,13 @@ def filled(scores: NDArray[np.float64], layers: Sequence[Layer], unseen: NDArray
     """
     places = [place_of(layer.name) for layer in layers]
     found = scores.copy()
+    seen: dict[tuple[str, str], list[int]] = {}
     for row, place in enumerate(places):
-        if unseen[row] and place is not None:
-            others = [
-                i
-                for i, other in enumerate(places)
-                if not unseen[i] and other is not None and (other.block, other.part) == (place.block, place.part)
-            ]
+        if place is not None and not unseen[row]:
+            seen.setdefault((place.block, place.part), []).append(row)
+    for row, place in enumerate(places):
+        if place is not None and unseen[row]:
+            others = seen.get((place.block, place.part))
             found[row] = scores[others].mean(axis=0) if others else np.nan
     return found
 

@@ -17,8 +17,7 @@ def observed(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
 
     def hook(see: Observer) -> Callable[..., None]:
         def show(_module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-            given = [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)]
-            see(next((x for x in given if x.is_floating_point()), given[0]), output)
+            see(input_of(args, keywords), output)
 
         return show
 
@@ -29,6 +28,12 @@ def observed(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def input_of(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
+    """The input of a call: the first floating-point tensor, else the first tensor."""
+    given = [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)]
+    return next((x for x in given if x.is_floating_point()), given[0])
 
 
 def by_sample(x: Tensor, samples: int) -> Tensor:

@@ -21,6 +21,7 @@ from mpsearch.batches import moved as moved
 from mpsearch.batches import samples as samples
 from mpsearch.batches import targets_of as targets_of
 from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.functional import operands
 from mpsearch.held import held, random_states
 from mpsearch.unfused import unfused
 
@@ -143,8 +144,11 @@ def shifts_labels(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def preserved(model: nn.Module) -> Iterator[None]:
+def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
     """Evaluation mode inside; outside, the model and every random generator are as they were.
+
+    Parameters that functions read, and not layers, are decisions of their own where an example is given to find them by
+    (`mpsearch.functional`).
 
     Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.held`), hooks and random states are
     put back whatever happens inside; what a model keeps elsewhere (globals of its file) is not. Parameters are never written to:
@@ -164,12 +168,11 @@ def preserved(model: nn.Module) -> Iterator[None]:
             raise EstimatorError(
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
-        with (
-            torch.inference_mode(False),
-            random_states(),
-            _uncompiled(),
-            unfused(model),
-        ):  # what is made inside may take gradients
+        with contextlib.ExitStack() as inside:
+            for context in (torch.inference_mode(False), random_states(), _uncompiled(), unfused(model)):
+                inside.enter_context(context)  # what is made inside may take gradients
+            if example is not None:
+                inside.enter_context(operands(model, example, call))
             yield
     finally:
         restore()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mpsearch.export.storage import Storage
 from mpsearch.export.targets import Target
 from mpsearch.layer import Layer
-from mpsearch.modules import canonical, holds_weight, kind_of, storage_of, weight_of
+from mpsearch.modules import canonical, holds_weight, kind_of, layer_of, storage_of, weight_of
 from mpsearch.precision import Precision
 from mpsearch.unfused import unfused
 
@@ -51,7 +51,7 @@ def holders(model: nn.Module, layers: Sequence[Layer]) -> list[Holder]:
     seen: set[Place] = set()
     rows = []
     for layer in layers:
-        module = model.get_submodule(layer.name)
+        module = layer_of(model, layer.name)
         if not holds_weight(module):
             continue
         weight = weight_of(module)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.measure import wide
+from mpsearch.modules import stores_inputs_first
 from mpsearch.sample_gradients import unfolded
 
 
@@ -49,7 +50,7 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
             return wide(places).reshape(samples, module.groups, -1)
 
         return Moments(False, mean_square(x), gradients, {p: mean_square(noise) for p, noise in noises.items()})
-    transposed = type(module).__name__ == "Conv1D"
+    transposed = stores_inputs_first(module)
     if isinstance(module, nn.Linear) or transposed:
 
         def over_tokens(z: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.kv_cache import KVCache
 from mpsearch.model import Batch, call
-from mpsearch.modules import canonical, channel_axis, holds_weight, restore, weight_of
+from mpsearch.modules import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 
@@ -165,7 +165,7 @@ def quantized_weights(
     """Quantized values of the weights of layers, tied ones once."""
     found: dict[nn.Parameter, Tensor] = {}
     for name, precision in precisions.items():
-        module = model.get_submodule(name)
+        module = layer_of(model, name)
         if holds_weight(module) and precision.quantizes_weight and weight_of(module) not in found:
             found[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
     return found
@@ -177,7 +177,7 @@ def input_quantizers(
     """Functions that fake-quantize the inputs of layers, where they are quantized."""
     functions = {}
     for name, precision in precisions.items():
-        module = model.get_submodule(name)
+        module = layer_of(model, name)
         function = input_quantizer(module, name, precision, quantizer, ranges)
         if function is not None:
             functions[module] = function
@@ -229,7 +229,7 @@ def input_ranges(model: nn.Module, batches: Sequence[Batch], names: Sequence[str
 
         return see
 
-    with torch.no_grad(), inputs({model.get_submodule(name): watch(name) for name in names}):
+    with torch.no_grad(), inputs({layer_of(model, name): watch(name) for name in names}):
         for batch in batches:
             call(model, batch)
     return ranges

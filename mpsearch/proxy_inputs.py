@@ -1,17 +1,19 @@
 """The tensors that expressions of proxies are built from."""
 
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Passes, Setting
-from mpsearch.features import Observer, observed
+from mpsearch.features import input_of
 from mpsearch.gradients import differentiated, gradient, hessian_products, mean_gradient, ones_like_sample, rademacher
 from mpsearch.measure import wide
 from mpsearch.model import call, samples
 from mpsearch.modules import channel_axis, weight_of
+from mpsearch.operand import Operand
 from mpsearch.perturb import weights as replaced
 
 
@@ -81,23 +83,24 @@ def _activations(setting: Setting, weights: Sequence[nn.Parameter]) -> list[Tens
     sums = {w: torch.zeros_like(wide(w.detach())) for w in weights}
     places = dict.fromkeys(weights, 0)
 
-    def seen_by(module: nn.Module) -> Observer:
+    def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> None:
         weight, axis = weight_of(module), channel_axis(module)
-        parameters = {p: wide(p.detach()) for p in module.parameters(recurse=False)}
+        x, rest = input_of(args, keywords), args[1:] if isinstance(module, Operand) else ()
+        with torch.enable_grad(), replaced({p: wide(p.detach()) for p in module.parameters(recurse=False)}):
+            squared = module.forward(wide(x).square() if x.is_floating_point() else x, *rest)
+            sums[weight] += torch.autograd.grad(squared.sum(), weight)[0]
+        places[weight] += y.numel() // y.shape[axis]
 
-        def see(x: Tensor, y: Tensor) -> None:
-            with torch.enable_grad(), replaced(parameters):
-                squared = module.forward(wide(x).square() if x.is_floating_point() else x)
-                sums[weight] += torch.autograd.grad(squared.sum(), weight)[0]
-            places[weight] += y.numel() // y.shape[axis]
-
-        return see
-
-    modules = [setting.module(layer) for unit in setting.units for layer in unit.layers]
-    with torch.no_grad(), observed({module: seen_by(module) for module in modules}):
-        for batch in setting.progress(setting.batches, len(setting.batches), "activations"):
-            call(setting.model, batch)
-            setting.passes.add(len(setting.batches), forward=2, backward=1)
+    modules = dict.fromkeys(setting.module(layer) for unit in setting.units for layer in unit.layers)
+    handles = [module.register_forward_hook(see, prepend=True, with_kwargs=True) for module in modules]
+    try:
+        with torch.no_grad():
+            for batch in setting.progress(setting.batches, len(setting.batches), "activations"):
+                call(setting.model, batch)
+                setting.passes.add(len(setting.batches), forward=2, backward=1)
+    finally:
+        for handle in handles:
+            handle.remove()
     return [(sums[w] / max(places[w], 1)).sqrt() for w in weights]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpsearch.estimator import Estimate, Setting
 from mpsearch.measure import wide
 from mpsearch.model import call, samples
+from mpsearch.modules import layer_of
 from mpsearch.perturb import input_quantizer, inputs
 
 Floats = NDArray[np.float64]
@@ -88,7 +89,7 @@ def input_noise(setting: Setting) -> dict[str, InputNoise]:
     found = {layer.name: InputNoise(np.zeros(len(setting.precisions))) for u in setting.units for layer in u.layers}
 
     def measure(name: str) -> Callable[[Tensor], Tensor]:
-        module = setting.model.get_submodule(name)
+        module = layer_of(setting.model, name)
         functions = [input_quantizer(module, name, p, setting.quantizer, setting.ranges) for p in setting.precisions]
 
         def see(x: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ def input_noise(setting: Setting) -> dict[str, InputNoise]:
 
         return see
 
-    with torch.no_grad(), inputs({setting.model.get_submodule(name): measure(name) for name in found}):
+    with torch.no_grad(), inputs({layer_of(setting.model, name): measure(name) for name in found}):
         for batch in setting.batches:
             call(setting.model, batch)
             setting.passes.add(len(setting.batches), forward=1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mpsearch.modules import weight_of
+from mpsearch.modules import stores_inputs_first, weight_of
 
 #: Gradients made at once.
 CHUNK_BYTES = 64 * 2**20
@@ -51,7 +51,7 @@ def _part(x: Tensor, place: slice, samples: int) -> Tensor:
 def _gradients(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
     if isinstance(module, nn.Linear):
         return torch.einsum("nti,nto->noi", x.flatten(1, -2), g.flatten(1, -2))
-    if type(module).__name__ == "Conv1D":
+    if stores_inputs_first(module):
         return torch.einsum("nti,nto->nio", x.flatten(1, -2), g.flatten(1, -2))
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:  # some scale or shift
         return _embedding(module, x, g)

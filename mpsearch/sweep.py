@@ -213,7 +213,7 @@ class _Check:
 
     def add(self, made: Call, g: Tensor) -> None:
         weight = made.weight
-        ((_, total),) = sample_gradients([(made.module, made.x, g)], 1)
+        ((_, total),) = sample_gradients([(made.alone, made.x, g)], 1)
         self.summed[weight] = self.summed.get(weight, 0) + wide(total[0])
         size = float(wide(made.x).norm()) if made.x.is_floating_point() else 1.0
         self.scale[weight] = self.scale.get(weight, 0.0) + size * float(wide(g).norm())
@@ -351,12 +351,10 @@ class _Backward:
         size = 1 if shared == {True} else self.watched.samples
         column = self.places.column[weight]
         if "moments" in needs:
-            found.moments[column] += [
-                moments(one.module, x, g, size, self._noises(one.layer, x)) for one, x, g in calls
-            ]
+            found.moments[column] += [moments(one.alone, x, g, size, self._noises(one.layer, x)) for one, x, g in calls]
         if not _OF_SAMPLES & needs:
             return
-        for place, gradients in sample_gradients([(one.module, x, g) for one, x, g in calls], size):
+        for place, gradients in sample_gradients([(one.alone, x, g) for one, x, g in calls], size):
             flat = gradients.flatten(1)
             found.squared_norm[place, column] += wide(flat).square().sum(1)
             for u, layer in self.places.holders[weight]:

@@ -13,7 +13,8 @@ from mpsearch.experts import place_of
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.model import Batch, first_tensor, inputs_of, samples
-from mpsearch.modules import weight_of
+from mpsearch.modules import holders, kind_of, weight_of
+from mpsearch.operand import Operand
 from mpsearch.source import Predicted
 
 #: Where the samples lie in a tensor: along its first or second dimension; `last`: in the first behind tokens or
@@ -41,6 +42,11 @@ class Call:
     def x(self) -> Tensor:
         """The input."""
         return first_tensor((*self.args, *self.keywords.values()))
+
+    @property
+    def alone(self) -> nn.Module:
+        """A module that makes of the input alone what the call made of all it was given."""
+        return self.module.alone(self.args[1]) if isinstance(self.module, Operand) else self.module
 
     @property
     def weight(self) -> nn.Parameter:
@@ -85,7 +91,7 @@ class Watched:
         #: a number a sample
         self._flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch)))
         self._handles = []
-        for module in model.modules():
+        for module in holders(model):
             weight = getattr(module, "weight", None)
             if isinstance(weight, nn.Parameter) and weight in weights:
                 see = self._seen(layers.get(module))
@@ -141,15 +147,19 @@ class Watched:
 
     def _candidates(self, made: Call) -> tuple[Layout, ...]:
         """Where the samples may lie in the input of a call, the likeliest first."""
-        size, x, tokens = self.samples, made.x, isinstance(made.module, nn.Embedding)
+        size, x, tokens = self.samples, made.x, kind_of(made.module) == "embedding"
         if size == 1:
             return ("first",)
         if made.layer is not None and place_of(made.layer.name):  # an expert is given the tokens that chose it
             return ()
+        if isinstance(made.module, Operand) and not made.module.whole(
+            made.args[1]
+        ):  # as is a slice of a stack of experts
+            return ()
         found: list[Layout] = []
         if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self._flat):
             found += ["first"] if len(x) == size else ["first", "last"]
-        convolution = isinstance(made.module, nn.modules.conv._ConvNd)
+        convolution = (kind_of(made.module) or "").startswith("conv")
         if x.ndim >= (2 if tokens else 3) and x.shape[1] == size and not convolution:
             found.append("second")
         return tuple(found)

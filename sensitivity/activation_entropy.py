@@ -14,6 +14,7 @@ from mpsearch.features import Observer, observed
 from mpsearch.layer import Layer
 from mpsearch.measure import wide
 from mpsearch.model import call
+from mpsearch.modules import layer_of
 from mpsearch.precision import Precision
 
 #: Bits of the reference: QuantMCU starts from 8-bit feature maps.
@@ -178,7 +179,7 @@ def _bits(setting: Setting, unit: Unit, precision: Precision) -> int:
 
 def _look(setting: Setting, observers: dict[str, Observer], advance: Callable[[], object]) -> None:
     """One forward pass."""
-    modules: dict[nn.Module, Observer] = {setting.model.get_submodule(name): see for name, see in observers.items()}
+    modules: dict[nn.Module, Observer] = {layer_of(setting.model, name): see for name, see in observers.items()}
     with torch.no_grad(), observed(modules):
         for batch in setting.batches:
             call(setting.model, batch)

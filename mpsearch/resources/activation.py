@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, preserved, samples
+from mpsearch.modules import layer_of
 from mpsearch.precision import Precision
 from mpsearch.resources.arithmetic import stored_bits
 from mpsearch.resources.resource import Array, Resource
@@ -155,7 +156,7 @@ def _watching(model: nn.Module, names: Sequence[str]) -> Iterator[_Watch]:
 
     handles = []
     for name in names:
-        module = model.get_submodule(name)
+        module = layer_of(model, name)
         handles.append(module.register_forward_pre_hook(enter(name)))
         handles.append(module.register_forward_hook(lambda *_: watch.inside.pop() and None))
     try:

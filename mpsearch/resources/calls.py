@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError, TableError
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, first_tensor, preserved
+from mpsearch.modules import layer_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import packed_bytes
 from mpsearch.resources.arithmetic import stored_bits
@@ -57,13 +58,10 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
 
         return see
 
-    handles = [model.get_submodule(name).register_forward_hook(watch(name), with_kwargs=True) for name in found]
-    try:
-        with preserved(model), torch.no_grad():
-            call(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with preserved(model, example), torch.no_grad():  # which takes the hooks out
+        for name in found:
+            layer_of(model, name).register_forward_hook(watch(name), with_kwargs=True)
+        call(model, example)
     return found
 
 

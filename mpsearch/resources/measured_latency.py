@@ -22,7 +22,8 @@ from mpsearch.errors import FileError, TableError
 from mpsearch.files import write_atomically
 from mpsearch.layer import Layer
 from mpsearch.model import Batch, call, device_of, preserved, samples
-from mpsearch.modules import canonical, kind_of
+from mpsearch.modules import canonical, kind_of, layer_of
+from mpsearch.operand import Operand
 from mpsearch.precision import Precision
 from mpsearch.resources.calls import Call, calls_of
 from mpsearch.resources.kernels import Kernel, NoKernel
@@ -100,7 +101,7 @@ class MeasuredLatency:
         reasons: dict[str, str] = {}
         with preserved(model), torch.no_grad(), _threads(self.threads):
             work = {
-                (layer.name, one): (model.get_submodule(layer.name), one)
+                (layer.name, one): (_timed(layer_of(model, layer.name)), one)
                 for layer in layers
                 for one in calls[layer.name]
                 if not layer.is_cache
@@ -116,7 +117,9 @@ class MeasuredLatency:
                 [
                     [_of_cache(one) for one in columns]
                     if layer.is_cache
-                    else [self._sum(model.get_submodule(layer.name), calls[layer.name], one, found) for one in columns]
+                    else [
+                        self._sum(_timed(layer_of(model, layer.name)), calls[layer.name], one, found) for one in columns
+                    ]
                     for layer in layers
                 ]
             )
@@ -127,7 +130,7 @@ class MeasuredLatency:
                         f"latency_s of cache {layer.name!r}: nothing installed runs one in few bits; add w16"
                     )
                 if np.isnan(row).all():
-                    module, one = model.get_submodule(layer.name), calls[layer.name][0]
+                    module, one = _timed(layer_of(model, layer.name)), calls[layer.name][0]
                     said = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
                     raise TableError(f"latency_s of layer {layer.name!r}: no kernel runs it: {'; '.join(said)}")
             plain = float(seconds[:, columns.index(Precision("16"))].sum())
@@ -142,6 +145,8 @@ class MeasuredLatency:
         """Kernels by key, and the reasons where there is none."""
         if not missing:
             return {}, {}
+        if isinstance(module, Operand):
+            return {}, dict.fromkeys(missing, "it is no layer of torch")
         x = _input(module, one)
         kernels, refused = {}, {}
         for key, precision in missing.items():
@@ -172,6 +177,11 @@ class MeasuredLatency:
     def _whole(self, model: nn.Module, example: Batch) -> float:
         """Seconds of one run of the unquantized model; not kept, since a model has no name."""
         return time_in_turns({"": lambda: call(model, example)}, self.rounds, device_of(model))[""].least_s
+
+
+def _timed(module: nn.Module) -> nn.Module:
+    """What is timed for a layer: for a parameter that functions read, a layer of its shape."""
+    return (module.plain or module) if isinstance(module, Operand) else module
 
 
 def _of_cache(precision: Precision) -> float:
