@@ -33,6 +33,8 @@ from mpsearch.solution import Status as Status
 from mpsearch.table import CostTable as CostTable
 from mpsearch.table import Interactions as Interactions
 from mpsearch.table import Peak as Peak
+from mpsearch.ties import Tie as Tie
+from mpsearch.ties import tie_prices as tie_prices
 
 if TYPE_CHECKING:
     from mpsearch._calibrate import calibrate as calibrate
@@ -77,6 +79,7 @@ __all__ = [
     "SolverError",
     "Status",
     "TableError",
+    "Tie",
     "VerificationError",
     "calibrate",
     "distill_data",
@@ -90,6 +93,7 @@ __all__ = [
     "profile",
     "search",
     "solve",
+    "tie_prices",
 ]
 
 __version__ = "0.1.0"

@@ -82,7 +82,7 @@ def layers(
     """
     if target is not None and target not in TARGETS:
         raise TableError(f"unknown target {target!r}{nearest(target, TARGETS)}")
-    if not isinstance(groups, Mapping) and groups not in ("auto", "fused", "none"):
+    if isinstance(groups, str) and groups not in ("auto", "fused", "none"):
         raise TableError(f"groups={groups!r}, expected 'auto', 'fused', 'none' or name -> layers")
     if experts not in ("each", "block"):
         raise TableError(f"experts={experts!r}, expected 'each' or 'block'")

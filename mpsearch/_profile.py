@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -55,7 +56,11 @@ from mpsearch.resources.columns import (
 from mpsearch.settings import check_settings
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import decidable, only_allowed, refused_options
+from mpsearch.ties import in_proportion
 from mpsearch.undecided import undecided
+
+#: Most layers of a tie that are scored alone where that takes runs of the model.
+_ALONE = 8
 
 
 @overload
@@ -148,15 +153,58 @@ def profile(
         One table an estimator, with `origin` telling estimator, settings, passes, seconds, peak memory and fingerprints. `passes` are
         those of all runs that the table took; `passes_in_this_run` are fewer where a checkpoint had finished work.
         Estimators of one family (gradients; one unit at a time) run together and share passes: each of their tables
-        tells the passes of them all, and under `shared_with` how many others they served.
+        tells the passes of them all, and under `shared_with` how many others they served. A group is scored as one; where a target ties
+        it, its layers are scored alone too, where the estimator can, and share its score in proportion, so that the tie has a price
+        (`tie_prices`); `origin["scored_together"]` names the other groups.
 
     Raises:
         EstimatorError: for unusable data, a model whose output is random, or a score that is not finite.
         TableError: for a model without quantizable layers, or a layer or resource that does not exist.
     """
-    data = collect(batches, model)
     several = isinstance(estimator, Sequence)
     estimators: Sequence[Estimator] = estimator if isinstance(estimator, Sequence) else [estimator]
+    tables = scored(
+        model,
+        batches,
+        estimators,
+        precisions,
+        metric=metric,
+        loss=loss,
+        layers=layers,
+        exclude=exclude,
+        groups=groups,
+        allow=allow,
+        fixed=fixed,
+        quantizer=quantizer,
+        resources=resources,
+        checkpoint=checkpoint,
+        progress=progress,
+        runs_for_members=True,
+    )
+    return tables if several else tables[0]
+
+
+def scored(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    estimators: Sequence[Estimator],
+    precisions: Sequence[Precision],
+    *,
+    metric: str | Metric | None = None,
+    loss: Loss | Literal["kl", "cross-entropy"] | None = None,
+    layers: Sequence[Layer] | None = None,
+    exclude: Sequence[str] = (),
+    groups: Any = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Any = None,
+    quantizer: Quantizer | None = None,
+    resources: Sequence[str] | Mapping[str, ResourceFunction] = ("memory_bytes", "bitops"),
+    checkpoint: str | Path | Checkpoint | None = None,
+    progress: bool = True,
+    runs_for_members: bool = False,
+) -> list[CostTable]:
+    """What `profile` does; `runs_for_members`: runs of the model may be spent on the layers of a tie alone."""
+    data = collect(batches, model)
     if not estimators:
         raise EstimatorError("no estimator given")
     for part in estimators:
@@ -194,12 +242,14 @@ def profile(
         with keep as kept:
             tables: dict[int, CostTable] = {}
             for members in families(estimators):
+                family = [estimators[place] for place in members]
+                alone = members_alone(family, units, runs=runs_for_members)
                 passes = Passes()
                 results = Counted(kept, functools.partial(dataclasses.astuple, passes))
                 setting = Setting(
                     model,
                     data,
-                    units,
+                    [*units, *alone],
                     options,
                     allowed,
                     ranges,
@@ -208,7 +258,6 @@ def profile(
                     passes,
                     checkpoint=results,
                 )
-                family = [estimators[place] for place in members]
                 start = time.perf_counter()
                 with preserved(model), peak_memory(device_of(model)) as peak:
                     together = getattr(family[0], "together", None)
@@ -233,14 +282,14 @@ def profile(
                         **estimate.facts,
                     }
                     tables[place] = _table(
-                        estimators[place], estimate, units, decisions, options, usage, origin, refused, unseen
+                        estimators[place], estimate, units, alone, decisions, options, usage, origin, refused, unseen
                     )
                     _tell_of_no_effect(setting, estimate, unseen)
     if choice is not None and any(table.unit != "relative" for table in tables.values()):
         choice.warn(stacklevel=2)
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
-    return [tables[place] for place in range(len(estimators))] if several else tables[0]
+    return [tables[place] for place in range(len(estimators))]
 
 
 def families(estimators: Sequence[Estimator]) -> list[list[int]]:
@@ -250,6 +299,22 @@ def families(estimators: Sequence[Estimator]) -> list[list[int]]:
         together = getattr(one, "together", None)
         found.setdefault(place if together is None else together, []).append(place)
     return list(found.values())
+
+
+def members_alone(family: Sequence[Estimator], units: Sequence[Unit], *, runs: bool) -> list[Unit]:
+    """Layers of groups that a target ties, each as a unit of its own, where the estimators score those too.
+
+    Args:
+        family: that runs together.
+        units: the decisions.
+        runs: for estimators that take runs of the model for each unit too, for groups of up to `_ALONE` layers.
+    """
+    kinds = {getattr(one, "scores_members", "no") for one in family}
+    if kinds - {"free", "runs"} or ("runs" in kinds and not runs):
+        return []
+    most = _ALONE if "runs" in kinds else math.inf
+    tied = [unit for unit in units if 1 < len(unit.layers) <= most and all(layer.target for layer in unit.layers)]
+    return [Unit(layer.name, (layer,)) for unit in tied if "shared weight" not in unit.name for layer in unit.layers]
 
 
 def run_identity(
@@ -369,7 +434,9 @@ def forecast(
         found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
     decisions, options = columns(with_options(found, allow, fixed), checked_precisions(precisions))
     cost = getattr(estimator, "cost", None)
-    return None if cost is None else cost(len(data), len(units_of(decisions)), len(options))
+    units = units_of(decisions)
+    scored_units = len(units) + len(members_alone([estimator], units, runs=True))
+    return None if cost is None else cost(len(data), scored_units, len(options))
 
 
 class _Progress:
@@ -473,15 +540,15 @@ def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -
     """Warn of layers that a rise of the loss calls free at every precision, though their weights change."""
     if estimate.unit == "relative":
         return
-    free = [
+    free = dict.fromkeys(
         layer.name
         for unit, scores in zip(setting.units, estimate.sensitivity, strict=True)
         if not scores.any()
         for layer in setting.parameters(unit).values()
         if layer.name not in unseen and any(setting.perturbation(layer, option).any() for option in setting.precisions)
-    ]
+    )
     if free:
-        shown = ", ".join(free[:5]) + (f", ... ({len(free)} in all)" if len(free) > 5 else "")
+        shown = ", ".join(list(free)[:5]) + (f", ... ({len(free)} in all)" if len(free) > 5 else "")
         warnings.warn(
             f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
             "if the model cuts their gradients off",
@@ -493,6 +560,7 @@ def _table(
     one: Estimator,
     estimate: Estimate,
     units: Sequence[Unit],
+    alone: Sequence[Unit],
     decisions: Sequence[Layer],
     options: tuple[Precision, ...],
     usage: Mapping[str, Resource],
@@ -500,19 +568,26 @@ def _table(
     refused: NDArray[np.bool_],
     idle: set[str],
 ) -> CostTable:
-    shape = (len(units), len(options))
+    shape = (len(units) + len(alone), len(options))
     for name, values in (("sensitivity", estimate.sensitivity), ("sensitivity_se", estimate.sensitivity_se)):
         if values is not None and np.shape(values) != shape:
             raise EstimatorError(f"{one!r} returned {name} of shape {np.shape(values)}, expected {shape}")
     if np.isinf(estimate.sensitivity).any():
         u, p = np.argwhere(np.isinf(estimate.sensitivity))[0]
         raise EstimatorError(
-            f"sensitivity of layer {units[u].name!r} at {options[p]} is {estimate.sensitivity[u, p]}, "
+            f"sensitivity of layer {[*units, *alone][u].name!r} at {options[p]} is {estimate.sensitivity[u, p]}, "
             f"expected a finite number ({one!r})"
         )
     unit_of = {layer.name: u for u, unit in enumerate(units) for layer in unit.layers}
     rows = np.array([unit_of[layer.name] for layer in decisions])
-    share = np.array([1.0 / len(units[u].layers) for u in rows])[:, None]  # the sum over a group is its score
+    own = {unit.name: np.maximum(row, 0.0) for unit, row in zip(alone, estimate.sensitivity[len(units) :], strict=True)}
+    ones = np.ones(len(options))
+    share = in_proportion(
+        np.array([own.get(layer.name, ones) for layer in decisions]), rows
+    )  # the sum over a group is its score
+    together = [unit.name for unit in units if len(unit.layers) > 1 and unit.layers[0].name not in own]
+    if together:
+        origin = {**origin, "scored_together": together}
     scores = estimate.sensitivity[rows] * share
     se = None if estimate.sensitivity_se is None else estimate.sensitivity_se[rows] * share
     unseen = np.array([all(layer.name in idle for layer in units[u].layers) for u in rows])

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -27,10 +27,12 @@ class GradientEstimator:
     Attributes:
         needs: quantities of `Gradients` that are read.
         unit: of the table, `relative` or `nats`, which stands for the unit of the loss.
+        scores_members: `free` where units may overlap: layers of a tie are scored alone too, at no further pass.
     """
 
     needs: ClassVar[frozenset[Quantity]]
     unit: ClassVar[str] = "nats"
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
 
     def __post_init__(self) -> None:
         if getattr(self, "draws", 1) < 1:

@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -65,11 +65,13 @@ class OneAtATime:
         unit: of the table, `nats` or `relative`.
         needs_labels: True where `damage` reads them.
         scores_caches: True where the probes perturb a cache of keys or values.
+        scores_members: `runs` where units may overlap, each of them taking its runs: layers of a tie are scored alone too.
     """
 
     unit: ClassVar[str] = "relative"
     needs_labels: ClassVar[bool] = False
     scores_caches: ClassVar[bool] = True
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
 
     @staticmethod
     def together(setting: Setting, estimators: Sequence[Any]) -> list[Estimate]:

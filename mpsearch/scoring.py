@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from mpsearch._profile import families, profile
+from mpsearch._profile import families, scored
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimator, Setting
@@ -74,7 +74,7 @@ def scores(
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
     assert isinstance(setting.checkpoint, Checkpoint)
-    made = profile(
+    made = scored(
         setting.model,
         setting.batches,
         members,

@@ -18,6 +18,7 @@ from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.plan import Plan
 from mpsearch.schema import OPEN, checked, parse_json
 from mpsearch.table import CostTable
+from mpsearch.ties import ties_text
 from mpsearch.undecided import sentence
 
 if TYPE_CHECKING:
@@ -191,6 +192,12 @@ class SearchResult:
     def outdone(self) -> str:
         """Which options were left out since finer ones use no more, in words; empty where none was."""
         return str(self.tables["posterior"].origin.get("outdone", ""))
+
+    @property
+    def ties(self) -> Sequence[Mapping[str, Any]]:
+        """What each tie costs by the posterior table at this budget, as in `mpsearch.tie_prices`; the dearest first."""
+        ties: Sequence[Mapping[str, Any]] = self.plan.predicted.get("ties", ())
+        return ties
 
     @property
     def beyond(self) -> str:
@@ -379,7 +386,7 @@ class SearchResult:
                 "",
                 self.spent,
                 proof,
-                *filter(None, [self.undecided, self.counted, self.outdone]),
+                *filter(None, [ties_text(self.plan.predicted), self.undecided, self.counted, self.outdone]),
             ]
         )
 

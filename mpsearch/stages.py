@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +29,8 @@ from mpsearch.report_part import Reported, report_on
 from mpsearch.scoring import FEW, forecast, from_bits, scores, starting
 from mpsearch.search_result import Compared, SearchResult, measured_front, with_usage
 from mpsearch.solution import Choice, Status
-from mpsearch.table import CostTable
+from mpsearch.table import Array, CostTable
+from mpsearch.ties import Tie, as_json, in_proportion, tie_prices
 from mpsearch.verdict import Verdict, tolerance_verdict, verdict
 from mpsearch.vicinal import mixed
 
@@ -476,13 +478,14 @@ class Stages:
         """The plan with its proof against the posterior table, and that table."""
         posterior = learned(hunt.prior, hunt.record.damage)
         costs = posterior.expected()
-        counts = np.bincount(self.rows)
+        shares, together = self._shares()
         table = replace(
             self.base,
-            sensitivity=(costs / counts[:, None])[self.rows],
+            sensitivity=costs[self.rows] * shares,
             unit=self.metric.unit,
             origin={
                 **self.base.origin,
+                **together,
                 "estimator": f"posterior of {len(posterior.plans)} measured plans on {', '.join(self.scores.costs) or 'rounding noise'}",
                 "quantizer": repr(self.setting.quantizer),
                 "metric": self.metric.name,
@@ -502,7 +505,26 @@ class Stages:
             },
             "table": dict(table.origin),
         }
-        return replace(solution.plan, origin=origin), table
+        predicted = {**solution.plan.predicted, "ties": as_json(self._ties(table, solution.usage))}
+        return replace(solution.plan, origin=origin, predicted=predicted), table
+
+    def _shares(self) -> tuple[Array, dict[str, Any]]:
+        """(L, P) part of each layer in the damage of its unit, by the first table that scored ties' layers alone; facts for the origin."""
+        for scored in self.scores.tables.values():
+            if "scored_together" not in scored.origin:
+                return in_proportion(np.maximum(scored.sensitivity, 0.0), self.rows), {}
+        together = [unit.name for unit in self.setting.units if len(unit.layers) > 1]
+        return in_proportion(np.ones(self.base.sensitivity.shape), self.rows), (
+            {"scored_together": together} if together else {}
+        )
+
+    def _ties(self, table: CostTable, usage: Mapping[str, float]) -> list[Tie]:
+        """Prices at the budget, or where there is none at what the plan uses."""
+        over = self.goal.over
+        limits: dict[str, Any] = dict(self.goal.budget or {})
+        if self.goal.tolerance is not None or not limits:
+            limits[over] = usage[over]
+        return tie_prices(table, Budget(**limits))
 
     def _measured(self) -> MeasuredPlans:
         """All plans that the whole select part has seen."""

@@ -116,7 +116,7 @@ def sweep(setting: Setting, estimators: Sequence[Reader]) -> list[Estimate]:
     readers: dict[Source, list[int]] = {}
     for place, one in enumerate(estimators):
         readers.setdefault(one.source(setting), []).append(place)
-    name = "sweep | " + digest(*map(described, estimators))
+    name = f"sweep | {digest(*map(described, estimators))} | {len(setting.units)} units"
     stored = setting.checkpoint.get(name)
     done = 0
     if stored is not None:
@@ -151,7 +151,10 @@ class _Places:
     def __init__(self, setting: Setting) -> None:
         self.units = [unit.name for unit in setting.units]
         self.layers = [layer.name for unit in setting.units for layer in unit.layers]
-        self.unit = {layer.name: u for u, unit in enumerate(setting.units) for layer in unit.layers}
+        self.units_of: dict[str, list[int]] = {}  # units may overlap
+        for u, unit in enumerate(setting.units):
+            for layer in unit.layers:
+                self.units_of.setdefault(layer.name, []).append(u)
         self.row = {name: i for i, name in enumerate(self.layers)}
         self.by_module = {setting.module(layer): layer for unit in setting.units for layer in unit.layers}
         self.holders: dict[nn.Parameter, list[tuple[int, Layer]]] = {}  # of each weight: unit, layer
@@ -316,7 +319,7 @@ class _Backward:
 
     def _local(self, made: Call, layer: Layer, g: Tensor) -> None:
         """What takes the layer itself to be run again: output differences, gradients of inputs."""
-        setting, found, u = self.setting, self.found, self.places.unit[layer.name]
+        setting, found, units = self.setting, self.found, self.places.units_of[layer.name]
         whole = "output" in self.needs
         if whole or ("projection" in self.needs and self.activations):
             with torch.no_grad():
@@ -327,10 +330,13 @@ class _Backward:
                     continue  # the weight's own gradient tells more cheaply
                 difference = wide(setting.local_output(layer, precision, made.args, made.keywords)) - wide(y)
                 product = wide(g) * difference
-                if whole:
-                    found.output[:, u, p] += self.watched.by_sample(made, product.square())
-                if changed:
-                    found.projection[:, u, p] += self.watched.by_sample(made, product)
+                square = self.watched.by_sample(made, product.square()) if whole else 0.0
+                change = self.watched.by_sample(made, product) if changed else 0.0
+                for u in units:
+                    if whole:
+                        found.output[:, u, p] += square
+                    if changed:
+                        found.projection[:, u, p] += change
         if "input_squared_norm" in self.needs and self.activations and made.x.is_floating_point():
             with torch.enable_grad():
                 point = made.x.clone().requires_grad_()

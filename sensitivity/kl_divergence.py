@@ -1,7 +1,7 @@
 """ZeroQ: divergence of the output when one layer is quantized."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -29,6 +29,7 @@ class KLDivergence(OneAtATime):
     array([[0.1201, 0.    ]])
     """
 
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "nats"
 
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:

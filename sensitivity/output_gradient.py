@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -41,6 +41,7 @@ class OutputGradient(GradientEstimator):
     array([[0.005]])
     """
 
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "free"
     needs: ClassVar[frozenset[Quantity]] = frozenset({"output"})
 
     draws: int = 1

@@ -1,7 +1,7 @@
 """Squared error of the output when one layer is quantized."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -26,6 +26,7 @@ class OutputMSE(OneAtATime):
     array([[2.]])
     """
 
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "relative"
 
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:

@@ -16,6 +16,7 @@ from mpsearch.commands.screen import Screen
 from mpsearch.commands.table_text import groups_text, range_text, table_text
 from mpsearch.loading import UsageError
 from mpsearch.problem import attainable, uniform
+from mpsearch.ties import ties_text
 from mpsearch.undecided import sentence
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ def _plan_text(plan: mps.Plan, screen: Screen) -> str:
     if "sensitivity" in plan.predicted:
         damage = f"{report.damage(plan.predicted['sensitivity'])} {plan.predicted.get('unit', '')}"
         parts.append(screen.title(f"predicted damage {damage}, {plan.predicted.get('status', 'status unknown')}"))
+    if ties := ties_text(plan.predicted):
+        parts.append(screen.prose(ties))
     return "\n\n".join(parts)
 
 

@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 import mpsearch as mps
 from mpsearch import report
@@ -12,6 +13,7 @@ from mpsearch.commands.command import Answer, Command
 from mpsearch.commands.plan_text import plan_text, usage_text
 from mpsearch.commands.screen import Screen
 from mpsearch.problem import uniform
+from mpsearch.ties import as_json, ties_text
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -40,10 +42,13 @@ def run(options: argparse.Namespace) -> Answer:
         )
     solution = mps.solve(table, budget, arguments.solver(options), minimize=options.minimize)
     assert solution.plan is not None
+    ties = as_json(mps.tie_prices(table, budget, minimize=options.minimize))
+    plan = replace(solution.plan, predicted={**solution.plan.predicted, "ties": ties})
+    solution = replace(solution, plan=plan)
     if options.out:
-        solution.plan.save(options.out)
+        plan.save(options.out)
     if options.plot:
-        solution.plan.plot(options.plot, layers=table.layers)
+        plan.plot(options.plot, layers=table.layers)
     content = {
         "status": str(solution.status),
         "sensitivity": solution.sensitivity,
@@ -51,7 +56,8 @@ def run(options: argparse.Namespace) -> Answer:
         "bound": solution.bound,
         "gap": solution.gap,
         "usage": dict(solution.usage),
-        "layers": {name: str(precision) for name, precision in solution.plan.items()},
+        "layers": {name: str(precision) for name, precision in plan.items()},
+        "ties": ties,
         "seconds": solution.stats["seconds"],
     }
     written = tuple(filter(None, (options.out, options.plot)))
@@ -74,6 +80,7 @@ def _text(
             *map(screen.prose, filter(None, [report.counted(table.origin)])),
             plan_text(solution.plan, screen),
             screen.prose(_uniform(table, limits)),
+            *filter(None, [screen.prose(ties_text(solution.plan.predicted))]),
         ]
     )
 

@@ -14,6 +14,7 @@ from mpsearch.files import write_atomically
 from mpsearch.html import curve, display
 from mpsearch.plan import Plan
 from mpsearch.search_result import SearchResult
+from mpsearch.ties import ties_text
 
 _COLUMN = {"name": "name", "kind": "text", "group": "name", "precision": "text"}
 _OUTCOME = {True: "wins", False: "loses", None: "level"}
@@ -173,6 +174,7 @@ def _layers(result: SearchResult) -> str:
         "Sensitivity is the damage at the chosen precision as the search learned it from "
         "measured plans. Click a heading to sort."
     )
+    note += "".join(f"<br>{escape(line)}." for line in ties_text(result.plan.predicted).splitlines())
     for fact in filter(None, [result.undecided, result.counted, result.outdone]):
         note += f" {escape(fact)}."
     return (
