@@ -9,6 +9,7 @@ import os
 import resource
 import shutil
 import sqlite3
+import subprocess
 import sys
 
 import numpy as np
@@ -389,3 +390,47 @@ def test_the_text_fits_narrow_terminals(result):
     assert left[0] == ["bits", "memory", "KL", "[nats]", "loss", "right"]
     assert left[-1] == ["bits", "KL", "[nats]"]
     assert [len(one) for one in left] == sorted((len(one) for one in left), reverse=True)
+
+
+KILLED = """
+import os, pathlib, random, signal, sys, time
+import mpsearch as mps
+
+folder, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+results = [mps.SearchResult.load(folder / name) for name in ("old", "new")]
+moments = random.Random(0)
+place = folder / "place"
+results[0].save(place)
+start = time.monotonic()
+results[1].save(place)
+seconds = time.monotonic() - start
+seen, killed, turn = set(), 0, 0
+while killed < kills:
+    pid = os.fork()
+    if not pid:
+        try:
+            results[turn % 2].save(place)
+        finally:
+            os._exit(0)
+    time.sleep(moments.uniform(0, 1.2 * seconds))
+    os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    killed += os.WIFSIGNALED(status)
+    found = mps.SearchResult.load(place)
+    assert found.verdict in [one.verdict for one in results]
+    seen.add(found.verdict)
+    turn += 1
+results[0].save(place)
+assert sorted(path.name for path in place.iterdir()) == sorted(path.name for path in (folder / "old").iterdir())
+print(len(seen))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments_of_saving(result, other, tmp_path, kills):
+    result.save(tmp_path / "old")
+    other.save(tmp_path / "new")
+    command = [sys.executable, "-c", KILLED, str(tmp_path), str(kills)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
