@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from mpsearch._layers import layers as find_layers
 from mpsearch._profile import profile
 from mpsearch.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.determinism import probed_output
 from mpsearch.errors import EstimatorError
 from mpsearch.estimator import Estimate, Loss, Setting
-from mpsearch.identity import described, digest
+from mpsearch.identity import described, digest, output_identity
 from mpsearch.measure import wide
 from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.model import Batch, collect
@@ -186,12 +187,14 @@ class _Collector:
 
     names: tuple[str, ...]
     num_samples: int
-    seed: int
     found: list[tuple[int, dict[str, Tensor]]] = field(repr=False)
     units: list[tuple[str, ...]] = field(repr=False)
+    outputs: list[str] = field(repr=False)
+    seed: int = 0
 
     def estimate(self, setting: Setting) -> Estimate:
         """See `Estimator.estimate`."""
+        self.outputs.append(output_identity(setting.model, probed_output(setting.model, setting.batches[0])))
         inputs = weight_inputs(setting, self.names, num_samples=self.num_samples, seed=self.seed)
         for u, unit in enumerate(setting.units):
             self.units.append(tuple(layer.name for layer in unit.layers))
@@ -211,7 +214,7 @@ def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: 
         raise EstimatorError("no measured plans: expected at least one set")
     named = set(sets[0].layers)
     options = dict.fromkeys(option for measured in sets for plan in measured.plans for option in plan.values())
-    collector = _Collector(names, num_samples, seed, [], [])
+    collector = _Collector(names, num_samples, [], [], [], seed)
     table = profile(
         truth.model,
         data,
@@ -234,6 +237,7 @@ def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: 
         [(design, measured.damage) for design, measured in zip(designs, sets, strict=True)],
         {
             "weights": facts["model_fingerprint"],
+            "output": collector.outputs[0],
             "data": facts["data_fingerprint"],
             "loss": described(truth.loss),
             "layers": digest(*(" ".join(members) for members in collector.units)),
@@ -243,8 +247,10 @@ def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: 
 
 
 def _identity(problems: Sequence[_Problem], num_samples: int, seed: int) -> dict[str, str]:
-    own = {name: ", ".join(problem.identity[name] for problem in problems) for name in problems[0].identity}
-    return {**own, "num_samples": str(num_samples), "seed": str(seed)}
+    names = [name for name in problems[0].identity if name != "output"]
+    own = {name: ", ".join(problem.identity[name] for problem in problems) for name in names}
+    outputs = {f"output of model {i}": problem.identity["output"] for i, problem in enumerate(problems)}
+    return {**own, **outputs, "num_samples": str(num_samples), "seed": str(seed)}
 
 
 def _scores(tree: Tree, problems: Sequence[_Problem]) -> list[list[float]]:

@@ -265,7 +265,14 @@ def search(
         "stages": run.taken,
         "environment": environment(),
     }
-    return replace(result, settings=settings, seconds=time.perf_counter() - start, identity=identity, finished=finished)
+    return replace(
+        result,
+        settings=settings,
+        seconds=time.perf_counter() - start,
+        identity=identity,
+        finished=finished,
+        passes_in_this_run=round(spending.used - spending.found, 4),
+    )
 
 
 def _silent(iterable: Any, total: int, label: str) -> Any:

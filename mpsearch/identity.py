@@ -89,20 +89,20 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
     >>> difference({"weights": "a", "data": "b"}, {"weights": "a", "data": "c"})
     'other data: it has b, this run has c'
     """
-    for name in sorted({**wanted, **stored}, key=lambda name: name == "output"):  # which comes of all the others
+    for name in sorted({**wanted, **stored}, key=_is_output):  # which come of all the others
         ours, theirs = wanted.get(name), stored.get(name)
         if ours == theirs:
             continue
-        if name != "output" or ours is None or theirs is None:
+        if not _is_output(name) or ours is None or theirs is None:
             return f"other {name}: it has {theirs}, this run has {ours}"
         try:
             change, tolerance = _change(json.loads(theirs), json.loads(ours))
         except (ValueError, KeyError, TypeError):
-            return "an output of the unquantized model that cannot be read"
+            return f"another {name}, which cannot be read"
         if not change <= tolerance:
             return (
-                f"another output of the unquantized model: on the first samples the two differ by {change:.2g} of its size, and rounding "
-                f"explains {tolerance:.2g} (another forward, an attribute, other code with the same weights?)"
+                f"another {name}: unquantized, on the first samples, the two differ by {change:.2g} of its size, and rounding explains "
+                f"{tolerance:.2g} (another forward, an attribute, other code with the same weights?)"
             )
         if change:
             warnings.warn(
@@ -111,6 +111,11 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
                 stacklevel=4,
             )
     return None
+
+
+def _is_output(name: str) -> bool:
+    """True for what `output_identity` tells: `output`, `output of model 1`."""
+    return name.startswith("output")
 
 
 def _change(first: dict[str, Any], second: dict[str, Any]) -> tuple[float, float]:

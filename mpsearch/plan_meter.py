@@ -80,12 +80,14 @@ class Spending:
         used: taken so far; results found in the checkpoint count as if they had been run, so that an interrupted search goes
             on as it would have.
         free: names of results in the checkpoint that cost nothing: they are those of an earlier search.
+        found: of those taken, passes that an interrupted run took and this one found in the checkpoint.
         watch: is told of every charge.
     """
 
     limit: float
     used: float = 0.0
     free: Collection[str] = ()
+    found: float = 0.0
     watch: Callable[[float], object] | None = None
 
     @property
@@ -93,10 +95,17 @@ class Spending:
         """Passes left."""
         return self.limit - self.used
 
-    def charge(self, passes: float, found: str | None = None) -> None:
-        """Count passes that were run, or whose result was `found` in the checkpoint under this name."""
-        if found not in self.free:
+    def charge(self, passes: float, name: str | None = None, found: float | None = None) -> None:
+        """Count passes.
+
+        Args:
+            passes: that were run, or whose result was found in the checkpoint.
+            name: of the result that was found.
+            found: so many of them were not run now; by default all for a result that was found.
+        """
+        if name not in self.free:
             self.used += passes
+            self.found += (0.0 if name is None else passes) if found is None else found
             if self.watch is not None:
                 self.watch(passes)
 

@@ -86,17 +86,16 @@ def scores(
         checkpoint=setting.checkpoint,
         progress=False,
     )
-    taken = []
     for places in families(members):
         family = [members[place] for place in places]
         key = f"search | tables | {digest(*map(described, family))}"
-        passes = setting.checkpoint.get(key)
+        origin = made[places[0]].origin
+        passes, measured = setting.checkpoint.get(key), origin["passes_in_this_run"]
         if passes is None:
-            passes = _taken(setting, family, made[places[0]].origin["passes_in_this_run"])
+            passes = _taken(setting, family, measured)
             setting.checkpoint.put(key, passes)
-        if key not in spending.free:
-            taken.append(passes)
-    spending.charge(share * sum(taken))
+        earlier = {kind: origin["passes"][kind] - measured[kind] for kind in measured}
+        spending.charge(share * passes, key, share * min(passes, earlier["forward"] + 2 * earlier["backward"]))
     tables = {
         name: replace(
             table,

@@ -142,6 +142,7 @@ class SearchResult:
         comparison: the plan, uniform precisions and the best plan of one table, on the report part.
         front: plans measured on the select part that none beats in both damage and use.
         tables: name of a signal -> its table; `posterior` is what the measured plans made of them.
+        passes_in_this_run: of `passes`, fewer where a checkpoint had results; None for a result that was loaded.
         surrogate: the output as a sum of what single layers change (`mpsearch.logit_shift`), where one-at-a-time runs were made.
         plans: all plans measured on the whole select part.
         passes: forward-pass equivalents taken: a backward pass counts 2.
@@ -166,6 +167,7 @@ class SearchResult:
     identity: Mapping[str, str]
     finished: Mapping[str, bytes] = field(repr=False)
     surrogate: "Surrogate | None" = field(default=None, repr=False)
+    passes_in_this_run: float | None = None
 
     @property
     def predicted(self) -> Mapping[str, Any]:
@@ -176,7 +178,9 @@ class SearchResult:
     def spent(self) -> str:
         """What the search took, in words."""
         plans = f"{len(self.plans)} plan{'s' if len(self.plans) > 1 else ''}"
-        return f"{self.passes:.4g} forward-pass equivalents, {plans} measured, {self.seconds:.1f} s"
+        now = self.passes_in_this_run
+        again = "" if now in (None, self.passes) else f" (of which in this run {now:.4g})"
+        return f"{self.passes:.4g} forward-pass equivalents{again}, {plans} measured, {self.seconds:.1f} s"
 
     @property
     def undecided(self) -> str:

@@ -273,7 +273,7 @@ def test_another_forward_with_the_same_weights_is_refused(tmp_path, what):
     run(model, batches(), KLDivergence(), layers=layers)
     run(model, batches(), Fisher(), layers=layers)
     FORWARDS[what](model)
-    words = r"run.db was written for another output of the unquantized model: on the first samples the two differ by "
+    words = r"run.db was written for another output: unquantized, on the first samples, the two differ by "
     with pytest.raises(mps.EstimatorError, match=words):
         run(model, batches(), KLDivergence(), layers=layers)
 

@@ -42,6 +42,13 @@ def cnn(seed=0):
     return model
 
 
+def other_forward():
+    """The same weights."""
+    model = cnn()
+    model[1] = nn.Tanh()
+    return model
+
+
 def images(seed=0):
     return [torch.randn(6, 2, 6, 6, generator=torch.Generator().manual_seed(seed)) for _ in range(2)]
 
@@ -147,6 +154,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after):
             {"truth": ProxyTruth(cnn(), images(), planted().measured, loss=lambda m, x: m(x).square().mean())},
             "other loss",
         ),
+        ({"truth": ProxyTruth(other_forward(), images(), planted().measured)}, "another output of model 0"),
     ],
 )
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, change, words):

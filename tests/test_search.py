@@ -725,8 +725,13 @@ def test_a_finished_checkpoint_gives_the_result_without_running_plans(tmp_path):
     first = find(checkpoint=tmp_path / "run.db")
     model = net()
     runs = Runs(model, 160)
-    same(find(model, checkpoint=tmp_path / "run.db"), first)
+    second = find(model, checkpoint=tmp_path / "run.db")
+    same(second, first)
     assert runs.passes < 0.4 * first.passes
+    assert first.passes_in_this_run == first.passes
+    assert 0 < second.passes_in_this_run < 0.4 * first.passes
+    assert "of which in this run" not in first.spent
+    assert f"(of which in this run {second.passes_in_this_run:.4g})" in second.spent
 
 
 def test_an_interrupted_search_on_an_earlier_result_goes_on_as_it_would_have(tmp_path):
