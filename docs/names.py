@@ -6,11 +6,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpsearch.export import EXPORTERS, READERS
+from mpsearch.export import EXPORTERS, READERS, TARGETS
+from mpsearch.export.storage import PACKED
+from mpsearch.export.targets import Target
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.resources import DEVICES, KINDS
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
+
+#: Tools whose models in memory are still in float.
+PACKED_WHEN_SAVED = ("auto-round", "llm-compressor")
 
 PAGE = """# Names
 
@@ -52,11 +57,29 @@ Devices of `roofline`: {devices}. `DEVICES[name].source` says where their number
 
 ## Tools to export to
 
-`mpsearch export --to NAME`, `mpsearch.export`. "Read back": `--verify` carries the plan out with the real tool and compares every layer.
+`mpsearch export --to NAME`, `mpsearch.export`. "Read back": `--verify` carries the plan out with the real tool, compares every layer, its
+bytes to the byte, and those of the whole model with `memory_bytes` of the plan to 1 %; exit status 1 where anything differs.
 
 | name | what is written | settings | read back |
 | --- | --- | --- | --- |
 {exporters}
+
+## Bytes as a tool stores them
+
+With `--target NAME`, `layers(..., target=NAME)`, `memory_bytes` counts what the tool stores, padding and ids included, and what it makes of
+all that is left alone; buffers that a state does not hold are not stored. "Checked": `--verify` reads these bytes back; else they follow
+the tool's code. Without a target: {packed}.
+
+A plan that is exported to a tool that stores it in other bytes than it was counted in is told with both numbers. Options that use as much
+as a finer one, as 6 bits in HQQ do as much as 8, are left out of a search that limits nothing else. A quantizer of your own tells its bytes
+by a method `stored_bytes(layer, precision)`; without one they are those of `RoundToNearest`, and that is told.
+
+| name | a quantized weight | checked |
+| --- | --- | --- |
+{storages}
+
+Not counted: 68 bytes of settings that HQQ's state keeps a layer, the tables of values in bitsandbytes' states, whole numbers that a tracer
+adds to ONNX graphs. GPTQModel and AutoRound write the bias of a quantized layer in float16.
 
 ## Tools to import from
 
@@ -77,8 +100,16 @@ def page() -> str:
         resources=_rows(KINDS.items(), lambda name: _fields(KINDS[name])),
         devices=", ".join(f"`{name}`" for name in DEVICES),
         exporters=exporters,
+        packed=PACKED.text,
+        storages="\n".join(_stored(name, target) for name, target in TARGETS.items()),
         importers=_rows((*IMPORTERS.items(), *TABLE_IMPORTERS.items())),
     )
+
+
+def _stored(name: str, target: Target) -> str:
+    checked = target.storage.packs and name in READERS and name not in PACKED_WHEN_SAVED
+    also = "; layers that share a weight have codes of their own" if target.storage.unties else ""
+    return f"| `{name}` | {target.storage.text}{also} | {_yes(checked)} |"
 
 
 def _rows(parts: Iterable[tuple[str, Any]], *columns: Callable[[str], str]) -> str:

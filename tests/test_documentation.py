@@ -22,7 +22,7 @@ import pytest
 import mpsearch
 from mpsearch import CostTable, Plan, Precision
 from mpsearch.commands.parser import parser
-from mpsearch.export import EXPORTERS, READERS
+from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.precision import NAMED_BITS
 from mpsearch.resources import DEVICES, KINDS
@@ -161,6 +161,7 @@ def test_the_page_of_names_is_that_of_the_code():
             assert settings == [field.name for field in dataclasses.fields(cls)]
     read_back = {row[0].strip("`"): row[3] == "yes" for row in rows("names.md", "Tools to export to")}
     assert read_back == {name: name in READERS for name in EXPORTERS}
+    assert [row[0].strip("`") for row in rows("names.md", "Bytes as a tool stores them")] == [*TARGETS]
     assert [row[0].strip("`") for row in rows("names.md", "Tools to import from")] == [*IMPORTERS, *TABLE_IMPORTERS]
 
 

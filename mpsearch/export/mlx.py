@@ -13,7 +13,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files import write_atomically
-from mpsearch.modules import kind_of, weight_of
+from mpsearch.modules import kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 
@@ -81,7 +81,8 @@ def read_mlx(plan: Plan, model: nn.Module) -> StoredModel:
             torch.from_numpy(_codes(words, bits)),
             words.nbytes + module.scales.nbytes + module.biases.nbytes,
         )
-    return StoredModel(found)
+    holders = _holders(model)
+    return StoredModel({name: found[holders[name]] for name in holders if holders[name] in found})
 
 
 def _codes(words: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
@@ -90,14 +91,22 @@ def _codes(words: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
     return np.asarray((stream.astype(np.int64) << np.arange(bits)).sum(-1))
 
 
+def _holders(model: nn.Module) -> dict[str, str]:
+    """Linear layers and embeddings -> the first with the same weight, which is the one that mlx_lm writes and reads."""
+    named = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)]
+    first: dict[Any, str] = {}
+    return {name: first.setdefault(storage_of(weight_of(module)), name) for name, module in named}
+
+
 def _tree(model: nn.Module) -> Any:
     """MLX modules of the linear layers and embeddings, at the paths that they have in the model."""
     core, layers = package("mlx.core", "mlx"), package("mlx.nn", "mlx")
     root = layers.Module()
     types = {torch.float32: core.float32, torch.float16: core.float16, torch.bfloat16: core.bfloat16}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear | nn.Embedding):
+    for name, holder in _holders(model).items():
+        if name != holder:
             continue
+        module = model.get_submodule(name)
         weight = weight_of(module).detach()
         rows, columns = weight.shape
         made = (

@@ -245,7 +245,7 @@ HQQ = Storage(
     _hqq,
     "3-bit codes ten to a 32-bit word, 5 and 6 bits in bytes, a scale and a zero-point in the weight's dtype a group",
 )
-MLX = Storage(_mlx, "the codes of a row in 32-bit words, a scale and a bias in the weight's dtype a group", unties=True)
+MLX = Storage(_mlx, "the codes of a row in 32-bit words, a scale and a bias in the weight's dtype a group")
 INT8_GRAPH = Storage(_int8_graph, "codes in int8, a float32 scale and an int64 zero-point a channel")
 GPTQMODEL = Storage(
     _gptq_with_ids,
