@@ -12,6 +12,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -172,14 +173,32 @@ def _umask() -> int:
     return mask
 
 
+#: What formulas begin with.
+_FORMULA = ("=", "+", "-", "@")
+
+
 def csv_text(rows: Iterable[Iterable[Any]]) -> str:
     r"""Rows as CSV with lines ended by `\n`; a cell with a line break of any kind is quoted, so that every reader sees one cell.
+
+    Warns:
+        UserWarning: of the first name that a spreadsheet would take for a formula; it is written as it is, since other tools read it.
 
     >>> csv_text([["layer", "bits"], ["a\rb", 4], ["c, d", 8]])
     'layer,bits\n"a\rb",4\n"c, d",8\n'
     """
     text = io.StringIO(newline="")
-    csv.writer(_Lines(text), lineterminator="\r\n").writerows(rows)  # what ends lines is quoted in cells
+    formulas: list[str] = []
+
+    def seen() -> Iterator[Iterable[Any]]:
+        for row in rows:
+            cells = list(row)
+            formulas.extend(cell for cell in cells if isinstance(cell, str) and cell.lstrip()[:1] in _FORMULA)
+            del formulas[1:]
+            yield cells
+
+    csv.writer(_Lines(text), lineterminator="\r\n").writerows(seen())  # what ends lines is quoted in cells
+    if formulas:
+        warnings.warn(f"the name {formulas[0]!r} is written to CSV: a spreadsheet takes it for a formula", stacklevel=2)
     return text.getvalue()
 
 

@@ -488,7 +488,7 @@ def _read(path: Path) -> _Summary:
     except FileError as error:
         raise PlanError(f"{path}: {error}") from None
     for name in summary["tables"]:
-        if Path(name).name != name or "\\" in name:
+        if Path(name).name != name or name in ("", "..") or "\\" in name or not name.isprintable():
             raise PlanError(f"{path}: the table {name!r} is no name of a file in the folder")
     if "posterior" not in summary["tables"]:
         raise PlanError(f"{path}: no table 'posterior' at $.tables")
