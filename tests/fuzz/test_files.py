@@ -185,7 +185,7 @@ def folder():
     path.joinpath("proxy.json").write_text(json.dumps(PROXY))
     torch.manual_seed(0)
     batches = [(torch.randn(4, 4), torch.randint(3, (4,))) for _ in range(12)]
-    result = mps.search(model(), batches, mps.Budget(average_bits=4), PRECISIONS[:2], max_passes=12, progress=False)
+    result = mps.search(model(), batches, mps.Budget(average_bits=3), PRECISIONS[:2], max_passes=12, progress=False)
     result.save(path / "result")
     tools = path / "tools"
     tools.mkdir()
