@@ -1,5 +1,6 @@
 """Budgets that leave nothing to search: the highest precision fits, or only one plan does."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +15,7 @@ from mpsearch.solvers import Exact
 
 Options = NDArray[np.int64]
 
-_SECONDS = 5.0  # for the proof that no second plan fits, a row
+_EXACT = Exact(time_limit_s=math.inf, max_states=50_000, max_nodes=2_000)  # no clock: the same answer on a busy machine
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,7 @@ def _as_fine(one: Precision, other: Precision) -> bool:
 def _only(problem: Problem) -> Options | None:
     """The plan within the limits where there is no other, proven row by row."""
     free = replace(problem, objective=np.where(np.isnan(problem.objective), np.nan, 0.0), interactions=None)
-    solver = Exact(time_limit_s=_SECONDS)
-    options = choose(solver, free).options
+    options = choose(_EXACT, free).options
     if options is None:
         return None
     for row, option in enumerate(options.tolist()):
@@ -88,7 +88,7 @@ def _only(problem: Problem) -> Options | None:
         objective[row, option] = np.nan
         if np.isnan(objective[row]).all():
             continue
-        other = choose(solver, replace(free, objective=objective))
+        other = choose(_EXACT, replace(free, objective=objective))
         if other.status is not Status.INFEASIBLE:
             return None
     return options

@@ -46,6 +46,8 @@ class Exact:
         time_limit_s: of the search among the rows in doubt.
         gap: relative gap that is near enough; 0 asks for the proof.
         max_states: partial plans kept; some 50 bytes each, and 6 more for each row in doubt.
+        max_nodes: of branch and cut, where there are several limits. With `time_limit_s=math.inf` the two counts alone end the search,
+            and the same table gives the same plan however busy the machine is.
 
     >>> choice = Exact().choose(np.array([[4.0, 1.0], [2.0, 0.0]]), np.array([[[1.0, 2.0], [1.0, 2.0]]]), np.array([3.0]))
     >>> choice.options.tolist(), str(choice.status)
@@ -55,6 +57,7 @@ class Exact:
     time_limit_s: float = 60.0
     max_states: int = 200_000
     gap: float = 0.0
+    max_nodes: int = 1_000_000
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""
@@ -117,7 +120,16 @@ class Exact:
                 )
             else:
                 seconds = deadline - time.perf_counter()
-                found = milp.search(core, slack, prices, excess + rounding, usage, limits, time_limit_s=seconds)
+                found = milp.search(
+                    core,
+                    slack,
+                    prices,
+                    excess + rounding,
+                    usage,
+                    limits,
+                    time_limit_s=seconds,
+                    max_nodes=self.max_nodes,
+                )
             stats["states" if states else "nodes"] = found.size
             if found.options is not None:
                 value = _total(sensitivity, found.options) - bound

@@ -20,6 +20,7 @@ def search(
     limits: Floats,
     *,
     time_limit_s: float,
+    max_nodes: int,
 ) -> Found:
     """Best plan and bound by branch and cut; arguments as in `lists.search`.
 
@@ -52,6 +53,7 @@ def search(
             primal_feasibility_tolerance=1e-9,
             dual_feasibility_tolerance=1e-9,
             time_limit=max(0.1, time_limit_s),
+            mip_max_nodes=max_nodes,
         )
         program = highspy.HighsLp()
         program.num_col_, program.num_row_ = count, len(core.rows) + resources

@@ -1,5 +1,6 @@
 """What a search knows so far: the limits, the tables, and the plans that were measured."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -12,6 +13,9 @@ from mpsearch.solvers import Exact
 
 Floats = NDArray[np.float64]
 Options = NDArray[np.int64]
+
+#: Ended by counts and not by a clock, so that the same seed gives the same search on a busy machine.
+_EXACT = Exact(time_limit_s=math.inf, gap=1e-6, max_states=50_000, max_nodes=2_000)
 
 
 @dataclass(eq=False)
@@ -40,7 +44,7 @@ class Record:
     def exact(self, costs: Floats) -> Options | None:
         """The plan within the limits with the least sum of costs (U, P); None where the solver finds none."""
         problem = replace(self.problem, objective=np.where(self.allowed, costs, np.nan), interactions=None)
-        return choose(Exact(time_limit_s=5.0, gap=1e-6), problem).options
+        return choose(_EXACT, problem).options
 
     def fits(self, options: Options) -> bool:
         """True where a plan is allowed and keeps the limits."""

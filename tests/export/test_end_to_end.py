@@ -114,7 +114,7 @@ def test_onnxruntime(trained, tmp_path):
 
 def test_gguf(trained, tmp_path, llama_cpp):
     pytest.importorskip("gguf")
-    plan = searched(trained, "gguf", "wq4_0 wq5_0 wq8_0 wq4_k", RoundToNearest(), average_bits=5)
+    plan = searched(trained, "gguf", "wq4_0 wq5_0 wq8_0 wq4_k", RoundToNearest(), average_bits=5.5)
     assert "wq4_k" not in {str(precision) for precision in plan.values()}  # no width here is a multiple of 256
     model, held_out, _ = trained
     export.gguf(plan, model, path=tmp_path / "m.gguf")

@@ -1,6 +1,7 @@
 """What is proposed fits, is allowed and is new; neighbours are all there are."""
 
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -184,3 +185,20 @@ def test_crossing_needs_two_parents():
     record, table = record_of(0)
     record.measured = {next(every_plan(table, record)): 1.0}
     assert Crossing().propose(record, Posterior(np.nan_to_num(table.sensitivity))) is None
+
+
+@pytest.mark.parametrize("resources", [1, 3])
+def test_a_busy_machine_finds_the_same_plans(monkeypatch, resources):
+    """A clock that leaps by a day at each look stands for a machine that does other work."""
+    g = np.random.default_rng(resources)
+    layers = tuple(mps.Layer(f"l{u}", "linear", (4, 4), 16, "") for u in range(80))
+    bits = np.array([2, 3, 4, 5, 6, 8])
+    cost = np.exp(g.normal(-5, 2, (80, 1))) * 4.0**-bits * np.exp(g.normal(0, 0.2, (80, 6)))
+    usage = {f"r{r}": g.integers(100, 9000, (80, 1)) * (bits if r == 0 else g.permuted(bits)) for r in range(resources)}
+    limits = {name: float(np.floor(0.6 * use.min(1).sum() + 0.4 * use.max(1).sum())) for name, use in usage.items()}
+    table = mps.CostTable(layers, mps.precisions("w2 w3 w4 w5 w6 w8"), cost, usage=usage)
+    record = Record(Problem.of(table, mps.Budget(**limits)), {}, g)
+    idle = record.exact(cost)
+    days = itertools.count(0.0, 86400.0)
+    monkeypatch.setattr(time, "perf_counter", lambda: next(days))
+    assert record.exact(cost).tolist() == idle.tolist()
