@@ -4,7 +4,8 @@ import contextlib
 import functools
 import random
 import sys
-from collections import deque
+import types
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,43 +54,62 @@ def random_states() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
+#: Values that nobody can change.
+_FIXED = frozenset({str, bytes, int, float, bool, type(None), type, torch.dtype, torch.device, types.FunctionType})
+
+
 class _Noted:
     def __init__(self) -> None:
+        self._empty: list[dict[Any, Any]] = []  # a module has a dozen: of hooks, buffers, submodules
+        self._mappings: list[tuple[dict[Any, Any], tuple[tuple[Any, Any], ...]]] = []
         self._restores: list[Restore] = []
         self._seen: dict[int, Any] = {}  # values are kept, so that no address is given out twice
 
     def add(self, value: Any, *, inside: bool) -> None:
         """Note a value; of an object `inside` another one, attributes are not looked at."""
-        if isinstance(value, nn.Module | nn.Parameter | type) or id(value) in self._seen:
+        if type(value) in _FIXED:
+            return
+        if type(value) in (dict, OrderedDict) and not value:
+            self._empty.append(value)
+            return
+        if id(value) in self._seen:
             return
         self._seen[id(value)] = value
-        if isinstance(value, Tensor):
-            if value.layout is torch.strided and not value.is_meta:
+        if isinstance(value, dict):
+            self._mappings.append((value, tuple(value.items())))
+            for part in value.values():
+                self.add(part, inside=inside)
+        elif isinstance(value, Tensor):
+            if value.layout is torch.strided and not (value.is_meta or isinstance(value, nn.Parameter)):
                 self._restores.append(_tensor(value))
+        elif isinstance(value, nn.Module | type):
+            return
         elif isinstance(value, np.ndarray):
             self._restores.append(_array(value))
-        elif isinstance(value, dict):
-            self._restores.append(_mapping(value))
-            self._add_all(value.values(), inside)
-        elif isinstance(value, list | deque):
-            self._restores.append(_sequence(value))
-            self._add_all(value, inside)
+        elif isinstance(value, list | deque | tuple):
+            if not isinstance(value, tuple):
+                self._restores.append(_sequence(value))
+            for part in value:
+                self.add(part, inside=inside)
         elif isinstance(value, set):
             self._restores.append(_set(value))
-        elif isinstance(value, tuple):
-            self._add_all(value, inside)
         elif isinstance(value, torch.Generator | np.random.Generator | np.random.RandomState | random.Random):
             self._restores.append(_generator(value))
         elif not inside and hasattr(value, "__dict__") and not _is_of_python(value):
-            self._restores.append(_mapping(vars(value)))
-            self._add_all(vars(value).values(), True)
-
-    def _add_all(self, values: Any, inside: bool) -> None:
-        for value in list(values):
-            if not isinstance(value, str | bytes | int | float | None):
-                self.add(value, inside=inside)
+            self._mappings.append((vars(value), tuple(vars(value).items())))
+            for part in vars(value).values():
+                self.add(part, inside=True)
 
     def restore(self) -> None:
+        for mapping in self._empty:
+            mapping.clear()
+        for mapping, items in self._mappings:
+            now = tuple(mapping.items())
+            if len(now) != len(items) or any(
+                a is not c or b is not d for (a, b), (c, d) in zip(now, items, strict=True)
+            ):
+                mapping.clear()
+                mapping.update(items)
         for restore in self._restores:
             restore()
 
@@ -119,19 +139,6 @@ def _array(value: Any) -> Restore:
     def restore() -> None:
         if value.flags.writeable and value.shape == copy.shape:
             value[...] = copy
-
-    return restore
-
-
-def _mapping(value: dict[Any, Any]) -> Restore:
-    items = list(value.items())
-
-    def restore() -> None:
-        now = list(value.items())
-        same = len(now) == len(items) and all(a == c and b is d for (a, b), (c, d) in zip(now, items, strict=True))
-        if not same:
-            value.clear()
-            value.update(items)
 
     return restore
 
