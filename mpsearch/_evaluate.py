@@ -23,6 +23,7 @@ from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, 
 from mpsearch.plan import Plan
 from mpsearch.quantize import RoundToNearest
 from mpsearch.undecided import tell_unnamed
+from mpsearch.wrapped_names import by_names_of
 
 
 def evaluate(
@@ -65,6 +66,7 @@ def evaluate(
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     before = state_fingerprint(model)
     with preserved(model, data[0]), torch.no_grad():
+        plan = named_in(model, plan)
         _check_plan(model, plan)
         tell_unnamed(model, named_weights(model, plan), len(plan))
         choice = choose(model, data, probed_output(model, data[0]), few(data[0], PROBED), metric, loss=loss)
@@ -85,6 +87,11 @@ def evaluate(
         raise EstimatorError("the metric or the loss changed the model's parameters or buffers")
     choice.warn(stacklevel=2)
     return tallies[1].result(tallies[0].result(None))
+
+
+def named_in(model: nn.Module, plan: Plan) -> Plan:
+    """The plan by the names of the model, of which one may be wrapped (torch.compile, data parallelism) and the other not."""
+    return by_names_of(plan, named_layers(model))
 
 
 def named_weights(model: nn.Module, plan: Plan) -> list[nn.Parameter]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch._evaluate import _check_plan as check_plan
-from mpsearch._evaluate import named_weights
+from mpsearch._evaluate import named_in, named_weights
 from mpsearch.data_split import few
 from mpsearch.determinism import PROBED, probed_output
 from mpsearch.errors import EstimatorError, PlanError
@@ -58,7 +58,8 @@ def measure_plans(
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
-        The plans in their order, with damage and standard error over samples, in the unit of the metric (nats a prediction for the KL);
+        The plans in their order, by the names of the model, with damage and standard error over samples, in the unit of the metric
+        (nats a prediction for the KL);
         `origin["measured"]` tells the metric and why it is that one.
 
     Raises:
@@ -74,10 +75,11 @@ def measure_plans(
     data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
     check_metric(metric)
-    unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)))
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]
     with preserved(model, data[0]), torch.no_grad():
+        plans = [named_in(model, plan) for plan in plans]
+        unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)))
         for number, plan in enumerate(plans):
             try:
                 check_plan(model, plan)

@@ -58,6 +58,7 @@ from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import decidable, only_allowed, refused_options
 from mpsearch.ties import in_proportion
 from mpsearch.undecided import undecided
+from mpsearch.wrapped_names import plain
 
 #: Most layers of a tie that are scored alone where that takes runs of the model.
 _ALONE = 8
@@ -350,7 +351,9 @@ def run_identity(
 
 def _told_apart(layer: Layer) -> str:
     """What of a layer a score depends on, besides its weight: what it may not have is never run."""
-    return f"{layer.name} {layer.group}" + (f" {' '.join(map(str, layer.allowed))}" if layer.allowed else "")
+    return f"{plain(layer.name)} {plain(layer.group)}" + (
+        f" {' '.join(map(str, layer.allowed))}" if layer.allowed else ""
+    )
 
 
 def _chosen(

@@ -9,6 +9,7 @@ from mpsearch.errors import TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision, precisions
+from mpsearch.wrapped_names import by_names_of
 
 #: Precisions as text (`w2 w4`), one, or several.
 Options = str | Precision | Sequence[Precision]
@@ -35,6 +36,8 @@ def with_options(
     """
     decided = Plan.load(fixed) if isinstance(fixed, str | os.PathLike) else fixed or {}
     names = [layer.name for layer in layers]
+    if isinstance(decided, Plan):
+        decided = by_names_of(decided, names)
     own: dict[str, tuple[Precision, ...]] = {}
     for what, given in (("allow", allow or {}), ("fixed", decided)):
         if not isinstance(given, Mapping):

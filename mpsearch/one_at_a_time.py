@@ -16,6 +16,7 @@ from mpsearch.measure import Mean
 from mpsearch.model import Batch, call, inputs_of, samples
 from mpsearch.perturb import input_quantizers, inputs, quantized_weights, weights
 from mpsearch.prefix import Resumption, record
+from mpsearch.wrapped_names import plain
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class _Run:
         confirmed = f"one at a time | confirmed | {number}"
         names = {
             (estimator, key): "one at a time | "
-            f"{digest(described(estimator), self.setting.units[key[0]].name, key[1])} | {number}"
+            f"{digest(described(estimator), plain(self.setting.units[key[0]].name), key[1])} | {number}"
             for estimator, key in self.means
         }
         stored = {place: checkpoint.get(name) for place, name in names.items()}

@@ -58,6 +58,7 @@ from mpsearch.export.verification import Verification as Verification
 from mpsearch.export.verification import verified as _verified
 from mpsearch.plan import Plan
 from mpsearch.quantize import is_symmetric as _is_symmetric
+from mpsearch.wrapped_names import unwrapped as _unwrapped
 
 #: Target -> `export(plan, model=None, *, snap=False, path=None, **options)`.
 EXPORTERS: dict[str, Callable[..., Any]] = {
@@ -126,6 +127,7 @@ def verify(plan: Plan, model: nn.Module, target: str, **options: Any) -> Verific
     """
     if target not in READERS:
         raise ExportError(f"{target!r} cannot be verified here{nearest(target, READERS)}")
+    model = _unwrapped(model)
     distribution, read = READERS[target]
     symmetric = _is_symmetric(options.get("quantizer"))
     fitting = _fitted(replace(plan, usage={}), model, target, vllm=False, symmetric=symmetric)

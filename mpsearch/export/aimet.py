@@ -17,6 +17,7 @@ from mpsearch.modules import canonical
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 
 def aimet(
@@ -47,6 +48,7 @@ def aimet(
     """
     if model is None or not quantizer.symmetric or quantizer.granularity != "channel":
         raise ExportError("aimet needs the model, whose weights give the scales: symmetric, one an output channel")
+    model = unwrapped(model)
     plan = fitted(plan, model, "aimet", snap=snap)
     encodings = {}
     for name, precision in plan.items():

@@ -16,6 +16,7 @@ from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 
 def auto_round(
@@ -49,6 +50,7 @@ def auto_round(
     >>> auto_round(Plan({"fc": Precision("4", "16", 32), "out": Precision("16")}))
     {'fc': {'bits': 4, 'group_size': 32, 'sym': True}, 'out': {'bits': 16}}
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "auto-round", snap=snap, vllm=vllm)
     content: dict[str, dict[str, Any]] = {
         name: {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True}

@@ -16,6 +16,7 @@ from mpsearch.files import write_atomically
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 
 def bitsandbytes(
@@ -42,6 +43,7 @@ def bitsandbytes(
     >>> bitsandbytes(Plan({"fc": Precision("nf4"), "out": Precision("16")}))
     {'load_in_4bit': True, 'bnb_4bit_quant_type': 'nf4', 'llm_int8_skip_modules': ['out']}
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "bitsandbytes", snap=snap)
     quantized = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
     widths = {precision.weight for precision in quantized.values()}

@@ -15,6 +15,7 @@ from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "brevitas"
 
@@ -43,6 +44,7 @@ def brevitas(
     """
     if model is None:
         raise ExportError("brevitas needs the model: what it makes are its layers")
+    model = unwrapped(model)
     plan = fitted(plan, model, "brevitas", snap=snap)
     copied = _quantized(plan, copy.deepcopy(model))
     if path is not None:

@@ -28,6 +28,7 @@ from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 
 def compressed_tensors(
@@ -66,6 +67,7 @@ def compressed_tensors(
     """
     if not quantizer.symmetric or quantizer.granularity != "channel":
         raise ExportError("compressed-tensors is written with symmetric codes and a scale a channel or group")
+    model = unwrapped(model)
     plan = fitted(plan, model, "compressed-tensors", snap=snap, vllm=vllm)
     if model is not None:
         _check_experts(plan, model)

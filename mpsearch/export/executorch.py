@@ -15,6 +15,7 @@ from mpsearch.export.verification import StoredModel
 from mpsearch.files import write_atomically
 from mpsearch.model import Batch
 from mpsearch.plan import Plan
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "executorch"
 Backend = Literal["portable", "xnnpack"]
@@ -48,6 +49,7 @@ def executorch(
     """
     if model is None:
         raise ExportError("executorch needs the model: what it writes is the model itself")
+    model = unwrapped(model)
     plan = fitted(plan, model, "executorch", snap=snap)
     graph, _ = converted(plan, copy.deepcopy(model), example, backend == "xnnpack")
     program = _program(graph, arguments(example, model), backend)

@@ -10,6 +10,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
+from mpsearch.wrapped_names import unwrapped
 
 
 def exllamav3(
@@ -37,6 +38,7 @@ def exllamav3(
     """
     if model is None:
         raise ExportError("exllamav3 needs the model: the recipe names every linear layer, and the average bits")
+    model = unwrapped(model)
     plan = fitted(plan, model, "exllamav3", snap=snap)
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     bits = {name: plan[name].weight_bits if name in plan else 16 for name in linear}

@@ -19,6 +19,7 @@ from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
 from mpsearch.unfused import unfused
+from mpsearch.wrapped_names import by_names_of
 
 #: Share by which bytes that are told and bytes that are stored may differ: constants of a graph, a header.
 _SAME_BYTES = 0.01
@@ -71,6 +72,7 @@ def fitted(
     Raises:
         ExportError: with layer, precision and what the target can.
     """
+    plan = named_in(plan, model)
     if snap:
         found = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
         if found.changes:
@@ -130,6 +132,7 @@ def snapped(
     """
     if model is None:
         raise ExportError("snap=True (--snap) needs the model: bytes depend on the shapes of its layers")
+    plan = named_in(plan, model)
     known, layers = rules(target, vllm), described(plan, model, target)
     plan = _reached(plan, layers)
     groups = joined(plan, model, known.fused)
@@ -162,6 +165,16 @@ def snapped(
     return Snapped(
         replace(plan, layers={n: moved[n] for n in plan}, predicted={}, usage=usage, origin=origin), changes, target
     )
+
+
+def named_in(plan: Plan, model: nn.Module | None) -> Plan:
+    """The plan by the names of a model, of which one may be wrapped and the other not; without a model, as torch.compile found it."""
+    if model is None:
+        names = [name.replace("_orig_mod.", "") for name in plan]
+    else:
+        with unfused(model):
+            names = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    return by_names_of(plan, names)
 
 
 def described(plan: Plan, model: nn.Module | None, target: str | None = None) -> dict[str, Layer]:

@@ -22,6 +22,7 @@ from mpsearch.modules import storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.unfused import unfused
+from mpsearch.wrapped_names import unwrapped
 
 _KEPT = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 _CASTS = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -64,6 +65,7 @@ def gguf(
         raise ExportError(
             "llama.cpp scales the weights of the chosen experts to a sum of 1 in qwen3moe, and the model has norm_topk_prob=False"
         )
+    model = unwrapped(model)
     plan = fitted(plan, model, "gguf", snap=snap)
     tensors = _tensors(plan, model, architecture)
     if path is not None:

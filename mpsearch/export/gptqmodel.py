@@ -21,6 +21,7 @@ from mpsearch.files import write_atomically
 from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "gptqmodel"
 
@@ -55,6 +56,7 @@ def gptqmodel(
     >>> settings["dynamic"]
     {'+:^a\\.fc$': {'bits': 4, 'group_size': 32, 'sym': True, 'desc_act': False}, '-:^a\\.out$': {}}
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "gptqmodel", snap=snap, vllm=vllm)
     quantized = {name: precision for name, precision in plan.items() if precision.quantizes_weight}
     fused = fused_groups(plan, VLLM) if vllm else {}

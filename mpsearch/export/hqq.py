@@ -14,6 +14,7 @@ from mpsearch.export.state_file import write_state
 from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 
 def hqq(
@@ -40,6 +41,7 @@ def hqq(
     """
     if model is None:
         raise ExportError("hqq needs the model: what it makes are its layers")
+    model = unwrapped(model)
     plan = fitted(plan, model, "hqq", snap=snap)
     copied = copy.deepcopy(model)
     _replace(plan, copied)

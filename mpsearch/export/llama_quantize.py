@@ -14,6 +14,7 @@ from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 _TYPES = {"fp16": "f16", "fp32": "f32"}
 
@@ -45,6 +46,7 @@ def llama_quantize(
         ExportError: for what cannot be expressed, or a layer that the architecture has no tensor for.
         MissingPackage: without gguf, which knows the names.
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "llama-quantize", snap=snap)
     others = [name for name in layer_weights(model) if name not in plan] if model else []
     kinds = {name: type_name(precision, left_alone) for name, precision in plan.items()} | dict.fromkeys(

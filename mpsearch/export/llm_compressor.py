@@ -19,6 +19,7 @@ from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "llm-compressor"
 Modifier = Literal["QuantizationModifier", "GPTQModifier"]
@@ -48,6 +49,7 @@ def llm_compressor(
     Raises:
         ExportError: for what cannot be expressed.
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "llm-compressor", snap=snap, vllm=vllm)
     groups = config_groups(plan, model, rules("llm-compressor", vllm).fused)
     if model is not None:

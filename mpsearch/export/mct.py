@@ -11,6 +11,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.tracing import traced
 from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
+from mpsearch.wrapped_names import unwrapped
 
 _QUANTIZED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -40,6 +41,7 @@ def mct(
     """
     if model is None:
         raise ExportError("mct needs the model: it names the nodes of the traced graph")
+    model = unwrapped(model)
     plan = fitted(plan, model, "mct", snap=snap)
     nodes: dict[str, str] = {}
     with traced("mct"):

@@ -16,6 +16,7 @@ from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of, storage_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 
 def mlx(
@@ -42,6 +43,7 @@ def mlx(
     >>> predicate("fc", None), predicate("other", None)
     ({'bits': 4, 'group_size': 64}, False)
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "mlx", snap=snap)
     settings = {
         name: {"bits": precision.weight_bits, "group_size": precision.group_size}

@@ -17,6 +17,7 @@ from mpsearch.files import write_atomically
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 
 def modelopt(
@@ -46,6 +47,7 @@ def modelopt(
     >>> modelopt(Plan({"fc": Precision("4")}))["quant_cfg"][1:]
     [{'quantizer_name': 'fc.weight_quantizer', 'cfg': {'num_bits': 4, 'axis': 0}}]
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "modelopt", snap=snap, vllm=vllm)
     own = {name for name, _ in model.named_modules()} if model else set(plan)
     inputs: dict[str, str] = {}

@@ -9,10 +9,11 @@ from typing import Any, Literal
 from torch import nn
 
 from mpsearch.errors import ExportError
-from mpsearch.export.fitting import described
+from mpsearch.export.fitting import described, named_in
 from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files import csv_text, write_atomically
 from mpsearch.plan import Plan
+from mpsearch.wrapped_names import unwrapped
 
 _COLUMNS = ("weight_format", "weight_bits", "activation_format", "activation_bits", "group_size")
 
@@ -42,6 +43,8 @@ def neutral(
     >>> list(neutral(Plan({"model.fc": Precision("4")}), keys="regex"))
     ['^model\\.fc$']
     """
+    model = unwrapped(model)
+    plan = named_in(plan, model)
     described(plan, model)
     content = {
         name if keys == "name" else f"^{re.escape(name)}$": {

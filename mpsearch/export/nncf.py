@@ -18,6 +18,7 @@ from mpsearch.model import Batch
 from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "nncf"
 _COMPRESSIBLE = ("MatMul", "Gather", "Convolution", "GroupConvolution")
@@ -53,6 +54,7 @@ def nncf(
     {'layers': ['b'], 'mode': 'int8_sym', 'group_size': None, 'all_layers': None}
     {'layers': ['a'], 'mode': 'int4_sym', 'group_size': 32, 'all_layers': True}
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "nncf", snap=snap)
     chosen = {precision for precision in plan.values() if precision.quantizes_weight}
     sizes = sorted(str(precision) for precision in chosen if precision.weight == "3")

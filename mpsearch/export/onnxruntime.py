@@ -20,6 +20,7 @@ from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import Codes, RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "onnxruntime"
 
@@ -60,6 +61,7 @@ def onnxruntime(
     """
     if model is None:
         raise ExportError("onnxruntime needs the model: what it writes is the model itself")
+    model = unwrapped(model)
     plan = fitted(plan, model, "onnxruntime", snap=snap, symmetric=quantizer.symmetric)
     if accuracy_level == 4:
         bytes_wide = (name for name, precision in plan.items() if precision.weight == "8")

@@ -25,6 +25,7 @@ from mpsearch.modules import weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "onnxruntime"
 
@@ -68,6 +69,7 @@ def onnxruntime_static(
         raise ExportError(
             "onnxruntime-static needs the model, and a quantizer with symmetric codes and a scale a channel"
         )
+    model = unwrapped(model)
     plan = _ranged(fitted(plan, model, "onnxruntime-static", snap=snap), reduce_range)
     tools = package("onnxruntime.quantization", _EXTRA)
     rounded = copy.deepcopy(model)

@@ -19,6 +19,7 @@ from mpsearch.model import Batch, inputs_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 _EXTRA = "torchao"
 _OPERATORS = ("aten.linear", "aten.conv1d", "aten.conv2d")
@@ -51,6 +52,7 @@ def pt2e(
         ExportError: for what cannot be expressed; also, from `prepare_pt2e`, for a layer that the graph does not hold.
         MissingPackage: without torchao.
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "pt2e", snap=snap)
     if path is not None:
         if model is None or example is None:

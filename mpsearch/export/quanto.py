@@ -14,6 +14,7 @@ from mpsearch.modules import kind_of, weight_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.wrapped_names import unwrapped
 
 
 def quanto(
@@ -41,6 +42,7 @@ def quanto(
     >>> quanto(Plan({"fc": Precision("4", "16", 128), "out": Precision("16")}))
     {'fc': {'weights': 'qint4', 'activations': 'none'}}
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "quanto", snap=snap)
     content = {
         name: {"weights": f"qint{precision.weight}", "activations": "none"}

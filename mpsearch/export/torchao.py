@@ -18,6 +18,7 @@ from mpsearch.files import write_atomically
 from mpsearch.modules import kind_of
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
+from mpsearch.wrapped_names import unwrapped
 
 
 def torchao(
@@ -50,6 +51,7 @@ def torchao(
         ExportError: for what torchao cannot express.
         MissingPackage: without torchao.
     """
+    model = unwrapped(model)
     plan = fitted(plan, model, "torchao", snap=snap, vllm=vllm)
     if symmetric and any(precision.weight == "1" for precision in plan.values()):
         name = next(name for name, precision in plan.items() if precision.weight == "1")

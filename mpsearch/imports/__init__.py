@@ -17,6 +17,7 @@ from mpsearch.imports.modelopt import modelopt_table as modelopt_table
 from mpsearch.imports.nncf import from_nncf as from_nncf
 from mpsearch.plan import Plan
 from mpsearch.table import CostTable
+from mpsearch.wrapped_names import by_names_of, unwrapped
 
 _T = TypeVar("_T")
 #: Tool -> `read(path, model=None)` of the plan that it chose.
@@ -49,7 +50,9 @@ def import_plan(path: str | os.PathLike[str], tool: str, model: nn.Module | None
     """
     if tool not in IMPORTERS:
         raise PlanError(f"cannot import a plan from {tool!r}{nearest(tool, IMPORTERS)}")
-    plan = _read(IMPORTERS[tool], path, tool, model, PlanError)
+    plan = _read(IMPORTERS[tool], path, tool, unwrapped(model), PlanError)
+    if model is not None:
+        plan = by_names_of(plan, [name for name, _ in model.named_modules()])
     if not plan:
         raise PlanError(f"{path}: no layer is decided on")
     return plan
@@ -71,7 +74,7 @@ def import_table(path: str | os.PathLike[str], tool: str, model: nn.Module | Non
     """
     if tool not in TABLE_IMPORTERS:
         raise TableError(f"cannot import a table from {tool!r}{nearest(tool, TABLE_IMPORTERS)}")
-    return _read(TABLE_IMPORTERS[tool], path, tool, model, TableError)
+    return _read(TABLE_IMPORTERS[tool], path, tool, unwrapped(model), TableError)
 
 
 def _read(
