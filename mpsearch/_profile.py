@@ -258,6 +258,7 @@ def scored(
                     _Progress(progress),
                     passes,
                     checkpoint=results,
+                    beside=None if choice is None else choice.comparison,
                 )
                 start = time.perf_counter()
                 with preserved(model), peak_memory(device_of(model)) as peak:

@@ -87,6 +87,7 @@ class Setting:
         passes: the estimator counts its runs here.
         checkpoint: where finished work goes, and is found again after an interruption.
         kept: quantized weights; see `quantized`.
+        beside: what outputs are compared by beside a loss of the user's own.
     """
 
     model: nn.Module
@@ -100,6 +101,7 @@ class Setting:
     passes: Passes = field(default_factory=Passes)
     checkpoint: Results = field(default_factory=NoCheckpoint)
     kept: Kept = field(default_factory=Kept)
+    beside: Comparison | None = None
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
@@ -157,10 +159,10 @@ class Setting:
 
     @property
     def comparison(self) -> Comparison | None:
-        """What the loss compares by, or, of the loss with the data's targets, what fits it; None for the user's own."""
+        """What the loss compares by, or, of the loss with the data's targets, what fits it; `beside` the user's own."""
         if isinstance(self.loss, TargetLoss):
             return self.loss.comparison
-        return self.loss if isinstance(self.loss, Comparison) else None
+        return self.loss if isinstance(self.loss, Comparison) else self.beside
 
     @property
     def unit(self) -> str:
@@ -170,12 +172,16 @@ class Setting:
     def predictions(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """`model.predictions`, with the rows as the loss reads them: logits, where the output is probabilities."""
         rows, labels, index = predictions(self.model, output, batch)
-        return rows if callable(self.loss) else self.loss.rows(rows), labels, index
+        return self._read(rows), labels, index
 
     def run(self, batch: Batch) -> Run:
         """One forward pass, with the rows as the loss reads them."""
         found = run(self.model, batch)
-        return found if callable(self.loss) else replace(found, rows=self.loss.rows(found.rows))
+        return replace(found, rows=self._read(found.rows))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        reader = self.beside if callable(self.loss) else self.loss
+        return rows if reader is None else reader.rows(rows)
 
     def mean_loss(self, batch: Batch) -> Tensor:
         """The loss of a batch, a scalar in the graph: one forward pass.

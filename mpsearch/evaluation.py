@@ -1,6 +1,10 @@
 """What `evaluate` measures."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+from mpsearch import report
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,23 @@ class Evaluation:
     metric_name: str | None = None
     metric_unit: str | None = None
     measured: str = ""
+
+    @property
+    def kinds(self) -> list[tuple[str, str, Callable[..., str]]]:
+        """What was measured, what plans are judged by first: its attribute, its title with unit, and how a value of it is written."""
+        name, unit = self.metric_name or "metric", self.metric_unit
+        title = (
+            name
+            if unit in (None, name)
+            else str(unit)
+            if unit.startswith(name.replace("-", " "))
+            else f"{name} [{unit}]"
+        )
+        kl = [] if math.isnan(self.kl) else [("kl", "KL [nats]", report.damage)]
+        others = [("loss", "loss", report.damage), ("accuracy", "accuracy", report.percent)]
+        own = [("metric", title, report.damage)]
+        every = kl + others + own if kl else own + others
+        return [kind for kind in every if getattr(self, kind[0]) is not None]
 
     def _repr_html_(self) -> str:
         from mpsearch.html import display

@@ -4,6 +4,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+#: Metric -> what its damage is, on an axis.
+DAMAGE = {
+    "kl": "KL to the unquantized model [nats]",
+    "bernoulli-kl": "KL of the labels to the unquantized model [nats]",
+    "mse": "squared error to the unquantized model",
+    "relative-error": "relative error to the unquantized model",
+    "psnr": "squared error over squared peak",
+    "cosine": "cosine distance to the unquantized model",
+    "loss": "rise of the loss [nats]",
+    "accuracy": "drop of the accuracy",
+}
+
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = 80) -> str:
     """Columns aligned, the first to the left, the others to the right, and cut to fit.

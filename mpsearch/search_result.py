@@ -349,17 +349,13 @@ class SearchResult:
         """Verdict, comparison and passes, for a person; the table in so many columns."""
         usage = self.comparison[0].usage
         resources = [name for name in dict.fromkeys(("average_bits", "memory_bytes", self.front.over)) if name in usage]
-        kinds = [
-            ("loss", "loss", report.damage),
-            ("accuracy", "right", report.percent),
-            ("metric", "metric", report.damage),
-        ]
-        kinds = [kind for kind in kinds if getattr(self.measured, kind[0]) is not None]
+        (first, title, tell_first), *kinds = self.measured.kinds
+        kinds = [(kind, "right" if kind == "accuracy" else name, tell) for kind, name, tell in kinds]
         rows = [
             [
                 one.name + (f" ({self.beyond})" if one.role == "uniform above" else ""),
                 *(report.amount(name, one.usage[name]) for name in resources),
-                report.damage(one.evaluation.kl, one.evaluation.kl_se),
+                tell_first(getattr(one.evaluation, first), getattr(one.evaluation, f"{first}_se")),
                 *(tell(getattr(one.evaluation, kind)) for kind, _, tell in kinds),
             ]
             for one in self.comparison
@@ -367,9 +363,9 @@ class SearchResult:
         reference = self.measured.reference
         if reference is not None:
             told = [tell(getattr(reference, kind)) for kind, _, tell in kinds]
-            rows.append(["unquantized", *[""] * len(resources), report.damage(reference.kl), *told])
+            rows.append(["unquantized", *[""] * len(resources), tell_first(getattr(reference, first)), *told])
         labels = ["bits" if name == "average_bits" else report.label(name) for name in resources]
-        header = ["held-out data", *labels, "KL [nats]", *(title for _, title, _ in kinds)]
+        header = ["held-out data", *labels, title, *(title for _, title, _ in kinds)]
         shown = report.table(header, rows, width)
         for title in ("loss", "memory", "right"):  # what is least needed, where there is no room
             if title in header and max(map(len, shown.split("\n"))) > width:
@@ -389,6 +385,7 @@ class SearchResult:
                 shown,
                 "",
                 self.spent,
+                *filter(None, [self.settings.get("measured", "")]),
                 proof,
                 *filter(None, [ties_text(self.plan.predicted), self.undecided, self.counted, self.outdone]),
             ]

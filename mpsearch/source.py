@@ -102,7 +102,7 @@ def predicted(setting: Setting, batch: Batch, number: int) -> Predicted:
     Raises:
         EstimatorError: where the output of the model, or the loss, is not finite.
     """
-    metric = setting.comparison
+    metric = None if callable(setting.loss) else setting.comparison
     if metric is None:
         loss = setting.mean_loss(batch)
         size = samples(batch)

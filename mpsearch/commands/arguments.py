@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
 from mpsearch.files import check_folder, check_writable
-from mpsearch.loading import UsageError, call, loaded_batches, part
+from mpsearch.loading import UsageError, call, load, loaded_batches, part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -101,6 +101,19 @@ def _picture(path: str) -> str:
 
     check_ending(path)
     return file(path)
+
+
+def add_metric(parser: argparse.ArgumentParser, further: str = ", loss, accuracy, or file.py:function") -> None:
+    """What is measured."""
+    parser.add_argument(
+        "--metric",
+        help=f"kl, bernoulli-kl, mse, relative-error, psnr, cosine{further} (default: what fits the outputs and targets)",
+    )
+
+
+def metric(text: str | None) -> Any:
+    """A name, or the function that it names."""
+    return load(text, "metric") if text is not None and ":" in text else text
 
 
 def seed(text: str) -> int:

@@ -5,7 +5,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import mpsearch as mps
-from mpsearch import report
 from mpsearch.commands import arguments
 from mpsearch.commands.command import Answer, Command
 from mpsearch.commands.screen import Screen
@@ -18,6 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan, .json")
+    arguments.add_metric(parser)
     arguments.add_plot(parser, "the plan with what was measured")
 
 
@@ -26,11 +26,13 @@ def run(options: argparse.Namespace) -> Answer:
     plan = mps.Plan.load(options.plan)
     model = arguments.model(options.model)
     data = arguments.data(options.data, model)
-    found = mps.evaluate(model, data, plan)
+    found = mps.evaluate(model, data, plan, metric=arguments.metric(options.metric))
     if options.plot:
         from mpsearch.model import collect
 
-        measured = f"measured: KL {report.damage(found.kl, found.kl_se)} nats, {found.num_samples} samples"
+        name, title, text = found.kinds[0]
+        value = text(getattr(found, name), getattr(found, f"{name}_se"))
+        measured = f"measured: {title} {value}, {found.num_samples} samples"
         plan.plot(options.plot, layers=mps.layers(model, collect(data, model)[0]), title=measured)
     return Answer(
         dataclasses.asdict(found), lambda screen: _text(found, screen), (options.plot,) if options.plot else ()
@@ -40,20 +42,16 @@ def run(options: argparse.Namespace) -> Answer:
 def _text(found: "Evaluation", screen: Screen) -> str:
     before = found.reference
     assert before is not None
-    rows = [["KL to the original [nats]", "0", report.damage(found.kl, found.kl_se)]]
-    if found.loss is not None:
-        rows.append(
-            ["loss", report.damage(before.loss, before.loss_se), report.damage(found.loss, found.loss_se)],
-        )
-    if found.accuracy is not None:
-        rows.append(
-            [
-                "accuracy",
-                report.percent(before.accuracy, before.accuracy_se),
-                report.percent(found.accuracy, found.accuracy_se),
-            ]
-        )
-    return screen.table([f"{found.num_samples} samples", "unquantized", "plan"], rows)
+    rows = [
+        [
+            "KL to the original [nats]" if name == "kl" else title,
+            text(getattr(before, name), getattr(before, f"{name}_se") or None),
+            text(getattr(found, name), getattr(found, f"{name}_se")),
+        ]
+        for name, title, text in found.kinds
+    ]
+    header = [f"{found.num_samples} samples", "unquantized", "plan"]
+    return f"{screen.table(header, rows)}\n\n{screen.prose(found.measured)}"
 
 
 COMMAND = Command(

@@ -15,12 +15,13 @@ from mpsearch.loading import load, part
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
-    parser.add_argument("--estimator", default="kl-divergence", help="by name, or module:Class (default: %(default)s)")
+    parser.add_argument("--estimator", default="output-damage", help="by name, or module:Class (default: %(default)s)")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --estimator; may be repeated"
     )
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
-    parser.add_argument("--loss", help="kl (default), cross-entropy, or file.py:function(model, batch)")
+    arguments.add_metric(parser, " or loss")
+    parser.add_argument("--loss", help="kl, cross-entropy, or file.py:function(model, batch), in place of --metric")
     arguments.add_layers(parser)
     parser.add_argument(
         "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> Answer:
         data,
         estimator,
         precisions,
+        metric=arguments.metric(options.metric),
         loss=loss,
         layers=layers,
         resources=arguments.resources(options),
@@ -77,7 +79,7 @@ def run(options: argparse.Namespace) -> Answer:
         spent = f"{table.origin['estimator']}: {report.passes(**used)}{again}, {table.origin['seconds']:.1f} s"
         if peak is not None:
             spent += f", at most {report.amount('memory_bytes', peak)} above the model and data"
-        return f"{table_text(table, screen)}\n\n{screen.prose(spent)}"
+        return f"{table_text(table, screen)}\n\n{screen.prose(spent)}\n{screen.prose(table.origin['measured'])}"
 
     return Answer(content, text, tuple(filter(None, (options.out, options.plot))))
 
@@ -85,7 +87,7 @@ def run(options: argparse.Namespace) -> Answer:
 COMMAND = Command(
     "profile",
     "fill a cost table from a model and data",
-    "profile nets.py:net --data nets.py:batches --estimator kl-divergence --precisions 'w2 w4 w8' -o table.csv",
+    "profile nets.py:net --data nets.py:batches --estimator output-damage --precisions 'w2 w4 w8' -o table.csv",
     add,
     run,
 )

@@ -24,9 +24,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="passes to spend: 8, 40 + one a layer and precision (default), or four times that",
     )
     parser.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
-    parser.add_argument(
-        "--metric", default="kl", help="kl (default), loss, accuracy, or file.py:function(model, batch)"
-    )
+    arguments.add_metric(parser)
+    parser.add_argument("--loss", help="file.py:function(model, batch), with --metric loss")
     parser.add_argument("--higher-is-better", action="store_true", help="direction of a metric of your own")
     parser.add_argument(
         "--tolerance", type=float, metavar="DAMAGE", help="find the least --minimize with at most this damage"
@@ -61,7 +60,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     """Search, and write the result into a folder."""
-    metric = options.metric if options.metric in ("kl", "loss", "accuracy") else load(options.metric, "metric")
+    metric = arguments.metric(options.metric)
+    loss = None if options.loss is None else load(options.loss, "loss")
     if options.max_passes is not None and options.effort != "default":
         raise UsageError("--effort and --max-passes at once; give one of them")
     model = arguments.model(options.model)
@@ -79,6 +79,7 @@ def run(options: argparse.Namespace) -> Answer:
         effort=options.effort,
         max_passes=options.max_passes,
         metric=metric,
+        loss=loss,
         higher_is_better=options.higher_is_better,
         tolerance=options.tolerance,
         minimize=options.minimize,

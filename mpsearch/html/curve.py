@@ -17,11 +17,6 @@ from mpsearch.search_result import SearchResult
 _APART = 150
 #: Share of the curve's width that is left free on each side.
 _MARGIN = 0.04
-_DAMAGE = {
-    "kl": "KL to the unquantized model [nats]",
-    "loss": "rise of the loss [nats]",
-    "accuracy": "drop of the accuracy",
-}
 #: kind of a point -> sign, colour and words of the legend, title of the point.
 _KINDS = {
     "front": ("●", "blue", "plan that none beats", "Plan of the curve"),
@@ -100,7 +95,7 @@ def data(result: SearchResult, shown: Sequence[Point]) -> dict[str, Any]:
     log = min(damage) > 0
     return {
         "over": report.label(over) + (" (one sample)" if over == "bitops" or over.endswith("_s") else ""),
-        "damage": _DAMAGE.get(result.settings.get("metric", ""), f"damage [{result.plans.unit}]"),
+        "damage": report.DAMAGE.get(result.settings.get("metric", ""), f"damage [{result.plans.unit}]"),
         "layers": layers,
         "precisions": precisions,
         "bits": [used[name].weight_bits for name in precisions],

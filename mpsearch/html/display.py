@@ -160,19 +160,18 @@ def measured_plans(shown: "MeasuredPlans") -> str:
 def evaluation(shown: "Evaluation") -> str:
     """What was measured, beside the unquantized model."""
     before = shown.reference
-    rows = [["KL to the unquantized model [nats]", report.damage(shown.kl, shown.kl_se), "0"]]
-    for name, text in (("loss", report.damage), ("accuracy", report.percent), ("metric", report.damage)):
-        value, se = getattr(shown, name), getattr(shown, f"{name}_se")
-        if value is not None:
-            whole = "-" if before is None else text(getattr(before, name), getattr(before, f"{name}_se"))
-            rows.append([name, text(value, se), whole])
+    rows = []
+    for name, title, text in shown.kinds:
+        whole = "-" if before is None else text(getattr(before, name), getattr(before, f"{name}_se") or None)
+        title = report.DAMAGE["kl"] if name == "kl" else title
+        rows.append([title, text(getattr(shown, name), getattr(shown, f"{name}_se")), whole])
     header = [f"{shown.num_samples} samples", "plan", "unquantized"]
-    return _block(table(header, rows), "± one standard error")
+    return _block(table(header, rows), "± one standard error", shown.measured)
 
 
 def search_result(shown: "SearchResult") -> str:
     """Verdict, comparison, plan."""
-    tail = f"{shown.spent}; ± one standard error"
+    tail = "; ".join(filter(None, [shown.spent, "± one standard error", shown.settings.get("measured", "")]))
     head = f"<p><strong>{escape(shown.verdict)}</strong></p>"
     return head + _block(comparison(shown), tail) + plan(shown.plan)
 
@@ -180,22 +179,15 @@ def search_result(shown: "SearchResult") -> str:
 def comparison(shown: "SearchResult") -> str:
     """The plan, uniform precisions and the best plan of one table on the report part, and the unquantized model."""
     resources = [name for name in shown.comparison[0].usage if name != "average_bits"]
-    measured = [one.evaluation for one in shown.comparison]
-    kinds = [
-        ("loss", report.damage),
-        ("accuracy", report.percent),
-        ("metric", report.damage),
-    ]
-    kept = [kind for kind in kinds if any(getattr(one, kind[0]) is not None for one in measured)]
+    kinds = shown.measured.kinds
     unit = shown.plans.unit
-    header = ["held-out data", "average bits", *map(report.label, resources), "KL [nats]", *(kind[0] for kind in kept)]
+    header = ["held-out data", "average bits", *map(report.label, resources), *(title for _, title, _ in kinds)]
     rows = [
         [
             _row_name(one, shown.beyond),
             report.amount("average_bits", one.usage.get("average_bits", math.nan)),
             *(report.amount(name, one.usage[name]) for name in resources),
-            report.damage(one.evaluation.kl, one.evaluation.kl_se),
-            *(text(getattr(one.evaluation, name), getattr(one.evaluation, f"{name}_se")) for name, text in kept),
+            *(text(getattr(one.evaluation, name), getattr(one.evaluation, f"{name}_se")) for name, _, text in kinds),
             "" if one.role == "plan" else report.damage(one.difference, one.difference_se),
         ]
         for one in shown.comparison
@@ -208,8 +200,7 @@ def comparison(shown: "SearchResult") -> str:
                 "unquantized",
                 "",
                 *(report.amount(name, reference.get(name, math.nan)) for name in resources),
-                "0",
-                *(text(getattr(before, name), getattr(before, f"{name}_se")) for name, text in kept),
+                *(text(getattr(before, name), getattr(before, f"{name}_se") or None) for name, _, text in kinds),
                 "",
             ]
         )

@@ -57,12 +57,11 @@ def _facts(result: SearchResult) -> str:
     """The numbers that are looked for first."""
     usage, whole = result.plan.usage, result.tables["posterior"].reference_usage
     found, before = result.measured, result.measured.reference
-    facts = [("KL [nats]", report.damage(found.kl, found.kl_se), "to the unquantized model, on held-out data")]
-    for name, text in (("accuracy", report.percent), ("loss", report.damage), ("metric", report.damage)):
-        value = getattr(found, name)
-        if value is not None:
-            compared = "" if before is None else f"unquantized {text(getattr(before, name))}"
-            facts.append((name, text(value, getattr(found, f"{name}_se")), compared))
+    facts = []
+    for name, title, text in found.kinds:
+        plain = None if before is None else getattr(before, name)
+        compared = f"unquantized {text(plain)}" if plain else "to the unquantized model, on held-out data"
+        facts.append((title, text(getattr(found, name), getattr(found, f"{name}_se")), compared))
     for name, value in usage.items():
         share = f"{100 * value / whole[name]:.3g} % of the unquantized model" if whole.get(name) else ""
         facts.append((report.label(name), report.amount(name, value), share))

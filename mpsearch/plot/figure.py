@@ -37,11 +37,6 @@ _LABELS = {
     "energy_j": "energy (one sample)",
     "average_bits": "average weight bits",
 }
-_DAMAGE = {
-    "kl": "KL to the unquantized model [nats]",
-    "loss": "rise of the loss [nats]",
-    "accuracy": "drop of the accuracy",
-}
 #: Damages below this share of the largest are drawn as if near zero, where a logarithmic axis has to hold zero too.
 _NEAR_ZERO = 1e-6
 
@@ -120,7 +115,8 @@ def resource_axis(axis: Axis, resource: str, what: str = "") -> None:
 def damage_axis(axis: Axis, values: Any, unit: str, origin: Mapping[str, Any], what: str = "damage") -> None:
     """Label and scale of a damage: logarithmic, with zero and negative values on it where there are some."""
     metric = origin.get("metric", "kl" if unit == "nats" else "own")
-    axis.set_label_text(f"{what}, {_DAMAGE[metric]}" if metric in _DAMAGE else f"{what} [{unit}]")
+    metric = "own" if metric == "loss" and unit != "nats" else metric
+    axis.set_label_text(f"{what}, {report.DAMAGE[metric]}" if metric in report.DAMAGE else f"{what} [{unit}]")
     found = np.asarray(values, np.float64)
     found = found[np.isfinite(found)]
     sizes = np.abs(found[found != 0])
