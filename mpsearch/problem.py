@@ -13,7 +13,7 @@ from mpsearch.errors import BudgetError, SolverError, TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-from mpsearch.quantity import DERIVED, Quantity, amounts, merged, quantity
+from mpsearch.quantity import DERIVED, Quantity, amounts, exact_sum, merged, plus, quantity
 from mpsearch.solution import Choice, Solution, Status, relative_gap
 from mpsearch.table import Array, CostTable, Interactions
 from mpsearch.undecided import sentence
@@ -26,8 +26,9 @@ class Problem:
     """A table, a goal and limits as arrays; layers of one group are one row.
 
     What a solver sees of a resource are whole multiples of a power of two, less than 2^53 of them in any plan, so that its sums are
-    exact in any order. Where cells have more digits than that they are rounded down: no plan is lost, and one that breaks a limit by
-    less than `blur` looks as if it kept it. `feasible` decides on the very amounts that are reported.
+    exact in any order: the use itself, or what it is above the least of the row. Where that has more digits it is rounded down: no plan
+    is lost, and one that breaks a limit by less than `blur` looks as if it kept it. `feasible` decides on the very amounts that are
+    reported.
 
     Attributes:
         table: the table.
@@ -35,7 +36,7 @@ class Problem:
         limits: name -> (lower, upper) limit on the whole model.
         objective: (G, P) float64; nan = option not allowed.
         usage: (R, G, P) float64, a row for each limit, several for a peak, the negative for a lower limit.
-        free: (R,) float64, the limits less the fixed part.
+        free: (R,) float64, the limits less the fixed part and what `usage` does not count.
         blur: (R,) float64; a choice with a use of at most `free - blur` keeps the limit for sure. 0: nothing was rounded.
         row_names: (R,) amount of each row of `usage`; `... at least` for a lower limit.
         row_of_layer: (L,) int64, row of each layer.
@@ -112,22 +113,32 @@ class Problem:
 
     def _row(self, amount: Quantity, step: int, limit: float) -> tuple[Array, float, float]:
         """Usage (G, P), what is free, and the blur, of one step of an amount that is at most `limit`."""
-        allowed = self.table.allowed
+        allowed = ~np.isnan(self.objective)
         cells = amount.cells[step]
-        size = float(np.where(allowed, np.abs(cells), 0.0).max(axis=1).sum())
-        exponent, layers = 0, 0
-        if size >= 2.0**_DIGITS or not ((cells == np.floor(cells)) | ~allowed).all():
-            exponent = max(math.frexp(size)[1] - _DIGITS, -1074)
-            down = np.ldexp(np.floor(np.ldexp(cells, -exponent)), exponent)
-            layers = int(((down != cells) & allowed).any(axis=1).sum())
-            cells = down
         room, reached = amount.room(step, limit)
+        exponent, rounded = 0, 0
+        size = float(np.where(self.table.allowed, np.abs(cells), 0.0).max(axis=1).sum())
+        if size < 2.0**_DIGITS and ((cells == np.floor(cells)) | ~self.table.allowed).all():
+            usage = merged(cells, self.row_of_layer)[0]
+        else:  # from the least of each row, which is exact as pairs of floats
+            high, low = (np.where(allowed, part, 0.0) for part in merged(cells, self.row_of_layer))
+            least = least_options(cells, self.row_of_layer, allowed)
+            rows = np.arange(len(least))
+            first, second = high[rows, least], low[rows, least]
+            high, low = plus(*plus(high, low, -first[:, None]), -second[:, None])
+            room -= exact_sum(first) + exact_sum(second)
+            size = float(np.where(allowed, high, 0.0).max(axis=1).sum())
+            exponent = max(math.frexp(size)[1] - _DIGITS, -1074) if size else 0
+            usage = np.ldexp(np.floor(np.ldexp(high, -exponent)), exponent)
+            rest = (high - usage) + low
+            usage = np.where(allowed, usage - np.ldexp((rest < 0).astype(float), exponent), np.nan)
+            rounded = int(((rest != 0) & allowed).any(axis=1).sum())
         unit = Fraction(2) ** exponent
         most = math.floor(room / unit)
         if not reached and most * unit == room:
             most -= 1
         most = max(min(most, 2**53), -(2**53))  # more than that is no limit, less is none that can be kept
-        return merged(cells, self.row_of_layer)[0], float(np.ldexp(most, exponent)), float(np.ldexp(layers, exponent))
+        return usage, float(np.ldexp(most, exponent)), float(np.ldexp(rounded, exponent))
 
     def fits(self, options: NDArray[np.int64]) -> bool:
         """True where a choice of one option a row keeps every limit as a solver sees it."""

@@ -168,6 +168,18 @@ def plus(high: Array, low: Array, more: Array | float) -> tuple[Array, Array]:
     return rounded, error - (rounded - total)
 
 
+def exact_sum(values: Array) -> Fraction:
+    """The sum without any rounding.
+
+    >>> exact_sum(np.array([0.1, 0.2])) == Fraction(0.1) + Fraction(0.2)
+    True
+    """
+    parts = [math.fsum(values.tolist())]
+    while parts[-1]:
+        parts.append(math.fsum([*values.tolist(), *(-part for part in parts)]))
+    return sum(map(Fraction, parts), Fraction(0))
+
+
 def running_sums(terms: Array) -> Array:
     """(N,) correctly rounded sums of the first 1, 2, ... N terms.
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.solution import Choice, Status
-from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, total
+from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.pairs import pair_blocks
 
@@ -58,6 +58,7 @@ class Annealing:
         interactions: "Interactions | None" = None,
     ) -> Choice:
         """See `Solver.choose`; `interactions` are added to the objective."""
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpsearch.errors import SolverError
 from mpsearch.solution import Choice, Status, UpperLimitsOnly
-from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, total
+from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 
 _NEAR = 4  # positions on either side of the boundary that are looked at one by one
@@ -53,6 +53,7 @@ class Bisection(UpperLimitsOnly):
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)

@@ -2,19 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.solution import Choice, Status
-from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, total
+from mpsearch.solvers.feasibility import Floats, Options, Whole, fits, reachable, shifted, total, whole
 from mpsearch.solvers.lagrangian import dual
 
 _BLOCK = 256  # partial plans compared at once where there are several resources
-
-Whole = NDArray[Any]  # int64, or Python integers where 64 bits are too few
 
 
 @dataclass(frozen=True)
@@ -46,13 +42,14 @@ class DynamicProgramming:
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)
         relaxed = dual(sensitivity, usage, limits, allowed)
         if relaxed.bound == math.inf:
             return Choice(None, Status.INFEASIBLE, math.inf, relaxed.multipliers)
-        scaled = [_whole(use, allowed, float(limit)) for use, limit in zip(usage, limits, strict=True)]
+        scaled = [whole(use, allowed, float(limit))[:2] for use, limit in zip(usage, limits, strict=True)]
         rows = len(sensitivity)
         lowest = np.where(allowed, sensitivity, np.inf).min(axis=1)
         above = sensitivity - lowest[:, None]
@@ -113,29 +110,6 @@ def _trace(steps: list[tuple[NDArray[np.int32], NDArray[np.int16]]], state: int)
         options[row] = option[state]
         state = int(parent[state])
     return options
-
-
-def _whole(use: Floats, allowed: NDArray[np.bool_], limit: float) -> tuple[Whole, int]:
-    """`use` in whole multiples of the largest power of two that allows it, and the most that keeps the limit.
-
-    A sum keeps the limit when it does so after rounding to a float, half to even, as `math.fsum` rounds.
-    """
-    mantissa, exponent = np.frexp(np.where(allowed, use, 0.0))
-    digits = np.ldexp(mantissa, 53).astype(np.int64)
-    lowest_bit = np.where(digits == 0, 1, digits & -digits)
-    place = np.where(digits == 0, np.iinfo(np.int32).max, exponent - 53 + np.log2(lowest_bit).astype(np.int64))
-    unit = min(int(place.min()), 1023)
-    shift = np.where(digits == 0, 0, place - unit)
-    bits = int((shift + 53).max()) + len(use).bit_length() + 1
-    odd = digits // lowest_bit
-    whole = (odd << shift) if bits < 63 else (odd.astype(object) << shift.astype(object))
-    if math.isinf(limit):
-        return whole, 1 << (bits + 1 if bits >= 63 else 62)
-    middle = (Fraction(limit) + Fraction(math.nextafter(limit, math.inf))) / 2
-    most = math.floor(middle / Fraction(2) ** unit)
-    if float(most * Fraction(2) ** unit) > limit:
-        most -= 1
-    return whole, most if bits >= 63 else max(min(most, 2**62), -(2**62))
 
 
 def _least_ahead(tables: list[Whole], allowed: NDArray[np.bool_]) -> list[list[int]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mpsearch.solution import Choice, Status
-from mpsearch.solvers.feasibility import Floats, Options, reachable, total
+from mpsearch.solvers.feasibility import Floats, Options, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves
 
@@ -45,6 +45,7 @@ class Evolutionary:
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)

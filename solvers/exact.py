@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from mpsearch.solution import Choice, Status
 from mpsearch.solvers import lists, milp
 from mpsearch.solvers.core import Core
-from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage
+from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, shifted
 from mpsearch.solvers.hull import hull_steps
 from mpsearch.solvers.prices import best_prices
 from mpsearch.solvers.repair import repaired
@@ -21,6 +21,7 @@ _ROWS = 1 << 16  # rows worked on at once: a few MB, whatever the table
 _SAMPLE = 1 << 17  # rows that a large table's price is first guessed from
 _BEAM = 256  # partial plans of the first, quick search
 _FEW = 256  # partial plans with several resources before branch and cut takes over
+_NOISE = 1e-8  # of the damage: rounding beyond that proves nothing
 _WIDEST = 4096  # rows in doubt that the search takes on
 
 
@@ -73,6 +74,7 @@ class Exact:
             prices = np.zeros(len(limits))
             prices[bounded] = found.multipliers
             return dataclasses.replace(found, multipliers=prices)
+        usage, limits = shifted(sensitivity, usage, limits)
         for use, limit in zip(usage, limits, strict=True):
             if _least(sensitivity, use) > limit:
                 return Choice(None, Status.INFEASIBLE, math.inf)
@@ -102,6 +104,7 @@ class Exact:
         if plan is None:
             plan = repaired(sensitivity, prices, usage, limits, base)
         excess = math.inf if plan is None else _total(sensitivity, plan) - bound
+        sharp = rounding <= _NOISE * _size(sensitivity)  # else what is proven drowns in the rounding of prices
         deadline = start + self.time_limit_s
         stats: dict[str, Any] = {"rows_in_doubt": 0, "states": 0, "nodes": 0}
         proven = 0.0  # excess that no plan can be below
@@ -143,7 +146,7 @@ class Exact:
         if plan is None:
             return Choice(None, Status.UNSOLVED, bound + proven - rounding, prices, stats)
         value = _total(sensitivity, plan)
-        if excess - proven <= rounding:
+        if sharp and excess - proven <= rounding:
             return Choice(plan, Status.OPTIMAL, value, prices, stats)
         return Choice(plan, Status.FEASIBLE, min(bound + proven - rounding, value), prices, stats)
 
@@ -171,6 +174,11 @@ def _most(sensitivity: Floats) -> float:
     """More than any plan costs."""
     sums = [np.nanmax(sensitivity[b], axis=1) for b in _blocks(len(sensitivity))]
     return sum(float(s.sum()) for s in sums) + 8 * np.finfo(float).eps * sum(float(np.abs(s).sum()) for s in sums)
+
+
+def _size(sensitivity: Floats) -> float:
+    """What the rows can cost, each at its largest, whatever the sign."""
+    return sum(float(np.nanmax(np.abs(sensitivity[b]), axis=1).sum()) for b in _blocks(len(sensitivity)))
 
 
 def _least_cost(sensitivity: Floats) -> Options:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from mpsearch.solution import Choice, Status
-from mpsearch.solvers.feasibility import Floats, reachable, total
+from mpsearch.solvers.feasibility import Floats, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves
 
@@ -35,6 +35,7 @@ class Greedy:
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)

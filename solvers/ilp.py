@@ -10,7 +10,7 @@ import numpy as np
 
 from mpsearch.errors import SolverError
 from mpsearch.solution import Choice, Status
-from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, reachable, total
+from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, reachable, room, shifted, total
 from mpsearch.solvers.pairs import pair_blocks
 
 if TYPE_CHECKING:
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _OBJECTIVE = 1e6  # value that the best known plan has after scaling; the solvers resolve about 1e-6
 _RESOLVED = 1e4  # below this value the plan is proven to less than 1e-9 relative: scale again
 _ROW = 1e4  # largest right-hand side of a limit
+_NARROW = 1e-9  # share of the largest use below which what is free is not scaled to `_ROW`
 _TOLERANCE = 1e-9  # integrality and feasibility asked of the solver
 _SLACK = 1e-5  # by how much a limit is relaxed in the model; exact arithmetic decides what lies between
+_NOISE = 1e-10  # of the damage: rounding beyond that proves nothing
 _ROUNDS = 200  # models solved before giving up on a proof
 
 
@@ -70,6 +72,7 @@ class ILP:
     ) -> Choice:
         """See `Solver.choose`; `interactions` are added to the objective."""
         deadline = time.perf_counter() + self.time_limit_s
+        usage, limits = shifted(sensitivity, usage, limits)
         allowed = reachable(sensitivity, usage, limits)
         if not allowed.any(axis=1).all():
             return Choice(None, Status.INFEASIBLE, math.inf)
@@ -103,7 +106,7 @@ class ILP:
         if best is None:
             return Choice(None, Status.UNSOLVED, outward, stats=stats)
         value = model.value(best)
-        if proven:
+        if proven and model.sharp(best):
             return Choice(best, Status.OPTIMAL, value, stats=stats)
         return Choice(best, Status.FEASIBLE, min(outward, value), stats=stats)
 
@@ -156,13 +159,14 @@ class _Model:
 
     def _add_limit(self, extra: Floats, limit: float, least: Floats) -> None:
         """One budget over what each cell uses beyond the least of its row, relaxed by more than the tolerances."""
-        slack = limit - math.fsum(least.tolist())
+        slack = room(least, limit)
         used = extra[self.allowed]
         if used.max(initial=0.0) == 0 or math.isinf(slack):
             return
         whole = slack < 2**53 and bool((used == np.floor(used)).all())
         unit = float(np.gcd.reduce(used.astype(np.int64))) if whole else 0.0
-        scale = min(_ROW / slack, 1 / unit if whole else math.inf) if slack > 0 else _ROW / float(used.max())
+        # beyond that range of numbers a float solver refuses the row
+        scale = min(_ROW / max(slack, _NARROW * float(used.max())), 1 / unit if whole else math.inf)
         right = (math.floor(slack / unit) * unit if whole else slack) * scale
         relaxed = right + max(_SLACK, 0.5 * unit * scale)
         self._add([(x, float(extra[cell]) * scale) for cell, x in self.cells.items() if extra[cell]], "<=", relaxed)
@@ -233,6 +237,13 @@ class _Model:
         cells = [self.cell_costs[cell] for cell in enumerate(chosen)]
         pairs = [cost for (i, p, k, q), cost in self.pair_costs.items() if chosen[i] == p and chosen[k] == q]
         return math.fsum(cells + pairs)
+
+    def sharp(self, options: Options) -> bool:
+        """False where the shifted costs of plans like this one drown in the rounding of the shifts, which then prove nothing."""
+        sizes = [abs(self.sensitivity[cell]) for cell in enumerate(options.tolist())]
+        if self.interactions is not None:
+            sizes += np.abs(self.interactions.chosen(options)).tolist()
+        return bool(4 * np.finfo(float).eps * self.magnitude <= _NOISE * math.fsum(sizes))
 
     def value(self, options: Options) -> float:
         extra = self.interactions.total(options) if self.interactions is not None else 0.0

@@ -88,13 +88,19 @@ class Moves:
         gain = now - self.excess(use, room)
         if (gain > 1e-12 * now).any():
             rate = np.divide(damage, gain, out=np.full(len(gain), np.inf), where=gain > 1e-12 * now)
-            return self.moved(options, int(rate.argmin()))
+            return self._nearer(options, now, int(rate.argmin()))
         pair_use = use[:, self.near, None] + use[:, None, self.near]
         pair_excess = np.where(self.row[self.near, None] == self.row[self.near], np.inf, self.excess(pair_use, room))
         i, j = divmod(int(pair_excess.argmin()), len(self.near))
         if not pair_excess[i, j] < (1 - 1e-12) * now:
             return None
-        return self.moved(options, int(self.near[i]), int(self.near[j]))
+        return self._nearer(options, now, int(self.near[i]), int(self.near[j]))
+
+    def _nearer(self, options: Options, now: float, *moves: int) -> Options | None:
+        """`options` after moves; None where the excess falls by rounding alone, which would go on for ever."""
+        changed = self.moved(options, *moves)
+        room = np.array([b - total(use, changed) for b, use in zip(self.limits, self.usage, strict=True)])
+        return changed if float(self.excess(np.zeros((len(room), 1)), room)[0]) < now else None
 
     def fill(self, options: Options) -> Options | None:
         """Most damage removed per unit of priced resource, among the moves that fit."""
