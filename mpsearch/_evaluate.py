@@ -1,7 +1,7 @@
 """The door from a model, data and a plan to measured damage."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +21,9 @@ from mpsearch.model import Batch, collect, preserved, state_fingerprint
 from mpsearch.modules import holds_weight, layer_of, named_layers, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
+from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.settings import check_kind
 from mpsearch.undecided import tell_unnamed
 from mpsearch.wrapped_names import by_names_of
 
@@ -64,6 +66,7 @@ def evaluate(
     data = collect(batches, model)
     check_metric(metric)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
+    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
     before = state_fingerprint(model)
     with preserved(model, data[0]), torch.no_grad():
         plan = named_in(model, plan)
@@ -185,6 +188,9 @@ class Tally:
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
+    check_kind(plan, Mapping, "a plan, layer -> precision", PlanError)
+    for precision in plan.values():
+        check_kind(precision, Precision, "precisions in the plan, mps.Precision('4')", PlanError)
     modules = dict(model.named_modules()) | named_layers(model)
     if not plan:
         raise PlanError("the plan has no layers")

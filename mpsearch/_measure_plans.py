@@ -25,6 +25,7 @@ from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, 
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.settings import check_kind
 from mpsearch.undecided import tell_unnamed
 
 
@@ -74,6 +75,7 @@ def measure_plans(
     """
     data = collect(batches, model)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
+    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
     check_metric(metric)
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from mpsearch._solve import choose
 from mpsearch.budget import Budget
-from mpsearch.errors import BudgetError, InfeasibleError, SolverError
+from mpsearch.errors import BudgetError, InfeasibleError, SolverError, TableError
 from mpsearch.front import Front, check_over
 from mpsearch.problem import Problem, least_options
 from mpsearch.quantity import quantity
+from mpsearch.settings import check_kind, checked_number
 from mpsearch.solution import Solver, Status, relative_gap
 from mpsearch.table import CostTable
 
@@ -60,9 +61,16 @@ def pareto(
     >>> [(point.usage["average_bits"], point.sensitivity) for point in front]
     [(2.0, 13.0), (3.0, 7.0), (4.0, 5.0)]
     """
+    check_kind(table, CostTable, "a cost table", TableError)
+    check_kind(over, str | tuple | list, "the name of a resource, or a list of them", BudgetError)
+    if budget is not None:
+        check_kind(budget, Budget, "a budget, mps.Budget(average_bits=4)", BudgetError)
+    epsilon = checked_number(epsilon, "epsilon", float, 1e-3, SolverError)
+    points = checked_number(points, "points", int, 64, SolverError)
     if not isinstance(over, str):
         names = tuple(over)
         for name in names:
+            check_kind(name, str, "the names of resources", BudgetError)
             check_over(table, name)
         if not names or len(set(names)) != len(names):
             raise BudgetError(f"over={list(names)}: expected one or several different resources")

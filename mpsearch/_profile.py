@@ -53,7 +53,7 @@ from mpsearch.resources.columns import (
     refused_cells,
     table_fields,
 )
-from mpsearch.settings import check_settings
+from mpsearch.settings import check_kind, check_settings
 from mpsearch.table import CostTable, Interactions
 from mpsearch.target_mask import decidable, only_allowed, refused_options
 from mpsearch.ties import in_proportion
@@ -214,6 +214,7 @@ def scored(
         check_settings(part, EstimatorError)
     own = checked_precisions(precisions)
     quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
+    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
     before = state_fingerprint(model)
     with preserved(model, data[0]):
         found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers
@@ -454,6 +455,7 @@ class _Progress:
 
 
 def checked_precisions(options: Sequence[Precision]) -> tuple[Precision, ...]:
+    check_kind(options, tuple | list, "precisions, mps.precisions('w2 w4 w8')", TableError)
     found = tuple(options)
     for place, option in enumerate(found):
         if not isinstance(option, Precision):
@@ -469,6 +471,7 @@ def check_layers(model: nn.Module, decisions: Sequence[Layer]) -> None:
     modules = dict(model.named_modules()) | named_layers(model)
     seen: set[str] = set()
     for layer in decisions:
+        check_kind(layer, Layer, "layers, of mps.layers(model, batch)", TableError)
         if layer.name not in modules:
             raise TableError(f"the model has no layer {layer.name!r}{nearest(layer.name, modules)}")
         if layer.name in seen:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.budget import Budget, limit_text
-from mpsearch.errors import InfeasibleError, SolverError
+from mpsearch.errors import BudgetError, InfeasibleError, SolverError, TableError
 from mpsearch.problem import Problem
-from mpsearch.settings import check_settings
+from mpsearch.settings import check_kind, check_settings, checked_number
 from mpsearch.solution import Choice, Solution, Solver, Status, UpperLimitsOnly
 from mpsearch.table import CostTable
 
@@ -81,6 +81,11 @@ def solve(
     >>> best.sensitivity, str(best.plan["a"]), str(best.status)
     (5.0, 'w6', 'optimal')
     """
+    check_kind(table, CostTable, "a cost table", TableError)
+    check_kind(budget, Budget, "a budget, mps.Budget(average_bits=4)", BudgetError)
+    check_kind(minimize, str, "the name of a resource to minimize", BudgetError)
+    if top is not None:
+        checked_number(top, "top", int, 1, SolverError)
     problem = Problem.of(table, budget, minimize)
     solver = default_solver(problem) if solver is None else solver
     name = repr(solver)

@@ -1,10 +1,12 @@
 """A layer: one decision of the search."""
 
 import math
+import numbers
 from dataclasses import dataclass
 
 from mpsearch.errors import TableError
 from mpsearch.precision import Precision
+from mpsearch.settings import check_kind
 
 #: Bytes of one element of the types in which weights are stored.
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
@@ -38,6 +40,11 @@ class Layer:
     allowed: tuple[Precision, ...] = ()
 
     def __post_init__(self) -> None:
+        for text in (self.name, self.kind, self.group, self.dtype, self.target):
+            check_kind(text, str, "names of a layer, its kind, group, dtype and target as text", TableError)
+        check_kind(self.weight_shape, tuple, f"the shape of layer {self.name!r} as a tuple", TableError)
+        for number in (*self.weight_shape, self.macs):
+            check_kind(number, numbers.Integral, f"sides and MACs of layer {self.name!r} as whole numbers", TableError)
         if not self.name:
             raise TableError("a layer without a name")
         for text in (self.name, self.group):

@@ -9,6 +9,7 @@ from mpsearch.errors import TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision, precisions
+from mpsearch.settings import check_kind
 from mpsearch.wrapped_names import by_names_of
 
 #: Precisions as text (`w2 w4`), one, or several.
@@ -35,6 +36,9 @@ def with_options(
     [('fc1', 'w2 w4'), ('fc2', 'w4'), ('head', 'w8')]
     """
     decided = Plan.load(fixed) if isinstance(fixed, str | os.PathLike) else fixed or {}
+    check_kind(layers, list | tuple, "layers, of mps.layers(model, batch)", TableError)
+    for layer in layers:
+        check_kind(layer, Layer, "layers, of mps.layers(model, batch)", TableError)
     names = [layer.name for layer in layers]
     if isinstance(decided, Plan):
         decided = by_names_of(decided, names)

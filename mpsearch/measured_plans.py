@@ -71,6 +71,8 @@ class MeasuredPlans:
         self._check()
 
     def _check(self) -> None:
+        if self.damage is None:
+            raise PlanError("no damage of the measured plans, expected one number a plan")
         if not self.plans:
             raise PlanError("no measured plans, expected at least one")
         if self.unit not in UNITS:

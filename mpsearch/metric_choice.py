@@ -178,7 +178,7 @@ def named(name: str) -> type[Metric]:
     Raises:
         EstimatorError: for an unknown one.
     """
-    if name not in METRICS:
+    if not isinstance(name, str) or name not in METRICS:
         raise EstimatorError(
             f"unknown metric {name!r}{nearest(str(name), METRICS)}; expected {', '.join(METRICS)}, or a function (model, batch) or "
             "(output, reference, batch)"

@@ -16,6 +16,7 @@ from mpsearch.model import Batch, call
 from mpsearch.modules import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
+from mpsearch.settings import check_kind
 
 #: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first. It may also have
 #: `activation_values(x, format, low, high)` for inputs, channels last, `of_layer(name)`, the quantizer of one layer, and
@@ -39,6 +40,7 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
             found = _of_layer(quantizer, name)(weight, precision)
         except EstimatorError as error:
             raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
+        check_kind(found, Tensor, f"a tensor from the quantizer for layer {name!r} at {precision}", EstimatorError)
         if found.shape != weight.shape or found.dtype != weight.dtype or found.device != weight.device:
             raise EstimatorError(
                 f"the quantizer returned {tuple(found.shape)} {found.dtype} on {found.device} for layer {name!r} at "

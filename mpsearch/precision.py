@@ -5,6 +5,7 @@ import re
 from dataclasses import dataclass
 
 from mpsearch.errors import PlanError
+from mpsearch.settings import check_kind
 
 #: Named formats and their nominal bits an element; `int16` has a name since `16` means left alone. `fp<n>_e<e>m<m>` is any split
 #: with 1 + e + m = n, `bfp<n>` block floating point with n bits an element; the last rows are the types of GGUF files.
@@ -94,10 +95,13 @@ class Precision:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        format_bits(self.weight)
-        format_bits(self.activation)
-        if self.group_size is not None and self.group_size < 1:
-            raise PlanError(f"a group size of {self.group_size}, expected 1 or more")
+        for name in (self.weight, self.activation):
+            check_kind(name, str, "the name of a number format, '4' or 'fp8_e4m3'", PlanError)
+            format_bits(name)
+        if self.group_size is not None:
+            check_kind(self.group_size, int, "a group size, a whole number or None", PlanError)
+            if self.group_size < 1:
+                raise PlanError(f"a group size of {self.group_size}, expected 1 or more")
 
     @classmethod
     def parse(cls, text: str) -> "Precision":
@@ -106,6 +110,7 @@ class Precision:
         Raises:
             PlanError: where the text does not follow the grammar.
         """
+        check_kind(text, str, "a precision as text, 'w4'", PlanError)
         return _parse(text)
 
     @property
@@ -154,6 +159,7 @@ def precisions(text: str) -> tuple[Precision, ...]:
     >>> [str(p) for p in precisions("w2 w4a8, w16")]
     ['w2', 'w4a8', 'w16']
     """
+    check_kind(text, str, "a list of precisions as text, 'w2 w4 w8'", PlanError)
     found = tuple(Precision.parse(part) for part in re.split(r"[\s,]+", text.strip()) if part)
     if not found:
         raise PlanError("an empty list of precisions; write one such as 'w2 w4 w8'")

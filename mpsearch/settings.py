@@ -39,6 +39,27 @@ def check_settings(part: Any, refusal: type[MpsearchError]) -> None:
             raise refusal(f"{type(part).__name__}: {field.name}={value!r}, expected {expected}")
 
 
+def check_kind(value: Any, kind: Any, what: str, refusal: type[MpsearchError]) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        value: the argument.
+        kind: one type or several, or `callable`.
+        what: it is, and how it is written, for the message.
+        refusal: what is raised.
+
+    Raises:
+        MpsearchError: `refusal`.
+
+    >>> from mpsearch.errors import BudgetError
+    >>> check_kind(4, dict, "a budget, mps.Budget(average_bits=4)", BudgetError)
+    Traceback (most recent call last):
+    mpsearch.errors.BudgetError: expected a budget, mps.Budget(average_bits=4), got the int 4
+    """
+    if not (kind(value) if kind is callable else isinstance(value, kind)):
+        raise refusal(f"expected {what}, got the {type(value).__name__} {value!r}")
+
+
 def checked_number(value: Any, name: str, kind: type, default: int | float, refusal: type[MpsearchError]) -> Any:
     """An argument, held against what `check_settings` asks of a setting with this type and default.
 

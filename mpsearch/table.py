@@ -140,6 +140,9 @@ class CostTable:
         put(self, "usage", {name: _frozen(values, name) for name, values in self.usage.items()})
         for label in ("fixed_usage", "reference_usage"):
             amounts = getattr(self, label).items()
+            for name, value in amounts:
+                if np.ndim(value):
+                    raise TableError(f"{label} of {name} is {value!r}, expected one number")
             put(self, label, {name: float(numbers(value, f"{label} of {name}")) for name, value in amounts})
         put(self, "peaks", dict(self.peaks))
         put(self, "origin", dict(self.origin))

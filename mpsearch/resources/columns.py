@@ -13,6 +13,7 @@ from mpsearch.errors import TableError, nearest
 from mpsearch.layer import Layer
 from mpsearch.precision import Precision
 from mpsearch.resources.resource import Resource, example_for
+from mpsearch.settings import check_kind
 from mpsearch.table import Peak
 
 #: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`; one that has a
@@ -82,9 +83,13 @@ def named_functions(
     Raises:
         TableError: for a name that is not known.
     """
+    check_kind(resources, Mapping | list | tuple, "names of resources, or functions by name", TableError)
     if isinstance(resources, Mapping):
+        for function in resources.values():
+            check_kind(function, callable, "functions of resources, (model, layers, precisions)", TableError)
         return dict(resources)
     for name in resources:
+        check_kind(name, str, "names of resources as text", TableError)
         if name not in known:
             raise TableError(f"unknown resource {name!r}{nearest(name, known)}")
     return {name: known[name](quantizer) for name in resources}
