@@ -94,6 +94,7 @@ def evaluate(
 
 def named_in(model: nn.Module, plan: Plan) -> Plan:
     """The plan by the names of the model, of which one may be wrapped (torch.compile, data parallelism) and the other not."""
+    check_kind(plan, Mapping, "a plan, layer -> precision", PlanError)
     return by_names_of(plan, named_layers(model))
 
 
@@ -188,7 +189,6 @@ class Tally:
 
 
 def _check_plan(model: nn.Module, plan: Plan) -> None:
-    check_kind(plan, Mapping, "a plan, layer -> precision", PlanError)
     for precision in plan.values():
         check_kind(precision, Precision, "precisions in the plan, mps.Precision('4')", PlanError)
     modules = dict(model.named_modules()) | named_layers(model)
