@@ -133,8 +133,12 @@ def weight_of(module: nn.Module) -> nn.Parameter:
 
 def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
     """Where a tensor lies: equal for tied weights, also where each module wraps the memory in a parameter of its own."""
-    strided = tensor.layout is torch.strided  # sparse ones lie in several places
-    return tensor.device, tensor.data_ptr() if strided else id(tensor), tensor.numel()
+    if tensor.layout is not torch.strided:  # sparse ones lie in several places
+        return tensor.device, id(tensor), tensor.numel()
+    place = tensor.data_ptr()
+    if tensor.is_meta:  # which has no addresses, but storages
+        place = tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+    return tensor.device, place, tensor.numel()
 
 
 def channel_axis(module: nn.Module) -> int:

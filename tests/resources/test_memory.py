@@ -238,3 +238,15 @@ def test_the_quantizers_of_the_package_tell_their_bytes(quantizer, recwarn):
     inner = getattr(quantizer, "quantizer", quantizer)
     assert found.usage.tolist() == [[16 + 32 + (0 if inner.symmetric else 4)]]
     assert not recwarn.list
+
+
+def test_without_weights_equal_shapes_are_not_shared_weights():
+    """On the meta device no tensor has an address."""
+    tables = []
+    for device in ("meta", "cpu"):
+        model = nn.Sequential(*(nn.Linear(8, 8, device=device) for _ in range(3)))
+        model[2].weight = model[0].weight
+        layers = [mps.Layer(name, "linear", (8, 8)) for name in "012"]
+        found = MemoryBytes()(model, layers, mps.precisions("w4 w16"))
+        tables.append((found.usage.tolist(), found.fixed, found.reference))
+    assert tables[0] == tables[1] == ([[64, 256], [64, 256], [0, 0]], 3 * 32, 2 * 256 + 3 * 32)
