@@ -64,7 +64,7 @@ def carried_out(measure, trained, plan, quantizer):
     predicted = mps.evaluate(model, held_out, plan, loss=loss, quantizer=quantizer, progress=False)
     with torch.no_grad():
         real = sum(float(measure(batch)) for batch in held_out) / len(held_out)
-    assert predicted.kl > 1e-4
+    assert predicted.kl > 1e-5
     assert abs(real - predicted.loss) < 0.02 * abs(predicted.loss - predicted.reference.loss) + 1e-5
     assert predicted.reference.loss < 3.0  # it has learned something: a uniform guess is 4.9
 
