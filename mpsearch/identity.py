@@ -93,8 +93,12 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
         ours, theirs = wanted.get(name), stored.get(name)
         if ours == theirs:
             continue
-        if not _is_output(name) or ours is None or theirs is None:
-            return f"other {name}: it has {theirs}, this run has {ours}"
+        if ours is None or theirs is None or not _is_output(name):
+            return (
+                f"a model whose {name} it does not tell, as older versions did not"
+                if theirs is None and _is_output(name)
+                else f"other {name}: it has {theirs}, this run has {ours}"
+            )
         try:
             change, tolerance = _change(json.loads(theirs), json.loads(ours))
         except (ValueError, KeyError, TypeError):
@@ -104,12 +108,11 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
                 f"another {name}: unquantized, on the first samples, the two differ by {change:.2g} of its size, and rounding explains "
                 f"{tolerance:.2g} (another forward, an attribute, other code with the same weights?)"
             )
-        if change:
-            warnings.warn(
-                f"the output of the unquantized model differs by {change:.2g} of its size from that of the earlier run, as on another "
-                "machine or with another number of threads: results agree within rounding, not bit for bit",
-                stacklevel=4,
-            )
+        warnings.warn(
+            f"the output of the unquantized model differs by {change:.2g} of its size from that of the earlier run, as on another machine "
+            "or with another number of threads: results agree within rounding, not bit for bit",
+            stacklevel=4,
+        )
     return None
 
 

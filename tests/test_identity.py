@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.identity import described, digest
+from mpsearch.identity import described, difference, digest, output_identity
 from mpsearch.quantize import RoundToNearest
 
 CODE = """
@@ -144,3 +144,39 @@ def _noting():
 def test_digests_of_parts():
     assert digest("a", "b") != digest("ab")
     assert digest("<f at 0x1>") == digest("<f at 0x2>")
+
+
+def output(change=0.0, dtype=torch.float32, shape=(8, 5000)):
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return {"output": output_identity(nn.Identity(), (values + change * noise).to(dtype))}
+
+
+def test_outputs_are_held_against_what_rounding_does(recwarn):
+    assert difference(output(), output()) is None
+    assert not recwarn
+    with pytest.warns(UserWarning, match="results agree within rounding, not bit for bit"):
+        assert difference(output(), output(1e-5)) is None
+    assert "differ by 0.01" in difference(output(), output(1e-2))
+    with pytest.warns(UserWarning, match="within rounding"):
+        assert difference(output(dtype=torch.bfloat16), output(1e-2, torch.bfloat16)) is None
+    assert "differ by inf" in difference(output(), output(shape=(8, 5001)))
+
+
+def test_sums_of_an_output_tell_how_far_away_another_one_is():
+    """Within what 8 draws allow, wherever the difference lies."""
+    for place in (slice(0, 1), slice(3, 4), slice(None)):
+        values = torch.ones(8, 70_000)
+        other = values.clone()
+        other[place, ::7] += 0.5
+        expected = float((other - values).norm() / other.norm())
+        told = difference(*({"output": output_identity(nn.Identity(), y)} for y in (values, other)))
+        assert 0.4 * expected < float(told.partition("differ by ")[2].split()[0]) < 1.8 * expected
+
+
+def test_identities_that_tell_no_output():
+    assert difference({"weights": "a"}, {"weights": "a", **output()}) == (
+        "a model whose output it does not tell, as older versions did not"
+    )
+    assert difference({"weights": "b"}, {"weights": "a", **output()}) == "other weights: it has b, this run has a"
+    assert difference({"output": "{}"}, output()) == "another output, which cannot be read"

@@ -39,7 +39,7 @@ HARD = [
     "\U0001f600",
 ]
 
-fast = [seed(0), settings(database=None, deadline=None, max_examples=60)]
+fast = [seed(0), settings(database=None, deadline=None, max_examples=25)]
 
 
 def names(test):

@@ -428,7 +428,7 @@ print(len(seen))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
-@pytest.mark.parametrize("kills", [5, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_of_saving(result, other, tmp_path, kills):
     result.save(tmp_path / "old")
     other.save(tmp_path / "new")
