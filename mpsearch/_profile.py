@@ -289,7 +289,7 @@ def scored(
                     )
                     _tell_of_no_effect(setting, estimate, unseen)
     if choice is not None and any(table.unit != "relative" for table in tables.values()):
-        choice.warn(stacklevel=2)
+        choice.warn(stacklevel=3)
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
     return [tables[place] for place in range(len(estimators))]
@@ -559,7 +559,7 @@ def _tell_of_no_effect(setting: Setting, estimate: Estimate, unseen: set[str]) -
         warnings.warn(
             f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
             "if the model cuts their gradients off",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
