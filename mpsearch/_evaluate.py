@@ -18,7 +18,7 @@ from mpsearch.metric_choice import MetricChoice, check_metric, choose
 from mpsearch.metrics import KL, Floats, Metric, Own, Run, run
 from mpsearch.metrics import Loss as TargetLoss
 from mpsearch.model import Batch, collect, preserved, state_fingerprint
-from mpsearch.modules import holds_weight, layer_of, named_layers, weight_of
+from mpsearch.modules import holds_weight, layer_of, named_layers, operands_of, weight_of
 from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
@@ -195,12 +195,15 @@ def _check_plan(model: nn.Module, plan: Plan) -> None:
     if not plan:
         raise PlanError("the plan has no layers")
     at: dict[nn.Parameter, str] = {}
+    within = operands_of(model).within
     for name, precision in plan.items():
         if name not in modules:
             raise PlanError(f"the plan names {name!r}, which the model does not have{nearest(name, modules)}")
         weight: Any = getattr(modules[name], "weight", None)
-        if not isinstance(weight, nn.Parameter):
+        if name in within and within[name] not in plan:
+            raise PlanError(f"the weight of {name!r} lies in that of {within[name]!r}: the plan must name that")
+        if name not in within and not isinstance(weight, nn.Parameter):
             raise PlanError(f"the plan names {name!r}, a {type(modules[name]).__name__} without a weight")
-        first = at.setdefault(weight, name)
+        first = within.get(name) or at.setdefault(weight, name)
         if (plan[first].weight, plan[first].group_size) != (precision.weight, precision.group_size):
             raise PlanError(f"{first!r} and {name!r} share a weight, but the plan has {plan[first]} and {precision}")

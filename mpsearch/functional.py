@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from mpsearch.modules import OPERANDS, Operands, holds_weight, kind_of, weight_of
+from mpsearch.one_memory import Views, one_memory
 from mpsearch.operand import Convolution, Layout, Lookup, Operand, Product, Read, View
 from mpsearch.recurrent import cell, sequence
 
@@ -273,21 +275,21 @@ def operands(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], ob
     if OPERANDS in vars(model):
         yield
         return
-    seen = _Seen(model)
-    with seen.running(), torch.no_grad(), seen:
-        call(model, example)
-    found = seen.operands()
-    vars(model)[OPERANDS] = found
-    try:
-        if not (found.decided or found.reads):
-            yield
-            return
-        calls = _Calls({one.weight: one for one in (*found.decided.values(), *found.reads.values())})
-        owners = {name: model.get_submodule(name) for name in found.reads}
-        with _running(owners, calls.busy), calls:
-            yield
-    finally:
-        del vars(model)[OPERANDS]
+    with one_memory(model) as views:
+        seen = _Seen(model, views)
+        with seen.running(), torch.no_grad(), seen:
+            call(model, example)
+        found = vars(model)[OPERANDS] = seen.operands()
+        try:
+            if not (found.decided or found.reads):
+                yield
+                return
+            calls = _Calls({one.weight: one for one in (*found.decided.values(), *found.reads.values())}, views)
+            owners = {name: model.get_submodule(name) for name in found.reads}
+            with _running(owners, calls.busy), calls:
+                yield
+        finally:
+            del vars(model)[OPERANDS]
 
 
 @contextlib.contextmanager
@@ -324,12 +326,15 @@ def _running(owners: dict[str, nn.Module], busy: set[nn.Parameter]) -> Iterator[
 class _Reads(TorchFunctionMode):
     """Sees functions that read parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, views: Views) -> None:
         super().__init__()
+        self.views = views
         self.busy: set[nn.Parameter] = set()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self.views.of:
+            args, kwargs = tree_map_only(Tensor, self.views.live, (args, kwargs))
         readings = _READINGS.get(func)
         if readings is not None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -374,8 +379,8 @@ class _Found:
 class _Seen(_Reads):
     """Notes which parameters are read by functions, and how."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, views: Views) -> None:
+        super().__init__(views)
         self.model = model
         self.layers = {
             name: module
@@ -445,7 +450,7 @@ class _Seen(_Reads):
                 found = self.found.get(parameter) or alike.get(self._likeness(parameter))
                 if found is not None and found.layout.fits(parameter):
                     decided[self._name(parameter)] = Operand(parameter, found.kind, found.layout, found.groups)
-        return Operands(decided, reads)
+        return Operands(decided, reads, self.views.within)
 
     def _likeness(self, parameter: nn.Parameter) -> Any:
         _, module, key = self.places[parameter]
@@ -460,8 +465,8 @@ class _Seen(_Reads):
 class _Calls(_Reads):
     """Hands reads that somebody watches to operands."""
 
-    def __init__(self, operands: dict[nn.Parameter, Operand]) -> None:
-        super().__init__()
+    def __init__(self, operands: dict[nn.Parameter, Operand], views: Views) -> None:
+        super().__init__(views)
         self.operands = operands
 
     def parameter(self, tensor: Tensor) -> nn.Parameter | None:

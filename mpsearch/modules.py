@@ -33,10 +33,12 @@ class Operands:
     Attributes:
         decided: decisions by name: matrices of no layer, and of layers that are never called.
         reads: further reads of the weights of layers, by the name of the layer.
+        within: modules whose weight lies in that of another one (`mpsearch.one_memory`) -> the name of that.
     """
 
     decided: Mapping[str, Operand] = field(default_factory=dict)
     reads: Mapping[str, Operand] = field(default_factory=dict)
+    within: Mapping[str, str] = field(default_factory=dict)
 
 
 def operands_of(model: nn.Module) -> Operands:
@@ -111,12 +113,12 @@ def stores_inputs_first(module: nn.Module) -> bool:
 
 
 def holds_weight(module: nn.Module) -> bool:
-    """False for a cache, whose decision is about what goes into it.
+    """False for a cache, whose decision is about what goes into it, and where the weight lies in that of another module.
 
     >>> holds_weight(nn.Linear(1, 1)), holds_weight(KVCache())
     (True, False)
     """
-    return not isinstance(module, KVCache)
+    return not isinstance(module, KVCache) and isinstance(getattr(module, "weight", None), nn.Parameter)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

@@ -152,10 +152,8 @@ class Watched:
             return ("first",)
         if made.layer is not None and place_of(made.layer.name):  # an expert is given the tokens that chose it
             return ()
-        if isinstance(made.module, Operand) and not made.module.whole(
-            made.args[1]
-        ):  # as is a slice of a stack of experts
-            return ()
+        if made.layer is not None and isinstance(made.module, Operand) and not made.module.whole(made.args[1]):
+            return ()  # as is a slice of a stack of experts
         found: list[Layout] = []
         if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self._flat):
             found += ["first"] if len(x) == size else ["first", "last"]
