@@ -46,6 +46,16 @@ def place_of(name: str) -> Place | None:
     return None if match is None else Place(match["block"], int(match["number"]), match["part"])
 
 
+def without_number(name: str) -> str:
+    """The name of a layer of an expert without the number of the expert; any other name as it is.
+
+    >>> without_number("mlp.local_experts.3.w1"), without_number("mlp.experts.expert_3.wi"), without_number("mlp.gate")
+    ('mlp.local_experts.w1', 'mlp.experts.wi', 'mlp.gate')
+    """
+    place = place_of(name)
+    return name if place is None else f"{place.block}.{place.part}"
+
+
 def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
     """Layers that choose experts: beside n experts, with n outputs; a gate with one output is such a layer too.
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mpsearch.data_flow import DataFlow
 from mpsearch.errors import TableError, nearest
-from mpsearch.experts import Place, place_of
+from mpsearch.experts import place_of
 from mpsearch.export.targets import FUSED, Fused, fused_groups
 from mpsearch.modules import kind_of, storage_of, weight_of
 
@@ -54,16 +54,25 @@ def same_input(layers: Mapping[str, nn.Module], flow: DataFlow) -> list[Group]:
         if kind_of(layers[name]) == "linear":
             readers.setdefault(tuple(reads), []).append(name)
     found: dict[tuple[str, ...], str] = {}
+    done: set[tuple[str, tuple[str, ...]]] = set()
     for names in readers.values():
-        for part in connected(names, flow.multiplied):
-            found[part] = "same input"
+        met = connected(names, flow.multiplied)
+        found |= dict.fromkeys(met, "same input")
         for part in fused_groups(names, FUSED).values():
-            if len(part) > 1 and not any(set(part) <= set(members) for members in found):
+            if len(part) > 1 and not any(set(part) <= set(members) for members in met):
                 found[part] = "same input, by name"
-    for part in list(found):
+    blocks: dict[str, dict[int, dict[str, str]]] = {}  # block -> number -> part -> name
+    for name in layers:
+        if place := place_of(name):
+            blocks.setdefault(place.block, {}).setdefault(place.number, {})[place.part] = name
+    for part, reason in list(found.items()):
         places = [place for place in map(place_of, part) if place is not None]
         if len(places) == len(part) and len({(place.block, place.number) for place in places}) == 1:
-            found |= dict.fromkeys(_of_idle_experts(places, layers, flow), found[part])
+            experts = blocks[places[0].block]
+            wanted = tuple(place.part for place in places)
+            if (key := (places[0].block, wanted)) not in done:
+                done.add(key)
+                found |= dict.fromkeys(_of_idle_experts(wanted, experts, flow), reason)
     return [Group(members, reason) for members, reason in found.items()]
 
 
@@ -78,16 +87,21 @@ def connected(names: Sequence[str], pairs: Iterable[frozenset[str]]) -> list[tup
         if pair <= part.keys():
             whole = set[str]().union(*(part[name] for name in pair))
             part.update(dict.fromkeys(whole, whole))
-    found = dict.fromkeys(tuple(name for name in names if name in part[first]) for first in names)
-    return [members for members in found if len(members) > 1]
+    members: dict[int, list[str]] = {}
+    for name in names:
+        members.setdefault(id(part[name]), []).append(name)
+    return [tuple(together) for together in members.values() if len(together) > 1]
 
 
-def _of_idle_experts(places: Sequence[Place], layers: Mapping[str, nn.Module], flow: DataFlow) -> list[tuple[str, ...]]:
-    """The same group in the experts of the block that were not called."""
-    block = places[0].block
-    numbers = {place.number for name in layers if (place := place_of(name)) and place.block == block}
-    parts = [tuple(f"{block}.{number}.{place.part}" for place in places) for number in sorted(numbers)]
-    return [part for part in parts if all(name in layers and name not in flow.reads for name in part)]
+def _of_idle_experts(
+    parts: Sequence[str], experts: Mapping[int, Mapping[str, str]], flow: DataFlow
+) -> list[tuple[str, ...]]:
+    """The same parts in the experts of a block that were not called."""
+    groups = []
+    for _, names in sorted(experts.items()):
+        if all(part in names and names[part] not in flow.reads for part in parts):
+            groups.append(tuple(names[part] for part in parts))
+    return groups
 
 
 def residual_operands(flow: DataFlow) -> list[Group]:

@@ -116,3 +116,32 @@ def test_hooks_are_gone_also_after_a_failure():
     with pytest.raises(mps.EstimatorError, match="shape"):
         traced(model, 1, 3)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model)
+
+
+def test_layers_that_meet_are_paired_in_a_number_that_grows_as_the_layers():
+    """Products along a residual connection, a norm of it and a mixture of experts, once paired all layers before them."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.LayerNorm(4)
+            self.gate, self.up, self.down = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x):
+            h = x * x.square().mean(-1, keepdim=True).rsqrt()
+            return x + self.down(self.gate(h).sigmoid() * self.up(h))
+
+    def pairs_of(blocks):
+        model = nn.Sequential(*(Block() for _ in range(blocks)))
+        flow = trace(
+            model,
+            {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)},
+            torch.randn(2, 4),
+            lambda *_: None,
+        )
+        assert {frozenset((f"{n}.gate", f"{n}.up")) for n in range(blocks)} == flow.multiplied
+        downs = [f"{n}.down" for n in range(blocks)]
+        assert connected(list(flow.reads), flow.added) == [tuple(downs)]
+        return len(flow.multiplied) + len(flow.added)
+
+    assert pairs_of(24) <= 2 * pairs_of(12) + 1

@@ -148,3 +148,78 @@ def test_routed_tokens_are_not_taken_for_samples():
         for batches in ([x], [x[:1], x[1:]])
     )
     np.testing.assert_allclose(together, alone, rtol=0.15, atol=1e-7)
+
+
+def test_routers_one_module_deeper_and_experts_by_other_names():
+    """Switch and NLLB name experts `expert_3`, Phi `local_experts`; JetMoE, DBRX and Switch have a router in a module of its own."""
+
+    class Expert(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wi, self.wo = nn.Linear(4, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.wo(torch.relu(self.wi(x)))
+
+    class Router(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.classifier = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.classifier(x)
+
+    class Block(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.router, self.shared = Router(), nn.Linear(4, 4)
+            self.local_experts = nn.ModuleDict({name.format(n): Expert() for n in range(3)})
+
+        def forward(self, x):
+            first, *_ = self.local_experts.values()  # the others are given nothing
+            return self.shared(x) + first(x) * self.router(x).softmax(-1)[:, :1]
+
+    for name in ("{}", "expert_{}"):
+        block = Block(name)
+        found = [layer.name for layer in mps.layers(block, torch.randn(5, 4))]
+        each = [f"local_experts.{name.format(n)}.{part}" for n in range(3) for part in ("wi", "wo")]
+        assert found == ["shared", *each]
+        routed = mps.layers(block, torch.randn(5, 4), decide_routers=True)
+        assert [layer.name for layer in routed] == ["router.classifier", "shared", *each]
+
+
+def test_stacks_of_experts_that_functions_read():
+    """As Llama 4 (experts, in, out), JetMoE (experts, out, in), one at a time, and DBRX (experts x ffn, hidden) have them."""
+
+    class Experts(nn.Module):
+        def __init__(self, *shapes):
+            super().__init__()
+            self.up, self.down = (nn.Parameter(torch.randn(shape) / 3) for shape in shapes)
+
+    class Block(nn.Module):
+        def __init__(self, way, *shapes):
+            super().__init__()
+            self.way, self.router, self.experts = way, nn.Linear(4, 3), Experts(*shapes)
+
+        def forward(self, x):
+            up, down, way = self.experts.up, self.experts.down, self.way
+            gates = self.router(x).softmax(-1).T[..., None]  # (3, tokens, 1)
+            if way == "bmm":
+                made = torch.bmm(torch.relu(torch.bmm(x.expand(3, -1, -1), up)), down)
+            elif way == "one by one":
+                made = torch.stack([torch.relu(x @ up[i].T) @ down[i].T for i in range(3)])
+            else:
+                first, second = up.view(3, 6, 4), down.view(3, 6, 4)
+                made = torch.stack([torch.relu(x @ first[i].T) @ second[i] for i in range(3)])
+            return (gates * made).sum(0)
+
+    shapes = {
+        "bmm": ((3, 4, 6), (3, 6, 4)), "one by one": ((3, 6, 4), (3, 4, 6)), "behind each other": ((18, 4), (18, 4)),
+    }  # fmt: skip
+    for way, of in shapes.items():
+        layers = mps.layers(Block(way, *of), torch.randn(5, 4))
+        assert [(layer.name, layer.weight_shape) for layer in layers] == [
+            ("experts.up", (18, 4)),
+            ("experts.down", (12, 6)),
+        ]
+        assert [layer.macs for layer in layers] == [3 * 24, 3 * 24]

@@ -1,12 +1,11 @@
 """What each target carries out: one table, read by the exporters and by the search."""
 
 import math
-import re
 from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from mpsearch.experts import place_of
+from mpsearch.experts import place_of, without_number
 from mpsearch.export import storage as stored
 from mpsearch.export.storage import Storage
 from mpsearch.layer import Layer
@@ -28,6 +27,7 @@ FUSED: Fused = (
 #: vLLM and its kin: one scheme for all matrices of all experts of a block, and each `packed_modules_mapping` of the models of vLLM 0.33.
 VLLM: Fused = (
     ("experts", ("experts.*",)),
+    ("local_experts", ("local_experts.*",)),
     ("in_proj_qkvz", ("in_proj_qkv", "in_proj_z")),
     ("in_proj_ba", ("in_proj_b", "in_proj_a")),
     ("in_proj_qkvgfab", ("q_proj", "k_proj", "v_proj", "g_proj", "b_proj", "f_a_proj")),
@@ -50,9 +50,8 @@ VLLM: Fused = (
     *FUSED,
 )
 #: llama.cpp: a tensor for each matrix of the experts of a block.
-GGML: Fused = (("experts.*", ("experts.*",)),)
+GGML: Fused = (("experts.*", ("experts.*",)), ("local_experts.*", ("local_experts.*",)))
 _ANY = range(1, 1 << 31)
-_EXPERT = re.compile(r"(?<=\bexperts)\.\d+\b")  # the experts of a layer are one matrix
 
 
 def integers(low: int, high: int) -> tuple[str, ...]:
@@ -94,7 +93,7 @@ class Scheme:
 
     def takes(self, layer: Layer) -> bool:
         """True for the kind of the layer; an unknown kind may be any."""
-        return (not layer.kind or layer.kind in self.kinds) and (self.experts or not _EXPERT.search(layer.name))
+        return (not layer.kind or layer.kind in self.kinds) and (self.experts or not place_of(layer.name))
 
     def takes_group(self, size: int | None) -> bool:
         """True where there is such a group size; None = a scale an output channel."""
@@ -110,7 +109,7 @@ class Scheme:
         columns = math.lcm(self.columns, size or 1)
         if shape[1] % columns:
             return f"it needs columns in multiples of {columns}, the weight has {shape[1]}"
-        halved = _EXPERT.search(layer.name) and layer.name.endswith("gate_up_proj")
+        halved = place_of(layer.name) and layer.name.endswith("gate_up_proj")
         rows = shape[0] // 2 if halved and self.rows > 1 else shape[0]
         if rows % self.rows:
             return f"it needs rows in multiples of {self.rows}, the weight has {rows}"
@@ -219,7 +218,7 @@ def fused_groups(names: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...
     >>> fused_groups(["a.experts.0.w2", "a.experts.1.w2"], GGML)
     {'a.experts.w2': ('a.experts.0.w2', 'a.experts.1.w2')}
     """
-    stems = {name: _EXPERT.sub("", name) for name in names}
+    stems = {name: without_number(name) for name in names}
     present = frozenset(stems.values())
     members: dict[str, list[str]] = {}
     for name, stem in stems.items():
@@ -237,10 +236,10 @@ def lacking(names: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...]]:
     {'a.qkv_proj': ('a.v_proj',)}
     """
     names = list(names)
-    present = frozenset(_EXPERT.sub("", name) for name in names)
+    present = frozenset(without_number(name) for name in names)
     found = {}
     for whole, members in fused_groups(names, fused).items():
-        _, *parts = _joined(_EXPERT.sub("", members[0]), fused, present)
+        _, *parts = _joined(without_number(members[0]), fused, present)
         absent = tuple(part for part in parts if part not in present and "*" not in part)
         if len(members) > 1 and absent:
             found[whole] = absent
