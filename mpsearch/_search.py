@@ -179,8 +179,8 @@ def search(
     _check_counted(parts)
     before = state_fingerprint(model)
     start = time.perf_counter()
-    with preserved(model, parts["score"][0]):
-        example = few(parts["score"][0], PROBED)
+    example = few(parts["score"][0], PROBED)
+    with preserved(model, example):
         found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
         decisions, options = columns(with_options(found, allow, fixed), own)
         check_layers(model, decisions)
@@ -235,8 +235,10 @@ def search(
             with bar:
                 spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
                 first = samples(parts["score"][0])
-                looks = 0 if layers is not None else first  # at a few: their costs, and twice: is it random?
-                spending.charge((looks + 3 * samples(example)) / size(everything))
+                looks = (
+                    0 if layers is not None else first
+                )  # at a few: who reads the weights, their costs, and twice: is it random?
+                spending.charge((looks + 4 * samples(example)) / size(everything))
                 ranges = {}
                 if any(option.quantizes_activation for option in options):
                     ranges = input_ranges(model, parts["score"], [layer.name for layer in decisions])

@@ -266,7 +266,7 @@ def test_an_impossible_budget_is_refused_before_any_pass():
     runs = Runs(model, 160)
     with pytest.raises(mps.InfeasibleError, match=r"average_bits <= 1.5 cannot be met: the least any plan uses is 2"):
         find(model, budget=mps.Budget(average_bits=1.5))
-    assert len(runs.lengths) <= 2  # one batch, to find the layers and what they cost
+    assert len(runs.lengths) <= 3  # one batch, to find who reads the weights, the layers and what they cost
     assert runs.backward == 0
 
 

@@ -456,9 +456,8 @@ def test_a_weight_that_does_more_than_its_layer_shows(estimator, weighted):
     pooled = nn.Sequential(Standardized(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 3))
     with pytest.raises(mps.EstimatorError, match=r"layer '0' is .* outside the layer's own forward, or changed there"):
         profile(pooled, [labelled(4, 2, 5, 5)], estimator, loss=loss)
-    for held in (False, True):
-        with pytest.raises(mps.EstimatorError, match=r"layer 'body' is .* outside the layer's own forward"):
-            profile(Borrowed(held), [labelled(4, 4)], estimator, loss=loss)
+    for held in (False, True):  # what functions read of it is seen
+        assert np.isfinite(profile(Borrowed(held), [labelled(4, 4)], estimator, loss=loss).sensitivity).all()
 
 
 class Undifferentiable(torch.autograd.Function):
