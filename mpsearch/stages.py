@@ -481,7 +481,7 @@ class Stages:
         shares, together = self._shares()
         table = replace(
             self.base,
-            sensitivity=costs[self.rows] * shares,
+            sensitivity=np.where(self.base.allowed, costs[self.rows] * shares, np.nan),
             unit=self.metric.unit,
             origin={
                 **self.base.origin,

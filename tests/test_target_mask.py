@@ -112,6 +112,18 @@ def test_layers_smaller_than_a_group_do_not_stop_a_search(target, options, decid
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
+def test_a_fast_search_ends_early_where_one_plan_is_left():
+    """Of the two options one fits no layer, and the small gate has none: what is left is measured."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 4), nn.Linear(4, 3))
+    data = [torch.randn(16, 64) for _ in range(4)]
+    with pytest.warns(UserWarning, match="no option fits 3: left alone"):
+        result = mps.search(
+            net, data, mps.Budget(memory_bytes="90%"), mps.precisions("wq4_k wq8_0"), effort="fast", progress=False
+        )
+    assert {name: str(precision) for name, precision in result.plan.items()} == {"0": "wq8_0", "2": "wq8_0"}
+
+
 def test_a_group_with_a_member_that_no_option_fits_is_left_alone_whole():
     layers = [
         Layer("a", "linear", (8, 256), group="g"),
