@@ -51,7 +51,8 @@ class Arranged:
 def arranged(batch: Batch, model: nn.Module) -> Batch:
     """A batch, read by what the model's `forward` takes.
 
-    - A tensor is the input. A mapping of any type holds keywords, and labels under `labels`.
+    - A tensor is the input. A mapping of any type holds keywords, and labels under `labels`; one without a key that `forward` knows is its
+      only input (`holds_keywords`).
     - `(inputs, targets)`, a tuple or list, where `inputs` is a tensor, a mapping or, for several inputs, a tuple; targets may be None.
     - A tuple of as many parts as `forward` needs, and of more than one, holds inputs alone: `(ids, attention_mask)`, `(a, b, c)`. With one
       part more, the last one holds the labels. So it does where `forward` could take it, but need not; unless it is a mask in place
@@ -205,6 +206,22 @@ def _parameters(model: nn.Module) -> tuple[tuple[str, ...], int, float]:
     needed = sum(parameter.default is parameter.empty for parameter in named)
     open_ended = inspect.Parameter.VAR_POSITIONAL in kinds
     return tuple(parameter.name for parameter in named), needed, math.inf if open_ended else len(named)
+
+
+def holds_keywords(inputs: Mapping[str, Any], model: nn.Module) -> bool:
+    """False for a mapping that is itself the one input of `forward`: none of its keys is a parameter.
+
+    >>> class OfDict(nn.Module):
+    ...     def forward(self, features): ...
+    >>> holds_keywords({"x": 1}, OfDict()), holds_keywords({"features": 1}, OfDict())
+    (False, True)
+    """
+    signature = _forward(model)
+    if signature is None or not inputs:
+        return True
+    parameters = signature.parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    return takes_any or _parameters(model)[1] != 1 or not parameters.keys().isdisjoint(inputs)
 
 
 def _is_switch(model: nn.Module, name: str) -> bool:

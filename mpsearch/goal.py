@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from mpsearch._solve import solve
 from mpsearch.budget import Budget
 from mpsearch.errors import BudgetError, nearest
+from mpsearch.quantity import DERIVED
 from mpsearch.table import CostTable
 
 
@@ -40,7 +41,7 @@ class Goal:
             raise BudgetError(f"tolerance {self.tolerance}, expected a finite number of 0 or more")
         if self.tolerance is not None and self.front:
             raise BudgetError("a tolerance and a whole front at once; choose one")
-        known = (*base.resources, "average_bits")
+        known = (*base.resources, *DERIVED)
         if self.over not in known:
             raise BudgetError(f"unknown resource {self.over!r}{nearest(self.over, known)}")
         if self.tolerance is not None and self.budget is not None and self.minimize in self.budget:

@@ -16,6 +16,7 @@ from mpsearch.batches import collect as collect
 from mpsearch.batches import data_fingerprint as data_fingerprint
 from mpsearch.batches import fingerprint as fingerprint
 from mpsearch.batches import first_tensor as first_tensor
+from mpsearch.batches import holds_keywords
 from mpsearch.batches import inputs_of as inputs_of
 from mpsearch.batches import moved as moved
 from mpsearch.batches import samples as samples
@@ -58,7 +59,7 @@ def output_of(model: nn.Module, batch: Batch) -> Any:
             inputs = {**inputs, "decoder_input_ids": shift(labels=moved(labels, device_of(model)))}
     try:
         if isinstance(inputs, Mapping):
-            return model(**inputs)
+            return model(**inputs) if holds_keywords(inputs, model) else model(inputs)
         return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
     except MpsearchError:
         raise

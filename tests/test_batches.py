@@ -11,6 +11,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.batches import arranged, collect, data_fingerprint, inputs_of, mapped, moved, samples, targets_of
 from mpsearch.data_split import few, split
+from mpsearch.model import call
 
 IDS = torch.randint(5, (8, 4), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones(8, 4, dtype=torch.long)
@@ -163,6 +164,15 @@ class Nested(nn.Module):
 
     def forward(self, tree):
         return self.head(tree["a"][1][0]["x"])
+
+
+@pytest.mark.parametrize("wrap", [lambda tree: tree, lambda tree: (tree, torch.arange(24) % 3)])
+def test_a_mapping_that_forward_does_not_know_by_keys_is_its_input(wrap):
+    x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
+    batch = wrap({"a": ["text", ({"x": x},)]})
+    model = Nested()
+    assert torch.equal(call(model, batch), model.head(x))
+    assert mps.evaluate(model, [batch], mps.Plan({"head": mps.Precision("2")}), progress=False).kl > 0
 
 
 def test_batches_nested_at_any_depth():

@@ -270,6 +270,12 @@ def test_an_impossible_budget_is_refused_before_any_pass():
     assert runs.backward == 0
 
 
+def test_a_budget_of_effective_bits():
+    result = find(net(), budget=mps.Budget(effective_bits=6.0))
+    assert result.plan.usage["effective_bits"] <= 6.0
+    assert result.front.over == "effective_bits"
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 

@@ -36,6 +36,7 @@ _LABELS = {
     "latency_s": "latency (one sample)",
     "energy_j": "energy (one sample)",
     "average_bits": "average weight bits",
+    "effective_bits": "bits a weight, scales counted",
 }
 #: Damages below this share of the largest are drawn as if near zero, where a logarithmic axis has to hold zero too.
 _NEAR_ZERO = 1e-6
