@@ -428,6 +428,7 @@ def forecast(
     Returns:
         forward and backward passes, each over all batches; None for an estimator that does not tell (no method `cost`).
 
+    >>> import torch
     >>> from mpsearch import precisions
     >>> from mpsearch.sensitivity import Fisher
     >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))
