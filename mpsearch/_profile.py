@@ -290,6 +290,13 @@ def scored(
                     _tell_of_no_effect(setting, estimate, unseen)
     if choice is not None and any(table.unit != "relative" for table in tables.values()):
         choice.warn(stacklevel=3)
+        blind = [repr(estimators[place]) for place, table in tables.items() if table.unit == "nats"]
+        if blind and choice.comparison.unit != "nats" and isinstance(chosen, Comparison):
+            warnings.warn(
+                f"{', '.join(blind)} takes a KL over a softmax, which does not see what all outputs have in common; {choice.sentence}; "
+                "the estimator OutputDamage measures that",
+                stacklevel=3,
+            )
     if state_fingerprint(model) != before:
         raise EstimatorError(f"{estimators!r} changed the model's parameters or buffers")
     return [tables[place] for place in range(len(estimators))]

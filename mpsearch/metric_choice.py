@@ -30,6 +30,8 @@ from mpsearch.model import Batch, first_tensor, inputs_of, logits_of, prediction
 
 #: Parts of an output that models return beside what they are made for.
 _BESIDE = (
+    "last_hidden_state",
+    "token_embeddings",
     "loss",
     "past_key_values",
     "hidden_states",

@@ -534,7 +534,7 @@ class Accuracy(Metric):
 
     def shown(self, value: float) -> float:
         """The share itself."""
-        return -value
+        return 0.0 - value
 
 
 def _needed(targets: Tensor | None, batch: Batch, metric: str) -> Tensor:
@@ -617,7 +617,7 @@ class Own(Metric):
 
     def shown(self, value: float) -> float:
         """As the function returns it."""
-        return -value if self.higher_is_better else value
+        return 0.0 - value if self.higher_is_better else value
 
 
 def _arguments(function: Callable[..., Any]) -> int:

@@ -75,7 +75,9 @@ def logits_of(output: Any) -> Tensor:
         EstimatorError: where it holds no tensor.
     """
     if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values()), None))
+        named = [output[name] for name in ("logits", "sentence_embedding") if name in output]
+        floats = [part for part in output.values() if isinstance(part, Tensor) and part.is_floating_point()]
+        output = next(iter([*named, *floats, *output.values()]), None)
     elif not isinstance(output, Tensor) and hasattr(output, "logits"):
         output = output.logits
     if isinstance(output, tuple | list) and output:

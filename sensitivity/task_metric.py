@@ -82,6 +82,10 @@ class TaskMetric(OneAtATime):
     def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) or () loss of the metric."""
         metric, higher = self._resolved()
+        if self.needs_labels and reference.labels is None:
+            raise EstimatorError(
+                f"the {self.metric} needs one integer label a prediction; give a function metric(logits, labels)"
+            )
         before, after = (
             torch.as_tensor(metric(one.logits, one.labels), dtype=torch.float64) for one in (reference, output)
         )

@@ -13,7 +13,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.metrics import METRICS, Comparison, Own, run
 from mpsearch.quantize import RoundToNearest
-from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputMSE
+from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputMSE, TaskMetric
 
 COMPARISONS = [name for name, metric in METRICS.items() if issubclass(metric, Comparison)]
 OPTIONS = mps.precisions("w2 w4")
@@ -252,7 +252,11 @@ def test_a_common_shift_of_all_outputs_counts_where_targets_are_numbers():
         model, [batch], [FisherProjection(4), OutputDamage()], OPTIONS[:1], quantizer=lambda w, p: w + 1.0
     )
     assert all(float(one.sensitivity[0, 0]) > 1 for one in table)
-    blind = mps.profile(model, [batch], KLDivergence(), OPTIONS[:1], metric="kl", quantizer=lambda w, p: w + 1.0)
+    with pytest.warns(
+        UserWarning,
+        match=r"KLDivergence\(\) takes a KL over a softmax, which does not see what all outputs have in common",
+    ):
+        blind = mps.profile(model, [batch], KLDivergence(), OPTIONS[:1], quantizer=lambda w, p: w + 1.0)
     assert float(blind.sensitivity[0, 0]) < 1e-10
 
 
@@ -424,3 +428,16 @@ def test_two_names_of_what_is_measured_are_one_too_many():
         mps.profile(mlp(4), [draw(6, 5)], OutputDamage(), OPTIONS, metric="mse", loss="kl")
     with pytest.raises(mps.EstimatorError, match="loss= is for metric='loss'"):
         mps.search(mlp(4), [draw(16, 5)], mps.Budget(average_bits=4), OPTIONS, loss=lambda model, batch: 0.0)
+
+
+def test_labels_that_are_no_classes_are_none_for_the_cross_entropy():
+    model, batch, _, _ = CASES["several numbers"]
+    with pytest.raises(mps.EstimatorError, match="needs one integer label a prediction"):
+        mps.profile(model, [batch], TaskMetric(), OPTIONS)
+
+
+def test_no_right_answer_is_an_accuracy_of_zero():
+    model, x = mlp(4), draw(6, 5)
+    with torch.no_grad():
+        wrong = (model(x).argmax(1) + 1) % 4
+    assert str(mps.evaluate(model, [(x, wrong)], all_at(model, "8")).reference.accuracy) == "0.0"
