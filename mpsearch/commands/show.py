@@ -64,6 +64,9 @@ def _plan_text(plan: mps.Plan, screen: Screen) -> str:
     parts = [plan_text(plan, screen)]
     if plan.usage:
         parts.append(usage_text(plan, screen))
+    table = plan.origin.get("table")
+    if isinstance(table, dict) and (counted := report.counted(table)):
+        parts.append(screen.prose(counted))
     if "sensitivity" in plan.predicted:
         damage = f"{report.damage(plan.predicted['sensitivity'])} {plan.predicted.get('unit', '')}"
         parts.append(screen.title(f"predicted damage {damage}, {plan.predicted.get('status', 'status unknown')}"))

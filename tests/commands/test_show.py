@@ -85,6 +85,31 @@ def test_profile_takes_the_same_arguments(nets, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (
+            [],
+            "memory_bytes: codes packed without padding, a scale in the weight's dtype for each group or channel; with target=",
+        ),
+        (["--target", "hqq"], "memory_bytes: as hqq stores it: 3-bit codes ten to a 32-bit word"),
+    ],
+)
+def test_everyone_tells_how_bytes_are_counted(nets, tmp_path, capsys, target, words):
+    table, plan = str(tmp_path / "t.csv"), str(tmp_path / "p.json")
+    model = [f"{nets}:net", "--data", f"{nets}:data", "--precisions", "w4g8 w8g8", *target]
+    assert main(["profile", *model, "--estimator", "relative-weight-error", "-o", table, "--quiet"]) == 0
+    for command in (
+        ["show", *model],
+        ["show", table],
+        ["solve", table, "--budget", "average_bits=6", "-o", plan],
+        ["show", plan],
+    ):
+        capsys.readouterr()
+        assert main(command) == 0
+        assert words in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["show", "{}:net"], "a model is shown by running it: give --data"),
