@@ -51,7 +51,7 @@ def layers(
 
     Args:
         model: any module; it comes back as it was.
-        example: one batch: `(inputs, targets)`, a tensor or a dict of keywords.
+        example: one batch, as `mpsearch.batches.arranged` reads it: `(inputs, targets)`, a tensor, a dict of keywords, ...
         exclude: names or patterns (`encoder.*`) of layers to leave alone.
         groups: `auto`; `fused`, where linear layers that read the same tensor and meet in a product are tied too (q/k/v, gate/up: many
             engines compute those as one matrix); `none` (refused where weights are shared); or name -> layers or patterns, added to `auto`.

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch._layers import layers as find_layers
+from mpsearch.batches import reading_of
 from mpsearch.checkpoint import Checkpoint, Counted, NoCheckpoint
 from mpsearch.data_split import few
 from mpsearch.determinism import PROBED, probed_output
@@ -128,7 +129,8 @@ def profile(
 
     Args:
         model: any module; it comes back bit for bit as it went in, also after an exception.
-        batches: calibration data, read once: `(inputs, targets)`, tensors, or dicts of keywords.
+        batches: calibration data, read once: `(inputs, targets)`, tensors, dicts of keywords, or what else `mpsearch.batches.arranged`
+            reads.
         estimator: scores the cells; a sequence of them gives a list of tables.
         precisions: the options, `mps.precisions("w2 w4 w8")`.
         metric: what estimators compare outputs with the unquantized model's by: `kl` (class scores, tokens), `bernoulli-kl` (0/1
@@ -273,6 +275,7 @@ def scored(
                         "loss": _title(chosen),
                         "measured": _title(chosen) if choice is None else choice.sentence,
                         "batches": len(data),
+                        **reading_of(data[0]),
                         "passes": dataclasses.asdict(passes + Passes(*results.earlier)),
                         "passes_in_this_run": dataclasses.asdict(passes),
                         "shared_with": len(members) - 1,

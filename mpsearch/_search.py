@@ -22,7 +22,7 @@ from mpsearch._profile import (
     run_identity,
     units_of,
 )
-from mpsearch.batches import missing_labels
+from mpsearch.batches import missing_labels, reading_of
 from mpsearch.budget import Budget
 from mpsearch.checkpoint import Checkpoint
 from mpsearch.data_split import check_sizes, few, split
@@ -263,6 +263,7 @@ def search(
         "precisions": [str(option) for option in options],
         "quantizer": repr(quantize),
         "seed": seed,
+        **reading_of(given["batches"][0]),
         "samples": {name: size(part) for name, part in parts.items()},
         "model_fingerprint": before,
         "stages": run.taken,

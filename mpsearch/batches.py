@@ -231,6 +231,15 @@ def _is_switch(model: nn.Module, name: str) -> bool:
     return isinstance(default, bool | int | float | str)
 
 
+def reading_of(batch: Batch) -> dict[str, Any]:
+    """How a batch is read where that is not `(inputs, targets)`, as JSON values, for the origin of a result; else nothing.
+
+    >>> reading_of(Arranged((1, 2), (0, 1), None))
+    {'batch': {'inputs': [0, 1], 'labels': None}}
+    """
+    return {"batch": {"inputs": list(batch.names), "labels": batch.target}} if isinstance(batch, Arranged) else {}
+
+
 def given_of(batch: Batch) -> Any:
     """The batch as it was given, for a function of the user's."""
     return batch.given if isinstance(batch, Arranged) else batch

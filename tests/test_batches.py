@@ -157,6 +157,13 @@ def test_a_metric_is_given_the_batch_as_it_was():
     assert len(seen) == 2
 
 
+def test_how_a_batch_is_read_is_in_the_result():
+    kurtosis, options = mps.sensitivity.Kurtosis(), mps.precisions("w4")
+    table = mps.profile(Two(), [(IDS, MASK, LABELS)], kurtosis, options, progress=False)
+    assert table.origin["batch"] == {"inputs": [0, 1], "labels": 2}
+    assert "batch" not in mps.profile(Plain(), [(IDS, LABELS)], kurtosis, options, progress=False).origin
+
+
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
