@@ -42,7 +42,7 @@ class _File(TypedDict):
     mpsearch_plan: int
     layers: dict[str, str]
     layers_hash: NotRequired[str]
-    budget: NotRequired[dict[str, float | str | list[float | str | None] | None]]
+    budget: NotRequired[dict[str, float | str | tuple[float | str | None, float | str | None] | None]]
     predicted: NotRequired[Annotated[Predicted, OPEN]]
     usage: NotRequired[dict[str, float | None]]
     origin: NotRequired[dict[str, Any]]

@@ -38,6 +38,7 @@ def test_it_is_a_mapping():
         ("{}", "no mpsearch plan"),
         ('{"mpsearch_plan": 3, "layers": {"a": "w4"}}', "version 3"),
         ('{"mpsearch_plan": 1}', "the key 'layers' is missing"),
+        ('{"mpsearch_plan": 1, "layers": {"a": "w4"}, "budget": {"x": [1]}}', "got list"),
         ('{"mpsearch_plan": 1, "layers": {}}', "no layers"),
         ('{"mpsearch_plan": 1, "layers": {"a": "w99"}}', "at $.layers['a']"),
         ('{"mpsearch_plan": 1, "layers": {"a": 4}}', "expected text at $.layers['a']"),

@@ -484,7 +484,7 @@ def test_plans(data):
         assert run("show", path) == (2 if plan is None else 0)
         if plan is not None:
             plan.save(path.parent / "again.json")
-            assert mps.Plan.load(path.parent / "again.json") == plan
+            assert repr(mps.Plan.load(path.parent / "again.json")) == repr(plan)  # nan is not nan
             told(export.gptqmodel, plan)
             plan._repr_html_()
 
