@@ -513,6 +513,10 @@ def row_misfit(layer: Layer, precision: Precision) -> str | None:
 
     A group that is wider than a row ends with it, and so does a block of MX; the types of GGUF have whole blocks alone.
 
+    Args:
+        layer: with the shape of its weight.
+        precision: of any format.
+
     >>> row_misfit(Layer("fc", "linear", (8, 4)), Precision("q8_0"))
     'q8_0 packs rows in multiples of 32 weights, the weight has 4'
     >>> row_misfit(Layer("fc", "linear", (8, 4)), Precision.parse("w4g64"))
