@@ -205,7 +205,8 @@ def _nncf(m: Matrix) -> int:
 def _quanto(m: Matrix) -> int:
     if m.bits == 8:
         return m.numel + m.rows * m.dtype_bytes
-    return -(-m.numel * m.bits // 8) + 2 * m.scales * m.dtype_bytes
+    size = m.precision.group_size or m.columns
+    return -(-m.scales * m.bits // 8) * size + 2 * m.scales * m.dtype_bytes
 
 
 def _bitsandbytes(m: Matrix) -> int:
@@ -257,7 +258,10 @@ EXLLAMAV3 = Storage(
     _exllamav3, "trellis codes on multiples of 128 rows and columns, a float16 scale a row and a column"
 )
 NNCF = Storage(_nncf, "packed codes, a float16 scale a group, a zero-point a weight at 2 and 3 bits")
-QUANTO = Storage(_quanto, "packed codes, a scale in the weight's dtype, below 8 bits a shift too, a group")
+QUANTO = Storage(
+    _quanto,
+    "codes of 2 or 4 groups side by side in bytes, a scale in the weight's dtype, below 8 bits a shift too, a group",
+)
 BITSANDBYTES = Storage(_bitsandbytes, "packed codes, a float32 scale a block of 64, at 8 bits a channel")
 #: Tools that simulate: bytes of what their plan is deployed as.
 SIMULATED = Storage(_packed, f"as deployed: {PACKED.text}; the tool itself simulates, on weights in float", packs=False)

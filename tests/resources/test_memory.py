@@ -158,6 +158,7 @@ def test_llama_3_1_8b_at_q4_k_m_has_the_bits_that_llama_cpp_publishes():
         ("exllamav3", "w4", 128 * 128 // 2 + 2 * 256),  # 64 rows on 128
         ("bitsandbytes", "wnf4g64", 64 * 64 + 128 * 4),
         ("quanto", "w8", 64 * 128 + 64 * 2),
+        ("quanto", "w4g128", 64 * 64 + 2 * 64 * 2),
         ("brevitas", "w4", 64 * 64 + 64 * 2),
         ("hqq", "w16", 2 * 64 * 128),
     ],
@@ -250,3 +251,10 @@ def test_without_weights_equal_shapes_are_not_shared_weights():
         found = MemoryBytes()(model, layers, mps.precisions("w4 w16"))
         tables.append((found.usage.tolist(), found.fixed, found.reference))
     assert tables[0] == tables[1] == ([[64, 256], [64, 256], [0, 0]], 3 * 32, 2 * 256 + 3 * 32)
+
+
+def test_groups_side_by_side_fill_whole_bytes():
+    """Of 7 groups, quanto packs 4 codes of 2 bits, or 2 of 4, into a byte at each place of a group."""
+    storage = export.TARGETS["quanto"].storage
+    sizes = [storage.stored_bytes((7, 128), "float32", mps.Precision.parse(text)) for text in ("w2g128", "w4g128")]
+    assert sizes == [2 * 128 + 2 * 7 * 4, 4 * 128 + 2 * 7 * 4]
