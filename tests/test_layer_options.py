@@ -109,7 +109,7 @@ def test_search_keeps_the_options_and_says_where_uniform_is_uniform():
     result = mps.search(
         net(),
         batches(8),
-        mps.Budget(average_bits=5),
+        mps.Budget(average_bits=4.4),
         mps.precisions("w2 w3 w4"),
         allow={"4": "w8"},
         effort="fast",
@@ -120,7 +120,8 @@ def test_search_keeps_the_options_and_says_where_uniform_is_uniform():
     assert result.uniform is not None
     assert result.uniform[0].endswith("where allowed")
     assert "where allowed" in result.verdict
-    assert result.plan.usage["average_bits"] <= 5
+    assert "nothing was searched" not in result.verdict
+    assert result.plan.usage["average_bits"] <= 4.4
 
 
 def test_uniform_plans_where_allowed():
@@ -176,3 +177,14 @@ def test_on_the_command_line(tmp_path, monkeypatch, capsys):
     assert 3 <= answer["usage"]["average_bits"] <= 5.5
     assert main(["show", *model, *own[:-2], "--allow", "w8"]) == 2
     assert "expected PATTERN=PRECISIONS" in capsys.readouterr().err
+
+
+def test_a_search_within_a_band_of_effective_bits():
+    budget = mps.Budget(effective_bits=(4.5, 7))
+    result = mps.search(net(), batches(8), budget, mps.precisions("w2 w3 w4 w8"), effort="fast", progress=False)
+    assert all(4.5 <= plan.usage["effective_bits"] <= 7 for plan in result.plans.plans)
+    stored = (
+        8 * (result.plan.usage["memory_bytes"] - 4 * (24 + 24 + 8)) / (16 * 24 + 24 * 24 + 24 * 8)
+    )  # without biases
+    assert result.plan.usage["effective_bits"] == pytest.approx(stored)
+    assert result.plan.budget["effective_bits"] == (4.5, 7.0)
