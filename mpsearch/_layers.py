@@ -46,6 +46,12 @@ def layers(
     that is not called is reported in a warning and left out, but for experts, whose turn may come with other data. An embedding
     that does not return a row for each number of its first input alone (Whisper's positions) is left alone.
 
+    Parameters of two dimensions and more that functions read are decisions too (`mpsearch.functional`): hand-written linear layers and
+    bare matrices (`x @ p`, `F.linear`, `einsum`, `bmm`, `F.conv1d`, ...), the matrices of LSTM, GRU and their cells
+    (`lstm.weight_ih_l0`), Bilinear, EmbeddingBag, experts in tensors of any layout; named as the parameter, or as the module that holds
+    it alone as `weight`. A weight that is read again counts its MACs again. One memory under several parameters is one decision
+    (`mpsearch.one_memory`). The largest matrices that are not decided on are told in a warning, with their share of all weights.
+
     Layers share a precision, and the name of their group says why, where they share a weight, and under `target` where it needs that:
     what each of these ties costs at a budget tells `mpsearch.tie_prices`, and the result of a search.
 

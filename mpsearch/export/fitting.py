@@ -18,6 +18,7 @@ from mpsearch.modules import canonical, holds_weight, kind_of, storage_of, weigh
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.undecided import tell_unnamed
 from mpsearch.unfused import unfused
 from mpsearch.wrapped_names import by_names_of
 
@@ -79,6 +80,10 @@ def fitted(
             warnings.warn(str(found), stacklevel=3)
             return found.plan
     known, layers = rules(target, vllm), described(plan, model, target)
+    if model is not None:
+        with unfused(model):
+            named = [model.get_submodule(layer.name) for layer in layers.values()]
+            tell_unnamed(model, [weight_of(module) for module in named if holds_weight(module)], len(plan))
     for layer in layers.values():
         reason = known.refusal(layer, plan[layer.name])
         if reason:
@@ -198,6 +203,13 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
     found = {}
     for name in plan:
         kind = kind_of(modules[name]) if name in modules else None
+        if kind is None and _is_matrix(name, model):  # functions read it, and no layer holds it
+            if _effect(plan, name):
+                raise ExportError(
+                    f"{target or 'the exporter'} cannot express {plan[name]} for {name!r}: a parameter that functions read, of no layer "
+                    "that other tools know; plan w16, or leave it out, as layers(..., target=...) (--target) does"
+                )
+            continue
         if kind is None:
             raise ExportError(
                 f"the plan names {name!r}, which is no quantizable layer of the model{nearest(name, known)}"
@@ -214,6 +226,13 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
         dtype = str(weight.dtype).removeprefix("torch.")
         found[name] = Layer(name, kind, tuple(weight.shape), dtype=dtype)
     return found
+
+
+def _is_matrix(name: str, model: nn.Module) -> bool:
+    """True for the name of a parameter of two dimensions and more of no layer, or of a module that holds one as its `weight`."""
+    own = dict(model.named_parameters())
+    matrices = [key for key in (name, f"{name}.weight") if key in own and own[key].ndim > 1]
+    return any(kind_of(model.get_submodule(key.rpartition(".")[0])) is None for key in matrices)
 
 
 def _out_of_reach(name: str, kind: str, own: Mapping[str, nn.Module]) -> str | None:

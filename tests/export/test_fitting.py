@@ -220,3 +220,26 @@ def test_snap_warns_and_needs_the_model():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fitted(plan(**{"0": "w8g32"}), model, "onnxruntime", snap=True)
+
+
+class Matrix(nn.Module):
+    """A matrix of no layer behind a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.proj = nn.Linear(32, 32), nn.Parameter(torch.randn(32, 32))
+
+    def forward(self, x):
+        return self.first(x) @ self.proj
+
+
+def test_a_parameter_of_no_layer_is_refused_by_name_or_left_alone():
+    model = Matrix()
+    plan = mps.Plan({"first": mps.Precision("4", group_size=32), "proj": mps.Precision("4", group_size=32)})
+    with pytest.raises(
+        mps.ExportError, match=r"gptqmodel cannot express w4g32 for 'proj': a parameter that functions read"
+    ):
+        fitted(plan, model, "gptqmodel")
+    left = mps.Plan({"first": mps.Precision("4", group_size=32), "proj": mps.Precision("16")})
+    with pytest.warns(UserWarning, match=r"the plan names 2 layers: 51 % of the weights .*proj 49 %"):
+        assert list(fitted(left, model, "gptqmodel")) == ["first"]
