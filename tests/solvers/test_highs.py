@@ -14,7 +14,8 @@ TABLE = "layer,precision,sensitivity,memory_bytes,latency_s\n" + "".join(
 
 FIRST_OBJECT = {
     "highs": "from mpsearch.solvers.highs import silent_highs; h = silent_highs(); h.addVar(0.0, 1.0); h.run()",
-    "exact": "from mpsearch.solvers import Exact, exact; exact._FEW = 1; assert Exact().choose(cost, usage, limits).stats['nodes']",
+    "exact": "from mpsearch.solvers import Exact, exact, milp; exact._FEW, search, calls = 1, milp.search, []; "
+    "milp.search = lambda *a, **k: calls.append(1) or search(*a, **k); Exact().choose(cost, usage, limits); assert calls",
     "prices": "from mpsearch.solvers.prices import best_prices; best_prices(cost, usage, limits)",
     "ilp": "from mpsearch.solvers import ILP; assert ILP().choose(cost, usage, limits).options is not None",
 }
