@@ -336,6 +336,13 @@ def test_gradients_that_are_cut_off_are_told():
 def test_weights_that_lie_on_their_grid_already_are_no_surprise():
     model = nn.Sequential(nn.Linear(4, 3))
     table = mps.profile(
-        model, [torch.randn(5, 4)], KLDivergence(), OPTIONS[::2], metric="kl", quantizer=lambda w, p: w, progress=False
+        model,
+        [torch.randn(5, 4)],
+        KLDivergence(),
+        OPTIONS[::2],
+        metric="kl",
+        quantizer=lambda w, p: w,
+        resources=(),
+        progress=False,
     )
     assert (table.sensitivity == 0).all()
