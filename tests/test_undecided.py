@@ -69,7 +69,7 @@ def test_a_plan_that_names_little_of_a_model_is_told(door):
 
     def run(plan):
         given = plan if door == "evaluate" else [plan]
-        return said(getattr(mps, door), model, [torch.randn(8, 10)], given, progress=False)[1]
+        return said(getattr(mps, door), model, [torch.randn(8, 10)], given, metric="kl", progress=False)[1]
 
     assert run(few) == [
         "the plan names 1 layer: 83 % of the weights are not decided on and stay at full width: 2.weight 50 %, "
