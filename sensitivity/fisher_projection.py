@@ -23,8 +23,11 @@ class FisherProjection(GradientEstimator):
     form of the full Fisher block, off-diagonal entries included, and no matrix. Labels drawn from the prediction, as
     in the papers, have the same expectation and, on confident networks, far more variance. A precision that quantizes
     inputs takes <dT/dY, Y_o - Y> in the same square, so that errors of weights and inputs can cancel or add. The
-    square comes after the sum over elements; `OutputGradient` squares before. With a loss of one's own, or
-    `cross-entropy`, T is that loss. One forward and `draws` backward passes, whatever the number of precisions. The
+    square comes after the sum over elements; `OutputGradient` squares before. With another metric than the KL, u has the
+    covariance of its Hessian (`metrics.Comparison.random_output`) and the table its unit: for `mse` and `relative-error` u is in
+    proportion to z, so for a linear model this is the measured error, exactly with a power of two of draws of no less than the numbers of
+    a sample. With a loss of one's own, or `cross-entropy`, T is that loss.
+    One forward and `draws` backward passes, whatever the number of precisions. The
     standard error is over samples and their draws.
 
     Attributes:

@@ -23,7 +23,8 @@ class GaussNewtonTrace(GradientEstimator):
 
     For a softmax G is the Fisher information and the Hessian of the KL to the unquantized model, and, unlike the
     Hessian of the loss, never negative. Its trace is the mean of |J^T u|^2 over random u = sqrt(p) z - p <sqrt(p), z>
-    with signs z, whose covariance is diag p - p p^T. One forward and `num_samples` backward passes and no double
+    with signs z, whose covariance is diag p - p p^T; with another metric than the KL, of the covariance of its Hessian.
+    One forward and `num_samples` backward passes and no double
     backward; the standard error is over samples and their draws.
 
     Attributes:
