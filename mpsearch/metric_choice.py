@@ -167,7 +167,12 @@ def choose(
     else:
         measured = BernoulliKL(reading.sigmoid) if metric == "bernoulli-kl" else named(metric)()
     if silent and measured.unit in (RelativeError.unit, PSNR.unit):
-        raise EstimatorError(f"the unquantized output is all 0, so there is no {measured.unit}; give metric='mse'")
+        raise EstimatorError(f"the unquantized output is all 0, so there is no {measured.name}; give metric='mse'")
+    if isinstance(measured, PSNR) and _flat(logits_of(output)):
+        raise EstimatorError(
+            f"the unquantized output (shape {tuple(logits_of(output).shape)}) is the same number all over each sample, so there is no peak "
+            "for psnr; give metric='relative-error' or 'mse'"
+        )
     comparison = measured if isinstance(measured, Comparison) else fitting
     return MetricChoice(
         measured, comparison, reading, _sentence(metric, measured, comparison, reading), metric is not None
@@ -255,6 +260,12 @@ def _check_targets(metric: str, batches: Sequence[Batch], reading: Reading) -> N
         )
     if metric == "accuracy" and reading.kind == "numbers":
         raise EstimatorError(f"there is no accuracy: {reading.reason}; give metric='relative-error' or 'loss'")
+
+
+def _flat(output: Tensor) -> bool:
+    """True where no sample has two different numbers."""
+    numbers = output.detach().reshape(len(output), -1) if output.ndim else output.detach().reshape(1, 1)
+    return bool((numbers == numbers[:, :1]).all())
 
 
 def _check_classes(output: Any) -> None:

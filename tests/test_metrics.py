@@ -331,6 +331,7 @@ def test_a_metric_of_other_parameters_is_refused(function, words):
         (mlp(1), (draw(6, 5), draw(6)), {"metric": "kl"}, "one output"),
         (mlp(4), (draw(6, 5), integers(4, 6)), {"metric": "relativ-error"}, "did you mean 'relative-error'"),
         (nn.Sequential(nn.Linear(5, 4), nn.Threshold(1e9, 0.0)), draw(6, 5), {"metric": "psnr"}, "all 0"),
+        (nn.Sequential(nn.Linear(5, 1)), draw(6, 5), {"metric": "psnr"}, "no peak for psnr"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_in_one_line(model, batch, options, words):
