@@ -339,7 +339,10 @@ class _Reads(TorchFunctionMode):
         if readings is not None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
             listed = [x for part in args if isinstance(part, list | tuple) for x in part if isinstance(x, Tensor)]
-            if any(self.parameter(x) is not None for x in (*tensors, *listed)):
+            mapped = any(
+                map(torch._C._functorch.is_functorch_wrapped_tensor, (*tensors, *listed))
+            )  # `torch.vmap` hides the rows
+            if not mapped and any(self.parameter(x) is not None for x in (*tensors, *listed)):
                 for reading in readings(*args, **kwargs):
                     parameter = self.parameter(reading.view)
                     if parameter is not None and parameter not in self.busy:

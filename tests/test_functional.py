@@ -230,3 +230,16 @@ def test_a_target_has_no_name_for_them():
     model = model_of("@")
     with pytest.warns(UserWarning, match="torchao has no name for matrix: left alone"):
         assert [layer.name for layer in mps.layers(model, data()[0], target="torchao")] == ["first"]
+
+
+def test_a_read_inside_vmap_is_told_and_left_alone():
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix, self.first = normal(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.first(torch.vmap(lambda row: self.matrix @ row)(x))
+
+    with pytest.warns(UserWarning, match="matrix"):
+        assert [layer.name for layer in mps.layers(Mapped(), torch.ones(2, 4))] == ["first"]
