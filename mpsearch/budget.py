@@ -76,8 +76,18 @@ class Budget(Mapping[str, Written]):
             limits[name] = (lower or None, upper or None) if dots else value
         return cls(**limits)
 
-    def limits(self, table: CostTable) -> dict[str, Limit]:
-        """The limits in the units of the table, (lower, upper).
+    def limits(self, table: CostTable) -> dict[str, float | tuple[float, float | None]]:
+        """The limits in the units of the table: an upper one is a number, a band a pair; raises as `bounds` does.
+
+        >>> from mpsearch import Layer, precisions
+        >>> table = CostTable((Layer("fc", "linear", (2, 2)),), precisions("w4"), [[0.5]], usage={"memory_bytes": [[4]]})
+        >>> Budget(average_bits="3.5", memory_bytes=("1B", "2KB")).limits(table)
+        {'average_bits': 3.5, 'memory_bytes': (1.0, 2000.0)}
+        """
+        return {name: written(limit) for name, limit in self.bounds(table).items()}
+
+    def bounds(self, table: CostTable) -> dict[str, Limit]:
+        """Lower and upper limits in the units of the table, -inf and inf where there is none.
 
         Raises:
             BudgetError: for a resource that the table does not have, a percentage of an unknown total, or a lower limit on a peak.
@@ -122,7 +132,7 @@ def limit_text(name: str, limit: Limit) -> str:
     return f"{name} >= {low:.6g}" if math.isinf(high) else f"{low:.6g} <= {name} <= {high:.6g}"
 
 
-def written(limit: Limit) -> Written:
+def written(limit: Limit) -> float | tuple[float, float | None]:
     """A limit as it goes into a `Plan` and JSON."""
     low, high = limit
     return high if math.isinf(low) else (low, high if math.isfinite(high) else None)

@@ -85,7 +85,7 @@ class Front(Sequence[Solution]):
         if not isinstance(budget, Budget):
             whole = None if self.over in DERIVED else reference(self.table, self.over)
             budget = Budget(**{self.over: amount(self.over, budget, whole)})
-        limits = budget.limits(self.table)
+        limits = budget.bounds(self.table)
         least, most = limits.get(self.over, (-math.inf, math.inf))
         fitting = np.flatnonzero((least <= self.usage) & (self.usage <= most))
         for index in fitting[np.argsort(self.sensitivity[fitting], kind="stable")].tolist():  # the least damage first

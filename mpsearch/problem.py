@@ -62,7 +62,7 @@ class Problem:
             BudgetError: for a limit on an unknown resource, or a goal that is none.
             TableError: where the layers of a group have no allowed precision in common.
         """
-        limits = budget.limits(table)
+        limits = budget.bounds(table)
         goals = ("sensitivity", *table.usage, *DERIVED)
         if minimized not in goals:
             raise BudgetError(f"cannot minimize {minimized!r}{nearest(minimized, goals)}")

@@ -61,7 +61,7 @@ def run(options: argparse.Namespace) -> Answer:
         "seconds": solution.stats["seconds"],
     }
     written = tuple(filter(None, (options.out, options.plot)))
-    return Answer(content, lambda screen: _text(table, solution, budget.limits(table), screen), written)
+    return Answer(content, lambda screen: _text(table, solution, budget.bounds(table), screen), written)
 
 
 def _text(

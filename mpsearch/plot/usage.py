@@ -43,7 +43,7 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
     amount = quantity(table, resource)
     use = _used(table, plan, amount.cells[0] / amount.divisor)
     budget = (
-        Budget(**{resource: plan.budget[resource]}).limits(table)[resource][1] if resource in plan.budget else math.inf
+        Budget(**{resource: plan.budget[resource]}).bounds(table)[resource][1] if resource in plan.budget else math.inf
     )
     found = blocks(names)
     figure = empty(width(len(found)), 4.8 + label_height(found))

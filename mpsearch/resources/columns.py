@@ -85,8 +85,8 @@ def named_functions(
     """
     check_kind(resources, Mapping | list | tuple, "names of resources, or functions by name", TableError)
     if isinstance(resources, Mapping):
-        for function in resources.values():
-            check_kind(function, callable, "functions of resources, (model, layers, precisions)", TableError)
+        for name, function in resources.items():
+            check_kind(function, callable, f"a function of (model, layers, precisions) for resource {name}", TableError)
         return dict(resources)
     for name in resources:
         check_kind(name, str, "names of resources as text", TableError)

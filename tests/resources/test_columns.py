@@ -71,11 +71,15 @@ def test_wrong_numbers_are_refused(values, message):
         profile({"coins": lambda model, layers, precisions: values(len(layers), len(precisions))})
 
 
-@pytest.mark.parametrize("function", [5, lambda model, layers: 0])
-def test_what_is_no_such_function_is_refused(function):
-    with pytest.raises(
-        mps.TableError, match=r"resource coins: .*; expected a function of \(model, layers, precisions\)"
-    ):
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        (5, r"expected a function of \(model, layers, precisions\) for resource coins, got the int 5"),
+        (lambda model, layers: 0, r"resource coins: .*; expected a function of \(model, layers, precisions\)"),
+    ],
+)
+def test_what_is_no_such_function_is_refused(function, words):
+    with pytest.raises(mps.TableError, match=words):
         profile({"coins": function})
 
 
