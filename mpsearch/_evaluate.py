@@ -19,10 +19,17 @@ from mpsearch.metrics import KL, Floats, Metric, Own, Run, run
 from mpsearch.metrics import Loss as TargetLoss
 from mpsearch.model import Batch, collect, preserved, state_fingerprint
 from mpsearch.modules import holds_weight, layer_of, named_layers, operands_of, weight_of
-from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
+from mpsearch.perturb import (
+    Quantizer,
+    checked_quantizer,
+    input_quantizers,
+    input_ranges,
+    inputs,
+    quantized_weights,
+    weights,
+)
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
 from mpsearch.settings import check_kind
 from mpsearch.undecided import tell_unnamed
 from mpsearch.wrapped_names import by_names_of
@@ -65,8 +72,7 @@ def evaluate(
     """
     data = collect(batches, model)
     check_metric(metric)
-    quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
+    quantize = checked_quantizer(quantizer)
     before = state_fingerprint(model)
     with preserved(model, data[0]), torch.no_grad():
         plan = named_in(model, plan)

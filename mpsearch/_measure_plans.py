@@ -21,11 +21,17 @@ from mpsearch.metric_choice import check_metric, choose
 from mpsearch.metrics import Metric, run
 from mpsearch.model import Batch, collect, data_fingerprint, preserved, samples, state_fingerprint
 from mpsearch.modules import holds_weight, layer_of, weight_of
-from mpsearch.perturb import Quantizer, input_quantizers, input_ranges, inputs, quantized_weights, weights
+from mpsearch.perturb import (
+    Quantizer,
+    checked_quantizer,
+    input_quantizers,
+    input_ranges,
+    inputs,
+    quantized_weights,
+    weights,
+)
 from mpsearch.plan import Plan
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
-from mpsearch.settings import check_kind
 from mpsearch.undecided import tell_unnamed
 
 
@@ -74,8 +80,7 @@ def measure_plans(
     True
     """
     data = collect(batches, model)
-    quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
+    quantize = checked_quantizer(quantizer)
     check_metric(metric)
     before = state_fingerprint(model)
     means = [Mean() for _ in plans]

@@ -42,7 +42,7 @@ from mpsearch.model import (
 )
 from mpsearch.modules import layer_of, named_layers, weight_of
 from mpsearch.peak_memory import peak_memory
-from mpsearch.perturb import Quantizer, input_ranges, quantized_weight
+from mpsearch.perturb import Quantizer, checked_quantizer, input_ranges, quantized_weight
 from mpsearch.precision import Precision
 from mpsearch.quantize import RoundToNearest
 from mpsearch.resources import RESOURCES, Resource
@@ -215,8 +215,7 @@ def scored(
             raise EstimatorError(f"{part!r} is no estimator: it has no method 'estimate'")
         check_settings(part, EstimatorError)
     own = checked_precisions(precisions)
-    quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
+    quantize = checked_quantizer(quantizer)
     before = state_fingerprint(model)
     with preserved(model, data[0]):
         found = find_layers(model, data[0], exclude=exclude, groups=groups) if layers is None else layers

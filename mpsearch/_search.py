@@ -48,14 +48,13 @@ from mpsearch.model import (
     targets_of,
 )
 from mpsearch.outdone import without_outdone
-from mpsearch.perturb import Quantizer, input_ranges
+from mpsearch.perturb import Quantizer, checked_quantizer, input_ranges
 from mpsearch.plan_meter import Spending
 from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
 from mpsearch.resources.columns import ResourceFunction, counted, refused_cells, table_fields
 from mpsearch.scoring import FEW
 from mpsearch.search_result import SearchResult
-from mpsearch.settings import check_kind, checked_number
+from mpsearch.settings import checked_number
 from mpsearch.stages import Stages, size
 from mpsearch.table import CostTable
 from mpsearch.target_mask import decidable, refused_options
@@ -164,8 +163,7 @@ def search(
         tolerance = checked_number(tolerance, "tolerance", float, 0.0, BudgetError)
     goal = Goal(budget, tolerance, minimize, front)
     own = checked_precisions(precisions)
-    quantize: Quantizer = RoundToNearest() if quantizer is None else quantizer
-    check_kind(quantize, callable, "a quantizer, quantizer(weight, precision)", EstimatorError)
+    quantize = checked_quantizer(quantizer)
     check_metric(metric)
     if loss is not None and metric != "loss":
         raise EstimatorError(f"loss= is for metric='loss', got metric={metric!r}")

@@ -52,6 +52,8 @@ _FEATURES = (
 )
 #: So many numbers, all from 0 to 1, are taken for probabilities without a sigmoid among the modules.
 _ENOUGH = 24
+#: What this many different rows, of so many, have in common is no chance.
+_DIFFERENT, _LOOKED_AT = 3, 64
 #: So many numbers, as many as go in, are a reconstruction sooner than scores of classes.
 _WIDE = 16
 #: How to say it oneself.
@@ -287,7 +289,7 @@ def read(model: nn.Module, batches: Sequence[Batch], output: Any, example: Batch
     low, high = (float(rows.amin()), float(rows.amax())) if rows.numel() else (0.0, -1.0)
     within = low >= 0 and high <= 1 and low < high
     sums = rows.double().sum(1)
-    softmax = within and width > 1 and bool(((sums - 1).abs() < 1e-3).all())
+    softmax = within and width > 1 and _many(rows) and bool(((sums - 1).abs() < 1e-3).all())
     sure = rows.numel() >= _ENOUGH or any(isinstance(module, nn.Sigmoid) for module in model.modules())
     sigmoid = within and not softmax and sure
     kind, scored, reason, assumed = _kind(model, batches, output, counted, rows, labels, softmax, sigmoid)
@@ -366,13 +368,13 @@ def _without_targets(
         )
     if softmax:
         return "classes", False, "the outputs of a prediction are probabilities that add up to 1", False
-    if rows.numel() and bool((rows.double().logsumexp(1).abs() < 1e-3).all()):
+    if _many(rows) and bool((rows.double().logsumexp(1).abs() < 1e-3).all()):
         return "classes", False, "the outputs of a prediction are logarithms of probabilities that add up to 1", False
     if part == "logits" or shifts_labels(model):
         return "classes", False, "the model returns logits", False
     if part in _FEATURES:
         return "numbers", False, f"the output is {part}, an embedding", False
-    if len(shape) == 2 and rows.numel() and bool(((rows.double().norm(dim=1) - 1).abs() < 1e-3).all()):
+    if len(shape) == 2 and _many(rows) and bool(((rows.double().norm(dim=1) - 1).abs() < 1e-3).all()):
         return "numbers", False, "the outputs of a sample are a vector of length 1, an embedding", False
     if x.is_floating_point() and x.shape[1:] == counted.shape[1:] and width >= _WIDE:
         return "numbers", False, "the output has the shape of the input", True
@@ -387,6 +389,11 @@ def _without_targets(
     if sigmoid and len(shape) == 2:
         return "labels", False, "there are no labels and all outputs lie between 0 and 1", True
     return "classes", False, f"there are no labels and the output has shape {shape}: scores of classes?", True
+
+
+def _many(rows: Tensor) -> bool:
+    """True for enough different rows that what all of them add up to is no chance."""
+    return len(torch.unique(rows[:_LOOKED_AT], dim=0)) >= _DIFFERENT
 
 
 def _binary(targets: Sequence[Tensor]) -> bool:

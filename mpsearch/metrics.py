@@ -661,7 +661,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 def logits(kind: Kind, rows: Tensor) -> Tensor:
     """(N, C) logits of rows of probabilities: their logarithm, or that of p / (1 - p); extremes are moved by one rounding.
 
-    >>> logits("labels", torch.tensor([[0.5, 0.75]])).exp()
+    >>> logits("labels", torch.tensor([[0.5, 0.75]])).exp().round(decimals=6)
     tensor([[1., 3.]], dtype=torch.float64)
     """
     p = wide(rows)

@@ -53,6 +53,21 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
         return restore(module, found)
 
 
+def checked_quantizer(quantizer: Quantizer | None) -> Quantizer:
+    """What is given as a quantizer, `RoundToNearest()` for None.
+
+    Raises:
+        EstimatorError: for what is neither a function nor tells those of single layers.
+    """
+    if quantizer is None:
+        return RoundToNearest()
+    if not callable(quantizer) and not hasattr(quantizer, "of_layer"):
+        raise EstimatorError(
+            f"expected a quantizer, quantizer(weight, precision), got the {type(quantizer).__name__} {quantizer!r}"
+        )
+    return quantizer
+
+
 def _of_layer(quantizer: Quantizer, name: str) -> Quantizer:
     of_layer: Callable[[str], Quantizer] | None = getattr(quantizer, "of_layer", None)
     return quantizer if of_layer is None else of_layer(name)

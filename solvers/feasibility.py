@@ -55,7 +55,7 @@ def reachable(sensitivity: Floats, usage: Floats, limits: Floats) -> NDArray[np.
 def room(least: Floats, limit: float) -> float:
     """What a choice may use beyond the least of each row, up to half an ulp of the limit that rounds away.
 
-    >>> room(np.array([8e10]), 8e10) == np.spacing(8e10) / 2
+    >>> bool(room(np.array([8e10]), 8e10) == np.spacing(8e10) / 2)
     True
     """
     if math.isinf(limit):

@@ -417,7 +417,7 @@ def test_a_tool_that_is_not_installed_is_one_line(here, capsys, monkeypatch):
         raise importlib.metadata.PackageNotFoundError(distribution)
 
     monkeypatch.setattr(importlib.metadata, "version", nothing)
-    (here / "p.json").write_text('{"mpsearch_plan": 1, "layers": {"0": "w4"}}')
+    (here / "p.json").write_text('{"mpsearch_plan": 1, "layers": {"0": "w4", "3": "w4"}}')
     status, out, err = run(
         capsys, *["export", "p.json", "--to", "torchao", "--model", "nets.py:net", "--verify", "-o", "x"]
     )

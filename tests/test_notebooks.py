@@ -61,7 +61,7 @@ def test_it_runs(path, executed):
 BAR = """
 import torch, mpsearch as mps
 model, plan = torch.nn.Sequential(torch.nn.Linear(4, 3)), mps.Plan({"0": mps.Precision("4")})
-_ = mps.evaluate(model, [torch.randn(8, 4)], plan)
+_ = mps.evaluate(model, [(torch.randn(8, 4), torch.arange(8) % 3)], plan)
 """
 
 

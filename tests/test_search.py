@@ -290,7 +290,7 @@ def test_a_budget_of_effective_bits():
         ({"budget": None}, mps.BudgetError, "nothing is asked for"),
         ({"budget": mps.Budget(memory_bytes="50%"), "tolerance": 0.1}, mps.BudgetError, "both minimized and limited"),
         ({"budget": None, "tolerance": 0.1, "front": True}, mps.BudgetError, "choose one"),
-        ({"budget": None, "tolerance": -0.1}, mps.BudgetError, "tolerance -0.1"),
+        ({"budget": None, "tolerance": -0.1}, mps.BudgetError, "tolerance=-0.1"),
         ({"budget": None, "tolerance": 0.1, "minimize": "memory"}, mps.BudgetError, "did you mean 'memory_bytes'"),
         ({"budget": mps.Budget(memory=1)}, mps.BudgetError, "memory"),
         ({"budget": {"average_bits": 3}}, mps.BudgetError, "expected mps.Budget(average_bits=4) or the like, got {'average_bits': 3}"),

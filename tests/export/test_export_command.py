@@ -209,7 +209,7 @@ def test_mistakes_at_the_shell_are_one_line(here, capsys, text, words):
 def test_a_model_that_cannot_be_traced_is_one_line(here, capfd, target):
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
-    plan = PLAN if target == "onnxruntime" else mps.Plan({"0": mps.Precision("4", "8")})
+    plan = PLAN if target == "onnxruntime" else mps.Plan(dict.fromkeys("02", mps.Precision("4", "8")))
     plan.save("plan.json")
     assert main(f"export plan.json --to {target} --data nets.py:narrow --model nets.py:net -o x".split()) == 2
     captured = capfd.readouterr()
