@@ -89,10 +89,17 @@ class ChannelFisher:
 def _mask_gradient(layer: Layer, masks: dict[str, Tensor], count: int) -> Observer:
     """Adds up d mean loss / d mask, (samples, channels), once the gradient of the output is there."""
     dim = 1 if layer.kind.startswith("conv") else -1
+    widths: set[int] = set()
 
     def see(_given: Tensor, output: Tensor) -> None:
         if not output.requires_grad:
             return
+        widths.add(output.shape[dim])
+        if len(widths) > 1:
+            raise EstimatorError(
+                f"layer {layer.name!r} returns {' and '.join(map(str, sorted(widths)))} channels, since it is read both ways round: "
+                "ChannelFisher has one mask a channel; exclude the layer, or take FisherProjection"
+            )
         held = output.detach()
 
         def add(g: Tensor) -> None:

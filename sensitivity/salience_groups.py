@@ -130,6 +130,11 @@ class _Moment:
                 self._add(seen @ seen.transpose(1, 2))
 
     def _add(self, moment: Tensor) -> None:
+        if self.total is not None and self.total.shape != moment.shape:
+            raise EstimatorError(
+                f"layer {self.layer.name!r} sees inputs of {self.total.shape[-1]} and {moment.shape[-1]} columns, since it is read both "
+                "ways round: SalienceGroups scores columns; exclude the layer, or take FisherProjection"
+            )
         self.total = moment if self.total is None else self.total + moment
 
     def _columns(self, x: Tensor) -> Iterator[Tensor]:

@@ -243,3 +243,18 @@ def test_a_read_inside_vmap_is_told_and_left_alone():
 
     with pytest.warns(UserWarning, match="matrix"):
         assert [layer.name for layer in mps.layers(Mapped(), torch.ones(2, 4))] == ["first"]
+
+
+@pytest.mark.parametrize("estimator", [mps.sensitivity.ChannelFisher(), mps.sensitivity.SalienceGroups()])
+def test_channels_of_a_matrix_that_is_read_both_ways_round_are_refused_by_name(estimator):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.matrix = normal(4, 6)
+
+        def forward(self, x):
+            return torch.relu(x @ self.matrix) @ self.matrix.T
+
+    batch = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    with pytest.raises(mps.EstimatorError, match=r"'matrix' .* both ways round"):
+        mps.profile(Tied(), [batch], estimator, mps.precisions("w2 w4"), progress=False)
