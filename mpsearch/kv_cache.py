@@ -71,9 +71,14 @@ def _fills_a_cache(module: nn.Module) -> bool:
 
 
 def _cache_argument(module: nn.Module) -> tuple[int, str] | None:
-    """Place and name of the cache among the arguments of the class's own `forward`: a re-run puts another one into the module."""
+    """Place and name of the cache among the arguments of the class's own `forward`: a re-run puts another one into the module.
+
+    It is `cache` from transformers 5.24 on.
+    """
     names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return next(((names.index(name), name) for name in ("past_key_values", "layer_past") if name in names), None)
+    return next(
+        ((names.index(name), name) for name in ("past_key_values", "cache", "layer_past") if name in names), None
+    )
 
 
 def _window(module: Any) -> int | None:
