@@ -275,7 +275,7 @@ class KL(Comparison):
         p = log_softmax(rows).exp()
         signs = (2 * torch.randint(0, 2, p.shape, generator=_generator(seed, draw)) - 1).to(p)
         noise = p.sqrt() * signs
-        return noise - p * (p.sqrt() * signs).sum(1, keepdim=True)
+        return noise - p * noise.sum(1, keepdim=True)
 
     def drawn(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
         """-log p(y), labels y drawn from the model's own predictions."""
