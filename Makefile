@@ -19,7 +19,7 @@ test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
 
 notebooks: .venv/ready
-	$(BIN)/python -m pytest tests/test_notebooks.py
+	$(BIN)/python -m pytest tests/house/test_notebooks.py
 
 # the exporters of tools that stay out of .venv, each in an environment of its own; the first time takes half an hour
 test-export-peers:

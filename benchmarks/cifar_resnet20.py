@@ -18,10 +18,10 @@ import numpy as np
 from models import DATA, resnet20
 
 import mpsearch as mps
-from mpsearch import report
-from mpsearch.files import write_atomically
-from mpsearch.plot import Measured
-from mpsearch.problem import uniform, usage_of
+from mpsearch.core import printing
+from mpsearch.core.problem import uniform, usage_of
+from mpsearch.display.figures import Measured
+from mpsearch.files.writing import write_atomically
 from mpsearch.sensitivity import HessianTrace, KLDivergence
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -41,7 +41,7 @@ def main() -> int:
 
     names = [layer.name for layer in mps.layers(model, test[0])]
     plain = mps.evaluate(model, test, mps.Plan({names[0]: mps.Precision("16")}))
-    print(f"unquantized: {report.percent(plain.accuracy, plain.accuracy_se)} right, cross-entropy {plain.loss:.4f}")
+    print(f"unquantized: {printing.percent(plain.accuracy, plain.accuracy_se)} right, cross-entropy {plain.loss:.4f}")
     assert plain.accuracy is not None
     if round(plain.accuracy, 3) != 0.917:
         print(
@@ -95,7 +95,7 @@ def main() -> int:
                 }
             )
             print(
-                report.table(
+                printing.table(
                     list(rows[-1])[:13],
                     [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in list(rows[-1].values())[:13]]],
                 )

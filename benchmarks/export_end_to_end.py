@@ -31,9 +31,9 @@ from torch import Tensor, nn
 import mpsearch as mps
 from mpsearch import export
 from mpsearch.export.verification import REFERENCE
-from mpsearch.files import write_atomically
-from mpsearch.measure import Mean, kl_divergence, log_softmax
-from mpsearch.perturb import Quantizer
+from mpsearch.files.writing import write_atomically
+from mpsearch.metrics.statistics import Mean, kl_divergence, log_softmax
+from mpsearch.quantizers.fake_quantization import Quantizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION = 256  # windows of 64 characters, to search with

@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 import mpsearch as mps
-from mpsearch.files import write_atomically
-from mpsearch.layer import Layer
+from mpsearch.core.layer import Layer
+from mpsearch.files.writing import write_atomically
 from mpsearch.resources import BitOps, MeasuredLatency, Processor, Roofline
 from mpsearch.resources.kernels import Kernel, unsigned_range
 from mpsearch.resources.measured_latency import Timing, time_in_turns

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from mpsearch.files import write_atomically
-from mpsearch.model import fingerprint
+from mpsearch.files.writing import write_atomically
+from mpsearch.models.running import fingerprint
 
 DATA = Path(__file__).resolve().parent / "data"  # not in the repository: put or link the two files of `resnet20` there
 CACHE = Path(__file__).resolve().parent / "cache"

@@ -33,13 +33,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mpsearch as mps
-from mpsearch import report
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.files import write_atomically
-from mpsearch.measure import Mean, kl_divergence
-from mpsearch.model import call, predictions, samples
-from mpsearch.perturb import weights
-from mpsearch.plot import BLUE, GREY, ORANGE, save
+from mpsearch.core import printing
+from mpsearch.display.figures import BLUE, GREY, ORANGE, save
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.files.writing import write_atomically
+from mpsearch.metrics.statistics import Mean, kl_divergence
+from mpsearch.models.running import call, predictions, samples
+from mpsearch.quantizers.fake_quantization import weights
 from mpsearch.resources.memory import MemoryBytes
 from mpsearch.sensitivity import (
     Estimator,
@@ -115,30 +115,30 @@ class AdaQuant:
     The paper takes the rise of the loss; KL to the unquantized network is taken here, as it is for the others. A forward pass a cell.
     """
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`."""
-        layers = [unit.layers[0] for unit in setting.units]
-        parameters = [next(iter(setting.parameters(unit))) for unit in setting.units]
+        layers = [decision.layers[0] for decision in context.decisions]
+        parameters = [next(iter(context.parameters(decision))) for decision in context.decisions]
         background = dict(
-            zip(parameters, (setting.quantized(layer, mps.Precision("8")) for layer in layers), strict=True)
+            zip(parameters, (context.quantized(layer, mps.Precision("8")) for layer in layers), strict=True)
         )
         with torch.no_grad():
-            references = [predictions(setting.model, call(setting.model, batch), batch)[0] for batch in setting.batches]
-            setting.passes.add(1, forward=1)
-            start = self._damage(setting, references, background)
-            damage = np.full((len(layers), len(setting.precisions)), start)
-            for u, p in setting.progress(list(setting.cells()), damage.size, "8-bit reference"):
-                if setting.precisions[p] != mps.Precision("8"):
-                    changed = {**background, parameters[u]: setting.quantized(layers[u], setting.precisions[p])}
-                    damage[u, p] = self._damage(setting, references, changed)
+            references = [predictions(context.model, call(context.model, batch), batch)[0] for batch in context.batches]
+            context.passes.add(1, forward=1)
+            start = self._damage(context, references, background)
+            damage = np.full((len(layers), len(context.precisions)), start)
+            for u, p in context.progress(list(context.cells()), damage.size, "8-bit reference"):
+                if context.precisions[p] != mps.Precision("8"):
+                    changed = {**background, parameters[u]: context.quantized(layers[u], context.precisions[p])}
+                    damage[u, p] = self._damage(context, references, changed)
         return Estimate(damage - start)
 
-    def _damage(self, setting: Setting, references: Sequence[Tensor], values: Mapping[nn.Parameter, Tensor]) -> float:
-        setting.passes.add(1, forward=1)
+    def _damage(self, context: Context, references: Sequence[Tensor], values: Mapping[nn.Parameter, Tensor]) -> float:
+        context.passes.add(1, forward=1)
         mean = Mean()
         with weights(values):
-            for batch, reference in zip(setting.batches, references, strict=True):
-                logits, _, index = predictions(setting.model, call(setting.model, batch), batch)
+            for batch, reference in zip(context.batches, references, strict=True):
+                logits, _, index = predictions(context.model, call(context.model, batch), batch)
                 mean.add(kl_divergence(reference, logits), index, samples(batch))
         return mean.value
 
@@ -504,7 +504,7 @@ def summary(rows: pd.DataFrame) -> str:
         counts = [str(int(mine["over_budget"].sum())), str(len(mine))]
         lines.append((str(name), ratios[0], [str(name), str(method), *(f"{v:.3g}" for v in numbers), *counts]))
     header = ["network", "method", "KL/reference", "KL/uniform", "passes", "CPU seconds", "accuracy"]
-    return report.table([*header, "over budget", "plans"], [cells for *_, cells in sorted(lines)], width=None)
+    return printing.table([*header, "over budget", "plans"], [cells for *_, cells in sorted(lines)], width=None)
 
 
 def markdown(rows: pd.DataFrame) -> str:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.files import write_atomically
-from mpsearch.measure import kl_divergence
-from mpsearch.perturb import quantized_weight, weights
-from mpsearch.quantize import RoundToNearest
+from mpsearch.files.writing import write_atomically
+from mpsearch.metrics.statistics import kl_divergence
+from mpsearch.quantizers.fake_quantization import quantized_weight, weights
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import KLDivergence
 
 RESULTS = Path(__file__).resolve().parent / "results"

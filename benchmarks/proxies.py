@@ -27,13 +27,13 @@ from models import MODELS, Trained
 from torch import nn
 
 import mpsearch as mps
-from mpsearch import report
-from mpsearch._evolve_proxy import ProxyTruth, evolve_proxy
-from mpsearch.estimator import Estimator
-from mpsearch.files import write_atomically
-from mpsearch.measured_plans import MeasuredPlans
-from mpsearch.model import Batch
-from mpsearch.proxy_evolution import ProxyEvolution
+from mpsearch.core import printing
+from mpsearch.core.measured_plans import MeasuredPlans
+from mpsearch.estimation.estimator import Estimator
+from mpsearch.estimation.proxies.evolution import ProxyEvolution
+from mpsearch.files.writing import write_atomically
+from mpsearch.models.running import Batch
+from mpsearch.plan_search.proxy_search import ProxyTruth, evolve_proxy
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
 from sensitivity import PRECISIONS, RESULTS, SIZES, Judge, Truth, lock  # noqa: TID251, the benchmark beside this file
@@ -181,7 +181,7 @@ def summary(found: pd.DataFrame) -> str:
         lines.append((means[0], [label, *(f"{value:.3g}" for value in (*means, *ratios, *ranks_at))]))
     header = ["signal", "KL/uniform", "Spearman", "at equal size"]
     header += [f"KL/uniform {name}" for name in MODELS] + [f"equal size {name}" for name in MODELS]
-    return report.table(header, [cells for _, cells in sorted(lines)], width=None)
+    return printing.table(header, [cells for _, cells in sorted(lines)], width=None)
 
 
 def geometric_mean(values: Iterable[float]) -> float:

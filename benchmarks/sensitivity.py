@@ -39,16 +39,16 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import mpsearch as mps
-from mpsearch.files import write_atomically
-from mpsearch.measure import Mean, kl_divergence
-from mpsearch.measured_plans import MeasuredPlans
-from mpsearch.model import Batch, call, data_fingerprint, fingerprint, predictions, samples, state_fingerprint
-from mpsearch.modules import weight_of
-from mpsearch.perturb import quantized_weight, weights
-from mpsearch.plot import BLUE, GREEN, GREY, ORANGE, RED, save
-from mpsearch.problem import usage_of
-from mpsearch.quantize import RoundToNearest
-from mpsearch.ranking import kendall, spearman
+from mpsearch.core.measured_plans import MeasuredPlans
+from mpsearch.core.problem import usage_of
+from mpsearch.display.figures import BLUE, GREEN, GREY, ORANGE, RED, save
+from mpsearch.files.writing import write_atomically
+from mpsearch.metrics.ranking import kendall, spearman
+from mpsearch.metrics.statistics import Mean, kl_divergence
+from mpsearch.models.modules.weights import weight_of
+from mpsearch.models.running import Batch, call, data_fingerprint, fingerprint, predictions, samples, state_fingerprint
+from mpsearch.quantizers.fake_quantization import quantized_weight, weights
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import ESTIMATORS, Estimator, KLDivergence
 from mpsearch.solvers import Annealing
 

@@ -25,12 +25,12 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from mpsearch import report
-from mpsearch.files import write_atomically
-from mpsearch.plot import BLUE, GREEN, GREY, ORANGE, RED, save
+from mpsearch.core import printing
+from mpsearch.core.table import Interactions
+from mpsearch.display.figures import BLUE, GREEN, GREY, ORANGE, RED, save
+from mpsearch.files.writing import write_atomically
 from mpsearch.solvers import ILP, Annealing, Exact
 from mpsearch.solvers.frontier import exact_front, hull_front
-from mpsearch.table import Interactions
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BITS = np.array([2, 3, 4, 5, 6, 8, 10, 16])
@@ -339,7 +339,7 @@ def main() -> int:
         ]
         for r in rows
     ]  # fmt: skip
-    print(report.table(["table", "solver", "seconds", "status", "gap", "regret", "times Exact"], shown, width=None))
+    print(printing.table(["table", "solver", "seconds", "status", "gap", "regret", "times Exact"], shown, width=None))
     return 0
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.export import EXPORTERS, READERS, TARGETS
-from mpsearch.export.storage import PACKED
-from mpsearch.export.targets import Target
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.resources import DEVICES, KINDS
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
+from mpsearch.targets.rules import Target
+from mpsearch.targets.storage import PACKED
 
 #: Tools whose models in memory are still in float.
 PACKED_WHEN_SAVED = ("auto-round", "llm-compressor")

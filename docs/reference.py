@@ -9,7 +9,17 @@ import pdoc
 import mpsearch
 
 #: Packages and modules that are public beside `mpsearch` itself, in the order of the reference.
-PARTS = ("sensitivity", "solvers", "resources", "export", "imports", "plot", "quantize", "transforms", "testing")
+PARTS = (
+    "sensitivity",
+    "solvers",
+    "resources",
+    "export",
+    "imports",
+    "display.figures",
+    "quantizers.rounding",
+    "quantizers.transforms",
+    "testing",
+)
 
 
 def render(folder: Path) -> None:

@@ -8,9 +8,23 @@ fills a `CostTable` with an estimator of `mpsearch.sensitivity`, `solve` and `pa
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mpsearch._pareto import pareto as pareto
-from mpsearch._solve import solve as solve
-from mpsearch.budget import Budget as Budget
+from mpsearch.allocation.fronts import pareto as pareto
+from mpsearch.allocation.solving import solve as solve
+from mpsearch.allocation.ties import Tie as Tie
+from mpsearch.allocation.ties import tie_prices as tie_prices
+from mpsearch.core.budget import Budget as Budget
+from mpsearch.core.front import Front as Front
+from mpsearch.core.layer import Layer as Layer
+from mpsearch.core.plan import Plan as Plan
+from mpsearch.core.precision import Precision as Precision
+from mpsearch.core.precision import precisions as precisions
+from mpsearch.core.solution import Choice as Choice
+from mpsearch.core.solution import Solution as Solution
+from mpsearch.core.solution import Solver as Solver
+from mpsearch.core.solution import Status as Status
+from mpsearch.core.table import CostTable as CostTable
+from mpsearch.core.table import Interactions as Interactions
+from mpsearch.core.table import Peak as Peak
 from mpsearch.errors import BudgetError as BudgetError
 from mpsearch.errors import EstimatorError as EstimatorError
 from mpsearch.errors import ExportError as ExportError
@@ -21,36 +35,22 @@ from mpsearch.errors import PlanError as PlanError
 from mpsearch.errors import SolverError as SolverError
 from mpsearch.errors import TableError as TableError
 from mpsearch.errors import VerificationError as VerificationError
-from mpsearch.front import Front as Front
-from mpsearch.layer import Layer as Layer
-from mpsearch.plan import Plan as Plan
-from mpsearch.precision import Precision as Precision
-from mpsearch.precision import precisions as precisions
-from mpsearch.solution import Choice as Choice
-from mpsearch.solution import Solution as Solution
-from mpsearch.solution import Solver as Solver
-from mpsearch.solution import Status as Status
-from mpsearch.table import CostTable as CostTable
-from mpsearch.table import Interactions as Interactions
-from mpsearch.table import Peak as Peak
-from mpsearch.ties import Tie as Tie
-from mpsearch.ties import tie_prices as tie_prices
 
 if TYPE_CHECKING:
-    from mpsearch._calibrate import calibrate as calibrate
-    from mpsearch._evaluate import evaluate as evaluate
-    from mpsearch._evolve_proxy import ProxyTruth as ProxyTruth
-    from mpsearch._evolve_proxy import evolve_proxy as evolve_proxy
-    from mpsearch._layers import layers as layers
-    from mpsearch._measure_plans import measure_plans as measure_plans
-    from mpsearch._profile import forecast as forecast
-    from mpsearch._profile import profile as profile
-    from mpsearch._search import search as search
-    from mpsearch.distill import distill_data as distill_data
-    from mpsearch.evaluation import Evaluation as Evaluation
-    from mpsearch.kv_cache import KVCache as KVCache
-    from mpsearch.proxy_evolution import ProxyEvolution as ProxyEvolution
-    from mpsearch.search_result import SearchResult as SearchResult
+    from mpsearch.calibration.evaluating import evaluate as evaluate
+    from mpsearch.calibration.measuring import measure_plans as measure_plans
+    from mpsearch.calibration.profiling import forecast as forecast
+    from mpsearch.calibration.profiling import profile as profile
+    from mpsearch.core.evaluation import Evaluation as Evaluation
+    from mpsearch.decisions.finding import layers as layers
+    from mpsearch.estimation.proxies.evolution import ProxyEvolution as ProxyEvolution
+    from mpsearch.evaluation.table_fitting import calibrate as calibrate
+    from mpsearch.models.distilling import distill_data as distill_data
+    from mpsearch.models.modules.kv_cache import KVCache as KVCache
+    from mpsearch.plan_search.proxy_search import ProxyTruth as ProxyTruth
+    from mpsearch.plan_search.proxy_search import evolve_proxy as evolve_proxy
+    from mpsearch.plan_search.result import SearchResult as SearchResult
+    from mpsearch.plan_search.searching import search as search
 
 __all__ = [
     "Budget",
@@ -99,20 +99,20 @@ __all__ = [
 __version__ = "0.1.0"
 
 _NEED_TORCH = {  # loaded when first used, so that solving and showing never load torch
-    "calibrate": "mpsearch._calibrate",
-    "distill_data": "mpsearch.distill",
-    "evaluate": "mpsearch._evaluate",
-    "Evaluation": "mpsearch.evaluation",
-    "evolve_proxy": "mpsearch._evolve_proxy",
-    "KVCache": "mpsearch.kv_cache",
-    "ProxyEvolution": "mpsearch.proxy_evolution",
-    "ProxyTruth": "mpsearch._evolve_proxy",
-    "layers": "mpsearch._layers",
-    "forecast": "mpsearch._profile",
-    "measure_plans": "mpsearch._measure_plans",
-    "profile": "mpsearch._profile",
-    "search": "mpsearch._search",
-    "SearchResult": "mpsearch.search_result",
+    "calibrate": "mpsearch.evaluation.table_fitting",
+    "distill_data": "mpsearch.models.distilling",
+    "evaluate": "mpsearch.calibration.evaluating",
+    "Evaluation": "mpsearch.core.evaluation",
+    "evolve_proxy": "mpsearch.plan_search.proxy_search",
+    "KVCache": "mpsearch.models.modules.kv_cache",
+    "ProxyEvolution": "mpsearch.estimation.proxies.evolution",
+    "ProxyTruth": "mpsearch.plan_search.proxy_search",
+    "layers": "mpsearch.decisions.finding",
+    "forecast": "mpsearch.calibration.profiling",
+    "measure_plans": "mpsearch.calibration.measuring",
+    "profile": "mpsearch.calibration.profiling",
+    "search": "mpsearch.plan_search.searching",
+    "SearchResult": "mpsearch.plan_search.result",
 }
 _FOLDERS = ("export", "sensitivity", "solvers", "testing")
 

@@ -1,6 +1,6 @@
 """Sensitivity estimators: each a file, a frozen dataclass with one method, `estimate`."""
 
-from mpsearch.estimator import Estimator as Estimator
+from mpsearch.estimation.estimator import Estimator as Estimator
 from mpsearch.sensitivity.activation_entropy import ActivationEntropy as ActivationEntropy
 from mpsearch.sensitivity.adapt_divergence import AdaPTDivergence as AdaPTDivergence
 from mpsearch.sensitivity.channel_fisher import ChannelFisher as ChannelFisher

@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting, Unit
-from mpsearch.features import Observer, observed
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.model import call
-from mpsearch.modules import layer_of
-from mpsearch.precision import Precision
+from mpsearch.estimation.estimator import Context, Decision, Estimate, Passes
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.modules.weights import layer_of
+from mpsearch.models.observing import Observer, observed
+from mpsearch.models.running import call
 
 #: Bits of the reference: QuantMCU starts from 8-bit feature maps.
 REFERENCE_BITS = 8
@@ -74,36 +74,36 @@ class ActivationEntropy:
         if not 0 <= self.outlier_share <= 1:
             raise EstimatorError(f"outlier_share={self.outlier_share}: expected 0 to 1")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data."""
         return Passes(forward=2)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where a feature map is not finite.
         """
-        layers = {layer.name: layer for unit in setting.units for layer in unit.layers}
+        layers = {layer.name: layer for decision in context.decisions for layer in decision.layers}
         maps = {name: _FeatureMap(layer) for name, layer in layers.items()}
-        with setting.progress(None, 2 * len(setting.batches), "activation entropy") as bar:
-            _look(setting, {name: found.measure for name, found in maps.items()}, bar.update)
+        with context.progress(None, 2 * len(context.batches), "activation entropy") as bar:
+            _look(context, {name: found.measure for name, found in maps.items()}, bar.update)
             for found in maps.values():
                 found.check()
-            _look(setting, {name: found.counter(self.patches, self.tail) for name, found in maps.items()}, bar.update)
-        bits = np.array([[_bits(setting, unit, p) for p in setting.precisions] for unit in setting.units])
+            _look(context, {name: found.counter(self.patches, self.tail) for name, found in maps.items()}, bar.update)
+        bits = np.array([[_bits(context, decision, p) for p in context.precisions] for decision in context.decisions])
         entropy_total = sum(found.entropy(REFERENCE_BITS) for found in maps.values()) or 1.0
         macs_total = sum(layer.macs for layer in layers.values()) or 1
         shares = {name: found.outliers / max(found.patches, 1) for name, found in maps.items()}
-        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
-        for u, p in setting.cells():
-            for layer in setting.units[u].layers:
+        sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
+        for u, p in context.cells():
+            for layer in context.decisions[u].layers:
                 found = maps[layer.name]
                 lost = (found.entropy(REFERENCE_BITS) - found.entropy(bits[u, p])) / entropy_total
                 saved = (REFERENCE_BITS - bits[u, p]) * layer.macs / (REFERENCE_BITS * macs_total)
                 sensitivity[u, p] += self.accuracy_weight * lost - (1 - self.accuracy_weight) * saved
-        for u, unit in enumerate(setting.units):
-            forced = any(shares[layer.name] > self.outlier_share for layer in unit.layers)
+        for u, decision in enumerate(context.decisions):
+            forced = any(shares[layer.name] > self.outlier_share for layer in decision.layers)
             if forced and bits[u].max() == REFERENCE_BITS:
                 sensitivity[u, bits[u] < REFERENCE_BITS] = np.nan
         return Estimate(sensitivity, None, "relative", {"outlier_patches": shares})
@@ -168,22 +168,22 @@ class _FeatureMap:
         return (given if given.is_floating_point() else output).detach()
 
 
-def _bits(setting: Setting, unit: Unit, precision: Precision) -> int:
+def _bits(context: Context, decision: Decision, precision: Precision) -> int:
     """Bits of the map, at most those of the reference, which also stands for weights that already lie on the grid."""
     if precision.quantizes_activation:
         return min(precision.activation_bits, REFERENCE_BITS)
-    if not any(setting.perturbation(layer, precision).any() for layer in setting.parameters(unit).values()):
+    if not any(context.perturbation(layer, precision).any() for layer in context.parameters(decision).values()):
         return REFERENCE_BITS
     return min(precision.weight_bits, REFERENCE_BITS)
 
 
-def _look(setting: Setting, observers: dict[str, Observer], advance: Callable[[], object]) -> None:
+def _look(context: Context, observers: dict[str, Observer], advance: Callable[[], object]) -> None:
     """One forward pass."""
-    modules: dict[nn.Module, Observer] = {layer_of(setting.model, name): see for name, see in observers.items()}
+    modules: dict[nn.Module, Observer] = {layer_of(context.model, name): see for name, see in observers.items()}
     with torch.no_grad(), observed(modules):
-        for batch in setting.batches:
-            call(setting.model, batch)
-            setting.passes.add(len(setting.batches), forward=1)
+        for batch in context.batches:
+            call(context.model, batch)
+            context.passes.add(len(context.batches), forward=1)
             advance()
 
 

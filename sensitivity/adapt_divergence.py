@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import wide
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.statistics import wide
 
 #: Word lengths that are tried.
 WORD_LENGTHS = range(2, 17)
@@ -59,31 +59,31 @@ class AdaPTDivergence:
         if not self.tolerance > 0:
             raise EstimatorError(f"tolerance={self.tolerance}: expected more than 0 nats")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data."""
         return Passes()
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where a precision quantizes inputs.
         """
-        for precision in setting.precisions:
+        for precision in context.precisions:
             if precision.quantizes_activation:
                 raise EstimatorError(f"AdaPTDivergence scores weights, not inputs: {precision} quantizes inputs")
-        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
+        sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
         lengths = {}
-        for u, unit in enumerate(setting.units):
-            parameters = setting.parameters(unit)
-            lengths[unit.name] = max(self.word_length(weight.detach()) for weight in parameters)
+        for u, decision in enumerate(context.decisions):
+            parameters = context.parameters(decision)
+            lengths[decision.name] = max(self.word_length(weight.detach()) for weight in parameters)
             for weight, layer in parameters.items():
-                for p, precision in enumerate(setting.precisions):
+                for p, precision in enumerate(context.precisions):
                     if precision.quantizes_weight:
-                        sensitivity[u, p] += self.divergence(weight.detach(), setting.quantized(layer, precision))
+                        sensitivity[u, p] += self.divergence(weight.detach(), context.quantized(layer, precision))
             if self.floor:
-                bits = np.array([precision.weight_bits for precision in setting.precisions])
-                sensitivity[u, bits < min(lengths[unit.name], int(bits.max()))] = np.nan
+                bits = np.array([precision.weight_bits for precision in context.precisions])
+                sensitivity[u, bits < min(lengths[decision.name], int(bits.max()))] = np.nan
         return Estimate(sensitivity, None, "relative", {"word_lengths": lengths})
 
     def divergence(self, weight: Tensor, quantized: Tensor) -> float:

@@ -6,14 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.features import Observer, by_sample, observed
-from mpsearch.gradients import differentiated, gradient, supervised_loss
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.model import samples
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, gradient, supervised_loss
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.observing import Observer, by_sample, observed
+from mpsearch.models.running import samples
 
 
 @dataclass(frozen=True)
@@ -50,40 +50,40 @@ class ChannelFisher:
 
     seed: int = 0
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes(forward=1, backward=1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the loss cannot be differentiated, or a score is not finite.
         """
-        weights = differentiated(setting)
-        layers = [layer for unit in setting.units for layer in unit.layers]
-        total = sum(samples(batch) for batch in setting.batches)
+        weights = differentiated(context)
+        layers = [layer for decision in context.decisions for layer in decision.layers]
+        total = sum(samples(batch) for batch in context.batches)
         generator = torch.Generator().manual_seed(self.seed)
         channels: dict[str, float] = {layer.name: 0.0 for layer in layers}
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "channel Fisher")):
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "channel Fisher")):
             count = samples(batch)
             masks: dict[str, Tensor] = {}
-            observers = {setting.module(layer): _mask_gradient(layer, masks, count) for layer in layers}
+            observers = {context.module(layer): _mask_gradient(layer, masks, count) for layer in layers}
             with torch.enable_grad(), observed(observers):
-                gradient(supervised_loss(setting, batch, generator), weights)
+                gradient(supervised_loss(context, batch, generator), weights)
             for name, mask in masks.items():
                 value = 0.5 * float((count * mask).square().sum() / len(mask)) * count / total
                 if not np.isfinite(value):
                     raise EstimatorError(f"the Fisher information of layer {name!r} is {value} in batch {number}")
                 channels[name] += value
-            setting.passes.add(len(setting.batches), forward=1, backward=1)
+            context.passes.add(len(context.batches), forward=1, backward=1)
         score = np.array(
             [
-                sum(channels[layer.name] * layer.numel / layer.weight_shape[0] for layer in unit.layers)
-                for unit in setting.units
+                sum(channels[layer.name] * layer.numel / layer.weight_shape[0] for layer in decision.layers)
+                for decision in context.decisions
             ]
         )
-        return cells_from_scores(setting, score)
+        return cells_from_scores(context, score)
 
 
 def _mask_gradient(layer: Layer, masks: dict[str, Tensor], count: int) -> Observer:

@@ -6,9 +6,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.measure import wide
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CosineDistance(OneAtATime):
 
     unit: ClassVar[str] = "relative"
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) distance of each prediction."""
         before, after = wide(reference.logits), wide(output.logits)
         # 1 - cos = |a/|a| - b/|b||^2 / 2: no cancellation for small angles

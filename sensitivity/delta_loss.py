@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import wide
-from mpsearch.metrics import Comparison
-from mpsearch.model import Batch, samples
-from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, quantized_weights, weights
 
 
 @dataclass(frozen=True)
@@ -42,31 +42,31 @@ class DeltaLoss:
 
     scores_caches: ClassVar[bool] = True
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated, or a gradient is not finite.
         """
-        parameters = {p: None for unit in setting.units for p in setting.parameters(unit)}
-        for parameter in setting.model.parameters():
+        parameters = {p: None for decision in context.decisions for p in context.parameters(decision)}
+        for parameter in context.model.parameters():
             parameter.requires_grad_(parameter in parameters)
-        total = sum(samples(batch) for batch in setting.batches)
-        count = len(setting.batches)
-        share = np.array([samples(batch) / total for batch in setting.batches])
-        draws = np.zeros((count, len(setting.units), len(setting.precisions)))
-        bar = setting.progress(None, count * len(setting.precisions), "Delta loss")
+        total = sum(samples(batch) for batch in context.batches)
+        count = len(context.batches)
+        share = np.array([samples(batch) / total for batch in context.batches])
+        draws = np.zeros((count, len(context.decisions), len(context.precisions)))
+        bar = context.progress(None, count * len(context.precisions), "Delta loss")
         with bar:
-            for p, precision in enumerate(setting.precisions):
-                chosen = {layer.name: precision for unit in setting.units for layer in unit.layers}
-                changed = quantized_weights(setting.model, chosen, setting.quantizer)
+            for p, precision in enumerate(context.precisions):
+                chosen = {layer.name: precision for decision in context.decisions for layer in decision.layers}
+                changed = quantized_weights(context.model, chosen, context.quantizer)
                 differences = {parameter: (new - parameter.detach()) for parameter, new in changed.items()}
-                for number, batch in enumerate(setting.batches):
+                for number, batch in enumerate(context.batches):
                     name = f"delta loss | {precision} | {number}"
-                    stored = setting.checkpoint.get(name)
+                    stored = context.checkpoint.get(name)
                     if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
-                        stored = self._batch(setting, p, changed, differences, batch, number)
-                        setting.checkpoint.put(name, stored)
+                        stored = self._batch(context, p, changed, differences, batch, number)
+                        context.checkpoint.put(name, stored)
                     if stored is not None:
                         draws[number, :, p] = stored
                     bar.update(1)
@@ -77,20 +77,20 @@ class DeltaLoss:
 
     def _batch(
         self,
-        setting: Setting,
+        context: Context,
         p: int,
         changed: Mapping[nn.Parameter, Tensor],
         differences: Mapping[nn.Parameter, Tensor],
         batch: Batch,
         number: int,
     ) -> list[float]:
-        total = len(setting.batches)
+        total = len(context.batches)
         reference = None
-        metric = setting.loss
+        metric = context.loss
         if isinstance(metric, Comparison):
             with torch.no_grad():
-                reference = setting.run(batch).rows
-            setting.passes.add(total, forward=1)
+                reference = context.run(batch).rows
+            context.passes.add(total, forward=1)
 
         changes: list[tuple[int, Tensor, Tensor]] = []  # unit, tensor at the quantized point, what rounding changed
 
@@ -103,21 +103,21 @@ class DeltaLoss:
 
             return quantize
 
-        precision = setting.precisions[p]
+        precision = context.precisions[p]
         hooks: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-        for u, unit in enumerate(setting.units):
-            for layer in unit.layers:
-                module = setting.module(layer)
-                function = input_quantizer(module, layer.name, precision, setting.quantizer, setting.ranges)
+        for u, decision in enumerate(context.decisions):
+            for layer in decision.layers:
+                module = context.module(layer)
+                function = input_quantizer(module, layer.name, precision, context.quantizer, context.ranges)
                 if function is not None:
                     hooks[module] = rounded(u, function)
-            changes += [(u, w, differences[w]) for w in setting.parameters(unit) if w in differences]
+            changes += [(u, w, differences[w]) for w in context.parameters(decision) if w in differences]
         with torch.enable_grad(), weights(changed), inputs(hooks):
             if reference is None:
-                loss = setting.mean_loss(batch)
+                loss = context.mean_loss(batch)
             else:
                 assert isinstance(metric, Comparison)
-                found = setting.run(batch)
+                found = context.run(batch)
                 loss = metric.mean(reference, found.rows, found.index, found.samples)
             taken = tuple(changes)  # a backward pass that calls layers again adds others
             points = [point for _, point, _ in taken]
@@ -125,18 +125,18 @@ class DeltaLoss:
                 gradients = torch.autograd.grad(loss, points, allow_unused=True) if points else ()
             except RuntimeError as error:
                 raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
-        setting.passes.add(total, forward=1, backward=1)
-        score = [0.0] * len(setting.units)
+        context.passes.add(total, forward=1, backward=1)
+        score = [0.0] * len(context.decisions)
         for (u, _, change), g in zip(taken, gradients, strict=True):
             score[u] += 0.0 if g is None else float((wide(g) * wide(change)).abs().sum())
-        for unit, value in zip(setting.units, score, strict=True):
+        for decision, value in zip(context.decisions, score, strict=True):
             if not math.isfinite(value):
                 raise EstimatorError(
-                    f"sensitivity of layer {unit.name!r} at {precision} is {value}, expected a finite number "
+                    f"sensitivity of layer {decision.name!r} at {precision} is {value}, expected a finite number "
                     f"({self!r}, batch {number})"
                 )
         return score
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward and backward passes over the data, at most: the second forward is for the KL."""
         return Passes(2 * precisions, precisions)

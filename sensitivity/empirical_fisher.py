@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.isotropic import IsotropicDamage
-from mpsearch.source import Source, TokenWeights
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import Source, TokenWeights
+from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class EmpiricalFisher(GradientEstimator):
 
     token_weights: TokenWeights | None = None
 
-    def source(self, setting: Setting) -> Source:
+    def source(self, context: Context) -> Source:
         """The loss with the data's labels."""
         return Source("given", token_weights=self.token_weights)
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""
-        return IsotropicDamage(setting)
+        return IsotropicDamage(context)

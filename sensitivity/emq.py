@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, gradient, ones_like_sample
-from mpsearch.measure import wide
-from mpsearch.model import call
-from mpsearch.relative import cells_from_scores, unit_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, gradient, ones_like_sample
+from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import call
 
 
 @dataclass(frozen=True)
@@ -42,24 +42,24 @@ class EMQ:
     array([[0.75]])
     """
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone; the one run is counted as one batch."""
         return Passes(forward=1 / batches, backward=1 / batches)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated, or a gradient is not finite.
         """
-        weights = differentiated(setting)
+        weights = differentiated(context)
         with torch.enable_grad():
-            gradients = gradient(wide(call(setting.model, ones_like_sample(setting.batches[0]))).sum(), weights)
-        setting.passes.add(len(setting.batches), forward=1, backward=1)
+            gradients = gradient(wide(call(context.model, ones_like_sample(context.batches[0]))).sum(), weights)
+        context.passes.add(len(context.batches), forward=1, backward=1)
         if not all(torch.isfinite(g).all() for g in gradients):
             raise EstimatorError("a gradient for an input of ones is not finite")
         scores = {w: _score(wide(g), wide(w.detach())) for w, g in zip(weights, gradients, strict=True)}
-        return cells_from_scores(setting, unit_scores(setting, scores))
+        return cells_from_scores(context, unit_scores(context, scores))
 
 
 def _score(g: Tensor, weight: Tensor) -> float:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError, FileError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.files import write_atomically
-from mpsearch.measure import wide
-from mpsearch.proxy_inputs import cost, weight_inputs
-from mpsearch.proxy_tree import Tree, parse
-from mpsearch.relative import cells_from_scores, unit_scores
-from mpsearch.schema import checked, parse_json
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.proxies.inputs import cost, weight_inputs
+from mpsearch.estimation.proxies.tree import Tree, parse
+from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
+from mpsearch.files.schema import checked, parse_json
+from mpsearch.files.writing import write_atomically
+from mpsearch.metrics.statistics import wide
 
 _VERSION = 1
 
@@ -39,9 +39,9 @@ class EvolvedProxy:
         sensitivity(l, p) = score(l) x relative squared error of p    [relative]
 
     The inputs are `weight`, `gradient`, `activation`, `hessian` and `virtual_gradient`, each a tensor laid out as the layer's
-    weight (see `mpsearch.proxy_inputs.weight_inputs`); the operations are those of `mpsearch.proxy_tree`, f(x) or one of
-    x + y, x - y, x * y, x @ y. Only what the formula names is computed: a formula of weights takes no passes. Layers that
-    share a precision add up. EMQ multiplies the score by the bits in place of the error.
+    weight (see `mpsearch.estimation.proxies.inputs.weight_inputs`); the operations are those of `mpsearch.estimation.proxies.tree`, f(x)
+    or one of x + y, x - y, x * y, x @ y. Only what the formula names is computed: a formula of weights takes no passes. Layers that share
+    a precision add up. EMQ multiplies the score by the bits in place of the error.
 
     A baseline: formulas evolved on three small networks gave a fourth plans with 0.32 of the damage of uniform precision, where EMQ's
     has 0.43, relative error without any score 0.40, SNIP 0.26 and `KLDivergence` 0.24; those evolved on two had 0.51 on others
@@ -78,22 +78,22 @@ class EvolvedProxy:
     def __str__(self) -> str:
         return self.formula
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone; a run of one sample is counted as one batch."""
         return cost(parse(self.formula).inputs, batches, self.num_samples)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where an input cannot be computed, shapes do not fit, or a score is not finite.
         """
         tree = parse(self.formula)
-        found = weight_inputs(setting, tree.inputs, num_samples=self.num_samples, seed=self.seed)
-        names = {p: layer.name for unit in setting.units for p, layer in setting.parameters(unit).items()}
+        found = weight_inputs(context, tree.inputs, num_samples=self.num_samples, seed=self.seed)
+        names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
         with torch.no_grad():
             scores = {weight: _score(tree, inputs, names[weight]) for weight, inputs in found.items()}
-        return cells_from_scores(setting, unit_scores(setting, scores))
+        return cells_from_scores(context, unit_scores(context, scores))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the proxy as JSON, atomically."""

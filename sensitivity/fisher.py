@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.isotropic import IsotropicDamage
-from mpsearch.source import Source, TokenWeights
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import Source, TokenWeights
+from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Fisher(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def source(self, setting: Setting) -> Source:
+    def source(self, context: Context) -> Source:
         """Labels drawn from the model, whatever the loss."""
-        if callable(setting.loss):
+        if callable(context.loss):
             raise EstimatorError(
                 "Fisher draws labels from the model's prediction; with an own loss take EmpiricalFisher"
             )
         return Source("drawn", self.draws, self.seed, self.token_weights)
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""
-        return IsotropicDamage(setting)
+        return IsotropicDamage(context)

@@ -6,10 +6,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.source import TokenWeights
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import TokenWeights
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,6 @@ class FisherProjection(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""
         return lambda found: 0.5 * found.projection.square()

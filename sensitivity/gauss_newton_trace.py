@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.isotropic import IsotropicDamage
-from mpsearch.source import Source
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import Source
+from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class GaussNewtonTrace(GradientEstimator):
         """Backward passes a batch."""
         return self.num_samples
 
-    def source(self, setting: Setting) -> Source:
+    def source(self, context: Context) -> Source:
         """Random outputs with the covariance of the softmax."""
-        if callable(setting.loss):
+        if callable(context.loss):
             raise EstimatorError("GaussNewtonTrace takes the softmax at the logits; with an own loss take HessianTrace")
         return Source("gauss-newton", self.num_samples, self.seed)
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""
-        return IsotropicDamage(setting)
+        return IsotropicDamage(context)

@@ -8,11 +8,11 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.relative import cells_from_scores
-from mpsearch.source import TokenWeights
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import TokenWeights
+from mpsearch.estimation.relative_error import cells_from_scores
 
 
 @dataclass(frozen=True)
@@ -49,10 +49,10 @@ class GradientImportance(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U)."""
         return lambda found: found.importance
 
-    def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
+    def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """Importance x relative error."""
-        return cells_from_scores(setting, mean, se)
+        return cells_from_scores(context, mean, se)

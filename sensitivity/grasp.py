@@ -5,11 +5,11 @@ from dataclasses import dataclass
 import torch
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, gradient, mean_gradient, supervised_loss
-from mpsearch.measure import wide
-from mpsearch.model import samples
-from mpsearch.relative import cells_from_scores, unit_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, gradient, mean_gradient, supervised_loss
+from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import samples
 
 
 @dataclass(frozen=True)
@@ -43,27 +43,27 @@ class GraSP:
 
     seed: int = 0
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes(forward=2, backward=4)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a product is not finite.
         """
-        weights = differentiated(setting)
-        mean = mean_gradient(setting, weights, self.seed)
-        total = sum(samples(batch) for batch in setting.batches)
+        weights = differentiated(context)
+        mean = mean_gradient(context, weights, self.seed)
+        total = sum(samples(batch) for batch in context.batches)
         generator = torch.Generator().manual_seed(self.seed)  # the same labels again
         scores = dict.fromkeys(weights, 0.0)
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "GraSP")):
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "GraSP")):
             with (
                 torch.enable_grad(),
                 torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             ):
-                parts = gradient(supervised_loss(setting, batch, generator), weights, create_graph=True)
+                parts = gradient(supervised_loss(context, batch, generator), weights, create_graph=True)
                 dot = torch.stack([(wide(part) * g).sum().cpu() for part, g in zip(parts, mean, strict=True)]).sum()
                 products = gradient(dot, weights) if dot.requires_grad else [torch.zeros_like(w) for w in weights]
             for weight, product in zip(weights, products, strict=True):
@@ -71,5 +71,5 @@ class GraSP:
                 if not torch.isfinite(product).all():
                     raise EstimatorError(f"a Hessian-vector product is not finite in batch {number}")
                 scores[weight] += samples(batch) / total * value
-            setting.passes.add(len(setting.batches), forward=1, backward=3)
-        return cells_from_scores(setting, unit_scores(setting, {w: abs(score) for w, score in scores.items()}))
+            context.passes.add(len(context.batches), forward=1, backward=3)
+        return cells_from_scores(context, unit_scores(context, {w: abs(score) for w, score in scores.items()}))

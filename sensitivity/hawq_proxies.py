@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, gradient, hessian_products, rademacher
-from mpsearch.measure import wide
-from mpsearch.model import Batch, samples
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, gradient, hessian_products, rademacher
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import Batch, samples
 
 
 @dataclass(frozen=True)
@@ -54,34 +54,34 @@ class HAWQProxy:
         if self.num_iterations < 1:
             raise EstimatorError(f"num_iterations={self.num_iterations}: expected 1 or more")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
-        return Passes(forward=1, backward=1 + 2 * self.num_iterations * units)
+        return Passes(forward=1, backward=1 + 2 * self.num_iterations * decisions)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or an eigenvalue is not finite.
         """
-        differentiated(setting)
-        blocks = [list(setting.parameters(unit)) for unit in setting.units]
+        differentiated(context)
+        blocks = [list(context.parameters(decision)) for decision in context.decisions]
         generator = torch.Generator().manual_seed(self.seed)
-        total = sum(samples(batch) for batch in setting.batches)
+        total = sum(samples(batch) for batch in context.batches)
         score = np.zeros(len(blocks))
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "HAWQ proxy")):
-            gradients = _gradients(setting, batch, [w for block in blocks for w in block])
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "HAWQ proxy")):
+            gradients = _gradients(context, batch, [w for block in blocks for w in block])
             for u, block in enumerate(blocks):
                 value = abs(self._eigenvalue([gradients[w] for w in block], block, generator))
                 if not math.isfinite(value):
                     raise EstimatorError(
-                        f"the eigenvalue of {setting.units[u].name!r} is {value}, expected a finite number (batch {number})"
+                        f"the eigenvalue of {context.decisions[u].name!r} is {value}, expected a finite number (batch {number})"
                     )
                 score[u] += samples(batch) / total * value
-            setting.passes.add(
-                len(setting.batches), forward=1, backward=1 + 2 * self.num_iterations * len(setting.units)
+            context.passes.add(
+                len(context.batches), forward=1, backward=1 + 2 * self.num_iterations * len(context.decisions)
             )
-        return cells_from_scores(setting, score)
+        return cells_from_scores(context, score)
 
     def _eigenvalue(
         self, gradients: Sequence[Tensor], block: Sequence[nn.Parameter], generator: torch.Generator
@@ -137,22 +137,22 @@ class HAWQV2Proxy:
         if self.num_samples < 2:
             raise EstimatorError(f"num_samples={self.num_samples}: expected 2 or more, for a standard error")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes(forward=1, backward=1 + 2 * self.num_samples)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
         """
-        weights = differentiated(setting)
+        weights = differentiated(context)
         generator = torch.Generator().manual_seed(self.seed)
-        total = sum(samples(batch) for batch in setting.batches)
+        total = sum(samples(batch) for batch in context.batches)
         mean, variance = np.zeros(len(weights)), np.zeros(len(weights))
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "HAWQ-V2 proxy")):
-            gradients = list(_gradients(setting, batch, weights).values())
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "HAWQ-V2 proxy")):
+            gradients = list(_gradients(context, batch, weights).values())
             draws = np.zeros((self.num_samples, len(weights)))
             for draw in draws:
                 signs = [rademacher(w, generator) for w in weights]
@@ -163,17 +163,17 @@ class HAWQV2Proxy:
             share = samples(batch) / total
             mean += share * draws.mean(axis=0)
             variance += share**2 * draws.var(axis=0, ddof=1) / self.num_samples
-            setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * self.num_samples)
+            context.passes.add(len(context.batches), forward=1, backward=1 + 2 * self.num_samples)
         place = {w: i for i, w in enumerate(weights)}
-        rows = [[place[w] for w in setting.parameters(unit)] for unit in setting.units]
+        rows = [[place[w] for w in context.parameters(decision)] for decision in context.decisions]
         score = np.array([mean[row].sum() for row in rows])
-        return cells_from_scores(setting, score, np.sqrt([variance[row].sum() for row in rows]))
+        return cells_from_scores(context, score, np.sqrt([variance[row].sum() for row in rows]))
 
 
-def _gradients(setting: Setting, batch: Batch, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
+def _gradients(context: Context, batch: Batch, weights: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
     """Gradients of the mean loss with their graph."""
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-        return dict(zip(weights, gradient(setting.mean_loss(batch), weights, create_graph=True), strict=True))
+        return dict(zip(weights, gradient(context.mean_loss(batch), weights, create_graph=True), strict=True))
 
 
 def _norm(tensors: Sequence[Tensor]) -> float:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.gradient_estimator import Averages, GradientEstimator
-from mpsearch.source import TokenWeights
-from mpsearch.sweep import Accumulator, Gradients, Quantity
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.gradients.averages import Averages, GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
+from mpsearch.estimation.gradients.targets import TokenWeights
 
 #: Cells beyond which the matrix of pairs would not fit.
 MOST_CELLS = 8192
@@ -65,20 +65,20 @@ class HessianAugmented(GradientEstimator):
         if not 0 <= self.shrink <= 1:
             raise EstimatorError(f"shrink={self.shrink}: expected a number from 0 to 1")
 
-    def accumulator(self, setting: Setting) -> Accumulator:
+    def accumulator(self, context: Context) -> Accumulator:
         """Means of squares, and of all products."""
-        cells = len(setting.units) * len(setting.precisions)
+        cells = len(context.decisions) * len(context.precisions)
         if cells > MOST_CELLS:
             raise EstimatorError(
-                f"{len(setting.units)} units x {len(setting.precisions)} precisions are {cells} cells: the matrix of their pairs "
+                f"{len(context.decisions)} units x {len(context.precisions)} precisions are {cells} cells: the matrix of their pairs "
                 f"takes {8 * cells**2 / 1e9:.1f} GB, at most {MOST_CELLS} cells are taken; give fewer layers or precisions"
             )
-        return _Pairs(setting, self.source(setting).draws, self.shrink)
+        return _Pairs(context, self.source(context).draws, self.shrink)
 
 
 @dataclass(eq=False)
 class _Pairs:
-    setting: Setting
+    context: Context
     draws: int
     shrink: float
     predictions: float = 0.0
@@ -87,7 +87,7 @@ class _Pairs:
     def __post_init__(self) -> None:
         self.squares = Averages(
             lambda found: 0.5 * found.projection.square(),
-            lambda mean, se: Estimate(mean, se, self.setting.unit),
+            lambda mean, se: Estimate(mean, se, self.context.unit),
             self.draws,
         )
 
@@ -108,7 +108,7 @@ class _Pairs:
 
     def finish(self) -> Estimate:
         plain = self.squares.finish()
-        shape = (len(self.setting.units), len(self.setting.precisions))
+        shape = (len(self.context.decisions), len(self.context.precisions))
         pairs = (1 - self.shrink) * self.products.double().numpy().reshape(*shape, *shape)
         pairs = pairs / (self.predictions or math.nan)
         return Estimate(plain.sensitivity, plain.sensitivity_se, plain.unit, {}, np.ascontiguousarray(pairs))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import wide
-from mpsearch.model import Batch, samples
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import Batch, samples
 
 
 @dataclass(frozen=True)
@@ -60,46 +60,46 @@ class HessianTopEigenvalue:
         if not self.tolerance > 0:
             raise EstimatorError(f"tolerance={self.tolerance}: expected a number above 0")
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a precision quantizes activations.
         """
-        for precision in setting.precisions:
+        for precision in context.precisions:
             if precision.quantizes_activation:
                 raise EstimatorError(
                     f"HessianTopEigenvalue scores weights, not inputs: {precision} quantizes activations"
                 )
-        names = {p: layer.name for unit in setting.units for p, layer in setting.parameters(unit).items()}
+        names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
         weights = list(names)
-        for parameter in setting.model.parameters():
+        for parameter in context.model.parameters():
             parameter.requires_grad_(parameter in names)
-        batches = dict(enumerate(setting.batches))
+        batches = dict(enumerate(context.batches))
         groups = [{number: batch} for number, batch in batches.items()] if self.slices else [batches]
-        found = np.array([self._eigenvalues(setting, names, group) for group in groups])
+        found = np.array([self._eigenvalues(context, names, group) for group in groups])
         mean = found.mean(axis=0)
         deviation = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(weights))
         score = dict(zip(weights, np.abs(mean) + deviation, strict=True))
         spread = dict(zip(weights, deviation / math.sqrt(len(found)), strict=True))
-        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
+        sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
         variance = np.zeros_like(sensitivity)
-        for u, p in setting.cells():
-            for parameter, layer in setting.parameters(setting.units[u]).items():
-                squared = float(wide(setting.perturbation(layer, setting.precisions[p])).square().sum())
+        for u, p in context.cells():
+            for parameter, layer in context.parameters(context.decisions[u]).items():
+                squared = float(wide(context.perturbation(layer, context.precisions[p])).square().sum())
                 sensitivity[u, p] += 0.5 * score[parameter] * squared
                 variance[u, p] += (0.5 * spread[parameter] * squared) ** 2
         place = {parameter: i for i, parameter in enumerate(weights)}
         facts = {
             "eigenvalues": {
-                unit.name: [float(mean[place[parameter]]) for parameter in setting.parameters(unit)]
-                for unit in setting.units
+                decision.name: [float(mean[place[parameter]]) for parameter in context.parameters(decision)]
+                for decision in context.decisions
             }
         }
         return Estimate(sensitivity, np.sqrt(variance) if self.slices else None, "relative", facts)
 
     def _eigenvalues(
-        self, setting: Setting, names: Mapping[nn.Parameter, str], batches: Mapping[int, Batch]
+        self, context: Context, names: Mapping[nn.Parameter, str], batches: Mapping[int, Batch]
     ) -> list[float]:
         weights = list(names)
         generator = torch.Generator().manual_seed(self.seed)
@@ -107,9 +107,9 @@ class HessianTopEigenvalue:
         directions = [v / v.norm() for v in directions]
         values = [0.0] * len(weights)
         unsettled = list(range(len(weights)))
-        steps = setting.progress(range(self.iterations), self.iterations, "Power iteration")
+        steps = context.progress(range(self.iterations), self.iterations, "Power iteration")
         for _ in steps:
-            products = self._products(setting, names, directions, unsettled, batches)
+            products = self._products(context, names, directions, unsettled, batches)
             left = []
             for i in unsettled:
                 value = float((wide(directions[i]) * products[i]).sum())
@@ -126,7 +126,7 @@ class HessianTopEigenvalue:
 
     def _products(
         self,
-        setting: Setting,
+        context: Context,
         names: Mapping[nn.Parameter, str],
         directions: list[Tensor],
         wanted: list[int],
@@ -139,7 +139,7 @@ class HessianTopEigenvalue:
         found = {i: wide(torch.zeros_like(directions[i])) for i in wanted}
         for number, batch in batches.items():
             with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                loss = setting.mean_loss(batch)
+                loss = context.mean_loss(batch)
                 products: dict[int, Tensor] = {}
                 try:
                     gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
@@ -156,9 +156,9 @@ class HessianTopEigenvalue:
                     name = names[weights[i]]
                     raise EstimatorError(f"the Hessian of layer {name!r} times a vector is not finite (batch {number})")
                 found[i] += wide(product) * samples(batch) / total
-            setting.passes.add(len(setting.batches), forward=1, backward=1 + 2 * len(wanted))
+            context.passes.add(len(context.batches), forward=1, backward=1 + 2 * len(wanted))
         return found
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward and backward passes over the data, at most: as if no layer settled early; a unit counts one weight."""
-        return Passes(self.iterations, self.iterations * (1 + 2 * units))
+        return Passes(self.iterations, self.iterations * (1 + 2 * decisions))

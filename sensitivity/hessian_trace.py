@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import rademacher
-from mpsearch.identity import described, digest
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.model import Batch, samples
-from mpsearch.perturb import inputs
-from mpsearch.relative import input_noise
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import rademacher
+from mpsearch.estimation.relative_error import input_noise
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.fingerprints import described, digest
+from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.fake_quantization import inputs
 
 
 @dataclass(frozen=True)
@@ -64,48 +64,48 @@ class HessianTrace:
                 f"num_samples={self.num_samples}: expected {least} or more for {self.method}, for a standard error"
             )
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
         """
-        weights = list({p: None for unit in setting.units for p in setting.parameters(unit)})
-        for parameter in setting.model.parameters():
+        weights = list({p: None for decision in context.decisions for p in context.parameters(decision)})
+        for parameter in context.model.parameters():
             parameter.requires_grad_(parameter in set(weights))
-        activations = any(precision.quantizes_activation for precision in setting.precisions)
-        layers = [layer for unit in setting.units for layer in unit.layers] if activations else []
-        total = sum(samples(batch) for batch in setting.batches)
+        activations = any(precision.quantizes_activation for precision in context.precisions)
+        layers = [layer for decision in context.decisions for layer in decision.layers] if activations else []
+        total = sum(samples(batch) for batch in context.batches)
         mean, variance = np.zeros(len(weights) + len(layers)), np.zeros(len(weights) + len(layers))
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "Hessian trace")):
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "Hessian trace")):
             name = f"hessian trace | {digest(described(self))} | {number}"
-            found = setting.checkpoint.get(name)
+            found = context.checkpoint.get(name)
             if found is None:
-                found = self._batch(setting, weights, layers, batch, number)
-                setting.checkpoint.put(name, found)
+                found = self._batch(context, weights, layers, batch, number)
+                context.checkpoint.put(name, found)
             share = samples(batch) / total
             mean += share * np.array(found[0])
             variance += share**2 * np.array(found[1])
-        return self._cells(setting, weights, layers, mean, variance)
+        return self._cells(context, weights, layers, mean, variance)
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward and backward passes over the data, at most; a unit counts one weight, a double backward pass two backward passes."""
-        products = self.num_samples * (units + 1 if self.method == "hutch++" else 1)
+        products = self.num_samples * (decisions + 1 if self.method == "hutch++" else 1)
         return Passes(2, 1 + 2 * products)
 
     def _batch(
-        self, setting: Setting, weights: list[nn.Parameter], layers: list[Layer], batch: Batch, number: int
+        self, context: Context, weights: list[nn.Parameter], layers: list[Layer], batch: Batch, number: int
     ) -> tuple[list[float], list[float]]:
         """Mean trace of each weight, then of each layer's input, and their variances."""
         generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
         seen: list[list[Tensor]] = [[] for _ in layers]
-        modules = {setting.module(layer): _recorder(seen[i]) for i, layer in enumerate(layers)}
+        modules = {context.module(layer): _recorder(seen[i]) for i, layer in enumerate(layers)}
         with (
             torch.enable_grad(),
             inputs(modules),
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
         ):
-            loss = setting.mean_loss(batch)
+            loss = context.mean_loss(batch)
             blocks = [[w] for w in weights] + seen
             points = [point for block in blocks for point in block]
             try:
@@ -117,14 +117,14 @@ class HessianTrace:
                 for point, slope in zip(points, slopes, strict=True)
                 if slope is not None and slope.requires_grad
             ]
-            setting.passes.add(len(setting.batches), forward=1, backward=1)
+            context.passes.add(len(context.batches), forward=1, backward=1)
             own = {id(w) for w in weights}
             if self.method == "hutchinson":
-                values = self._hutchinson(setting, blocks, curved, generator)
+                values = self._hutchinson(context, blocks, curved, generator)
             else:
-                first = [self._hutch_plus_plus(setting, w, curved, generator) for w in weights]
+                first = [self._hutch_plus_plus(context, w, curved, generator) for w in weights]
                 rest = [pair for pair in curved if id(pair[0]) not in own]
-                values = first + self._hutchinson(setting, seen, rest, generator)
+                values = first + self._hutchinson(context, seen, rest, generator)
         if not np.isfinite(values).all():
             raise EstimatorError(f"a Hessian trace is not finite in batch {number}")
         means, variances = [float(m) for m, _ in values], [float(v) for _, v in values]
@@ -132,7 +132,7 @@ class HessianTrace:
 
     def _hutchinson(
         self,
-        setting: Setting,
+        context: Context,
         blocks: Sequence[Sequence[Tensor]],
         curved: Sequence[tuple[Tensor, Tensor]],
         generator: torch.Generator,
@@ -143,7 +143,7 @@ class HessianTrace:
         for probe in range(self.num_samples if curved else 0):
             signs = [rademacher(point, generator) for point, _ in curved]
             products = _products(curved, signs)
-            setting.passes.add(len(setting.batches), backward=2)
+            context.passes.add(len(context.batches), backward=2)
             for (point, _), z, product in zip(curved, signs, products, strict=True):
                 if product is not None:
                     draws[probe, block_of[id(point)]] += float((wide(product) * z).sum())
@@ -152,7 +152,7 @@ class HessianTrace:
 
     def _hutch_plus_plus(
         self,
-        setting: Setting,
+        context: Context,
         weight: nn.Parameter,
         curved: Sequence[tuple[Tensor, Tensor]],
         generator: torch.Generator,
@@ -168,7 +168,7 @@ class HessianTrace:
             found = []
             for column in columns.T:
                 (one,) = _products(pair, [column.reshape(weight.shape)])
-                setting.passes.add(len(setting.batches), backward=2)
+                context.passes.add(len(context.batches), backward=2)
                 found.append(torch.zeros_like(column) if one is None else wide(one).flatten())
             return torch.stack(found, 1)
 
@@ -184,25 +184,25 @@ class HessianTrace:
         return exact + rest, float(draws.var(correction=1)) / third if third > 1 else 0.0
 
     def _cells(
-        self, setting: Setting, weights: list[nn.Parameter], layers: list[Layer], mean: np.ndarray, variance: np.ndarray
+        self, context: Context, weights: list[nn.Parameter], layers: list[Layer], mean: np.ndarray, variance: np.ndarray
     ) -> Estimate:
         place = {parameter: i for i, parameter in enumerate(weights)}
         row = {layer.name: len(weights) + i for i, layer in enumerate(layers)}
-        noises = input_noise(setting) if layers else {}
-        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
+        noises = input_noise(context) if layers else {}
+        sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
         squares = np.zeros_like(sensitivity)
-        for u, unit in enumerate(setting.units):
+        for u, decision in enumerate(context.decisions):
             terms = []
-            for parameter, layer in setting.parameters(unit).items():
-                errors = [wide(setting.perturbation(layer, p)).square().sum() for p in setting.precisions]
+            for parameter, layer in context.parameters(decision).items():
+                errors = [wide(context.perturbation(layer, p)).square().sum() for p in context.precisions]
                 terms.append((place[parameter], np.array([float(e) for e in errors]) / parameter.numel()))
-            for layer in unit.layers:
+            for layer in decision.layers:
                 if layer.name in row and noises[layer.name].numel:
                     terms.append((row[layer.name], noises[layer.name].noise / noises[layer.name].numel))
             for index, power in terms:
                 sensitivity[u] += 0.5 * power * mean[index]
                 squares[u] += (0.5 * power) ** 2 * variance[index]
-        return Estimate(sensitivity, np.sqrt(squares), setting.unit)
+        return Estimate(sensitivity, np.sqrt(squares), context.unit)
 
 
 def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tensor]) -> tuple[Tensor | None, ...]:

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.modules import weight_of
-from mpsearch.source import TokenWeights
-from mpsearch.sweep import Accumulator, Gradients, Quantity
+from mpsearch.core.layer import Layer
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
+from mpsearch.estimation.gradients.targets import TokenWeights
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.modules.weights import weight_of
 
 #: Groups of samples for the jackknife.
 _GROUPS = 8
@@ -57,16 +57,16 @@ class KFACDiagonal(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def accumulator(self, setting: Setting) -> Accumulator:
+    def accumulator(self, context: Context) -> Accumulator:
         """Sums of second moments."""
-        return _Factors(setting, self.source(setting).draws)
+        return _Factors(context, self.source(context).draws)
 
 
 @dataclass(eq=False)
 class _Factors:
     """Sums over samples, in groups: of each call of each weight the inputs, gradients and input errors."""
 
-    setting: Setting
+    context: Context
     draws: int
     seen: int = 0
     samples: Tensor = field(default_factory=lambda: torch.zeros(_GROUPS, dtype=torch.float64))
@@ -114,14 +114,17 @@ class _Factors:
         self.inputs_first, self.sums = state["inputs_first"], state["sums"]
 
     def finish(self) -> Estimate:
-        setting = self.setting
-        column = {p: i for i, p in enumerate({p: None for unit in setting.units for p in setting.parameters(unit)})}
-        value = np.zeros((len(setting.units), len(setting.precisions)))
+        context = self.context
+        column = {
+            p: i
+            for i, p in enumerate({p: None for decision in context.decisions for p in context.parameters(decision)})
+        }
+        value = np.zeros((len(context.decisions), len(context.precisions)))
         se = np.zeros_like(value)
         groups = int((self.samples > 0).sum())
-        for u, unit in enumerate(setting.units):
-            cells = torch.zeros(len(setting.precisions), _GROUPS + 1, dtype=torch.float64)
-            for parameter, layer in setting.parameters(unit).items():
+        for u, decision in enumerate(context.decisions):
+            cells = torch.zeros(len(context.precisions), _GROUPS + 1, dtype=torch.float64)
+            for parameter, layer in context.parameters(decision).items():
                 cells += self._weight(column[parameter], layer)
             value[u] = cells[:, 0].numpy()
             left_out = cells[:, 1:][:, self.samples > 0]
@@ -129,21 +132,21 @@ class _Factors:
                 (left_out - left_out.mean(1, keepdim=True)).square().sum(1) if groups > 1 else cells[:, 0] * math.nan
             )
             se[u] = (spread * (groups - 1) / max(groups, 1)).sqrt().numpy()
-        return Estimate(value, se, setting.unit)
+        return Estimate(value, se, context.unit)
 
     def _weight(self, w: int, layer: Layer) -> Tensor:
         """(P, 1 + groups) damage from all samples, and with each group left out."""
-        setting = self.setting
-        weight = weight_of(setting.module(layer)).detach()
-        found = torch.zeros(len(setting.precisions), _GROUPS + 1, dtype=torch.float64)
+        context = self.context
+        weight = weight_of(context.module(layer)).detach()
+        found = torch.zeros(len(context.precisions), _GROUPS + 1, dtype=torch.float64)
         call = 0
         while f"{w} {call} inputs" in self.sums:
             transposed = self.inputs_first[f"{w} {call}"]
             inputs = self._without(f"{w} {call} inputs", self.samples)
             gradients = self._without(f"{w} {call} gradients", self.predictions)
-            for p, precision in enumerate(setting.precisions):
+            for p, precision in enumerate(context.precisions):
                 if precision.quantizes_weight:
-                    found[p] += _form(setting.perturbation(layer, precision), transposed, inputs, gradients)
+                    found[p] += _form(context.perturbation(layer, precision), transposed, inputs, gradients)
                 if f"{w} {call} noise {p}" in self.sums:
                     noise = self._without(f"{w} {call} noise {p}", self.samples)
                     found[p] += _form(weight, transposed, noise, gradients)

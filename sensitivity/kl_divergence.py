@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.measure import kl_divergence
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,6 @@ class KLDivergence(OneAtATime):
     scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "nats"
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)

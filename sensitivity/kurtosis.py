@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import wide
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Kurtosis:
     array([[1.]])
     """
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`."""
-        score = np.ones(len(setting.units))
-        for u, unit in enumerate(setting.units):
-            weights = [wide(parameter.detach()).flatten() for parameter in setting.parameters(unit)]
+        score = np.ones(len(context.decisions))
+        for u, decision in enumerate(context.decisions):
+            weights = [wide(parameter.detach()).flatten() for parameter in context.parameters(decision)]
             count = sum(w.numel() for w in weights)
             mean = sum(float(w.sum()) for w in weights) / count
             second, fourth = (sum(float((w - mean).pow(k).sum()) for w in weights) / count for k in (2, 4))
             if second > 0:
                 score[u] = fourth / second**2
-        return cells_from_scores(setting, score)
+        return cells_from_scores(context, score)
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """No passes; one forward where activations are quantized."""
         return Passes(1.0, 0.0)

@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.layer import Layer
-from mpsearch.measure import Mean, wide
-from mpsearch.model import call, samples
+from mpsearch.core.layer import Layer
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.statistics import Mean, wide
+from mpsearch.models.running import call, samples
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,18 @@ class LayerOutputError:
     array([[0.5]])
     """
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`."""
-        count = len(setting.precisions)
-        layers = [layer for unit in setting.units for layer in unit.layers]
-        noise = [[Mean() for _ in range(count)] for _ in setting.units]
-        power = [Mean() for _ in setting.units]
+        count = len(context.precisions)
+        layers = [layer for decision in context.decisions for layer in decision.layers]
+        noise = [[Mean() for _ in range(count)] for _ in context.decisions]
+        power = [Mean() for _ in context.decisions]
         squares: dict[str, Tensor] = {}
         size = 0
 
         def watch(layer: Layer) -> Callable[..., None]:
             def see(_: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Tensor) -> None:
-                errors = [wide(setting.local_output(layer, p, args, keywords)) - wide(y) for p in setting.precisions]
+                errors = [wide(context.local_output(layer, p, args, keywords)) - wide(y) for p in context.precisions]
                 squares[layer.name] = squares.get(layer.name, torch.zeros(())) + torch.stack(
                     [_by_sample(z, size) for z in (wide(y), *errors)]
                 )
@@ -55,16 +55,16 @@ class LayerOutputError:
         try:
             for layer in layers:
                 handles.append(
-                    setting.module(layer).register_forward_hook(watch(layer), prepend=True, with_kwargs=True)
+                    context.module(layer).register_forward_hook(watch(layer), prepend=True, with_kwargs=True)
                 )
             with torch.no_grad():
-                for batch in setting.progress(setting.batches, len(setting.batches), "Layer output error"):
+                for batch in context.progress(context.batches, len(context.batches), "Layer output error"):
                     size = samples(batch)
                     squares.clear()
-                    call(setting.model, batch)
-                    setting.passes.add(len(setting.batches), forward=1)
-                    for u, unit in enumerate(setting.units):
-                        found = [squares[layer.name] for layer in unit.layers if layer.name in squares]
+                    call(context.model, batch)
+                    context.passes.add(len(context.batches), forward=1)
+                    for u, decision in enumerate(context.decisions):
+                        found = [squares[layer.name] for layer in decision.layers if layer.name in squares]
                         if found:
                             own, *errors = torch.stack(found).sum(0)
                             for mean, square in zip([power[u], *noise[u]], [own, *errors], strict=True):
@@ -80,7 +80,7 @@ class LayerOutputError:
         )
         return Estimate(value * scale, se * scale, "relative")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """One forward pass."""
         return Passes(1.0, 0.0)
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import Mean, kl_divergence, wide
-from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
-from mpsearch.relative import relative_error
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
+from mpsearch.estimation.relative_error import relative_error
+from mpsearch.metrics.statistics import Mean, kl_divergence, wide
 
 
 @dataclass(frozen=True)
@@ -64,27 +64,27 @@ class LinearityCoefficients(OneAtATime):
         """One a level."""
         return self.levels
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward passes over the data, at most: one of them measures the inputs where these are quantized."""
-        return Passes(super().cost(batches, units, precisions).forward + 1, 0)
+        return Passes(super().cost(batches, decisions, precisions).forward + 1, 0)
 
     def _squared(self) -> list[float]:
         return [self.greatest**2 * (j + 1) / self.levels for j in range(self.levels)]
 
-    def probes(self, setting: Setting) -> list[Probe]:
+    def probes(self, context: Context) -> list[Probe]:
         """Each unit at each level of noise."""
         return [
-            Probe(u, self._name(j), lambda u=u, j=j: self._noise(setting, u, j))  # type: ignore[misc]
-            for u in range(len(setting.units))
+            Probe(u, self._name(j), lambda u=u, j=j: self._noise(context, u, j))  # type: ignore[misc]
+            for u in range(len(context.decisions))
             for j in range(self.levels)
         ]
 
     def _name(self, j: int) -> str:
         return f"noise {j + 1} of {self.levels} to {self.greatest!r}, seed {self.seed}"
 
-    def _noise(self, setting: Setting, u: int, j: int) -> Perturbation:
+    def _noise(self, context: Context, u: int, j: int) -> Perturbation:
         found: dict[torch.nn.Parameter, Tensor] = {}
-        for k, parameter in enumerate(setting.parameters(setting.units[u])):
+        for k, parameter in enumerate(context.parameters(context.decisions[u])):
             generator = torch.Generator().manual_seed(hash((self.seed, u, j, k)) % 2**63)
             weight = wide(parameter.detach())
             draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(weight)
@@ -92,19 +92,21 @@ class LinearityCoefficients(OneAtATime):
             found[parameter] = (weight + scale * draw).to(parameter.dtype)
         return Perturbation(found, {})
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)
 
-    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """Slope x relative error."""
         x = np.array(self._squared())
-        y = np.array([[means[u, self._name(j)].value for j in range(self.levels)] for u in range(len(setting.units))])
+        y = np.array(
+            [[means[u, self._name(j)].value for j in range(self.levels)] for u in range(len(context.decisions))]
+        )
         alpha = y @ x / (x @ x)
         residual = (y - alpha[:, None] * x) / (1 - x * x / (x @ x))
         se = np.sqrt(((x * residual) ** 2).sum(axis=1)) / (x @ x)
-        error = relative_error(setting)
-        names = [unit.name for unit in setting.units]
+        error = relative_error(context)
+        names = [decision.name for decision in context.decisions]
         return Estimate(
             alpha[:, None] * error,
             se[:, None] * error,

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.features import by_sample
-from mpsearch.measure import Mean
-from mpsearch.model import Batch, call, predictions, samples
-from mpsearch.relative import Floats, cells_from_scores, unit_scores
-from mpsearch.relevance import Attention, Flow, Junction, Propagation, Rule
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import Floats, cells_from_scores, unit_scores
+from mpsearch.estimation.relevance.propagation import Attention, Flow, Junction, Propagation, Rule
+from mpsearch.metrics.statistics import Mean
+from mpsearch.models.observing import by_sample
+from mpsearch.models.running import Batch, call, predictions, samples
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class LRP:
     """How much of the prediction's relevance a layer carries (Bach et al. 2015), times its relative quantization error.
 
     The logit of the label, of the predicted class where there is none, of every prediction of a batch is propagated back by the rules of
-    `mpsearch.relevance.Propagation`. With R the relevance of a layer's output, each of its elements or summed over a
+    `mpsearch.estimation.relevance.propagation.Propagation`. With R the relevance of a layer's output, each of its elements or summed over a
     sample, and T the explained logits,
 
         score(l) = mean over samples of sum |R| / mean over samples of sum |T|        (`absolute`)
@@ -79,21 +79,21 @@ class LRP:
             if not getattr(self, name) >= least:
                 raise EstimatorError(f"{name}={getattr(self, name)}: expected {least:g} or more")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone; others take one forward pass more, for their error."""
         return Passes(forward=1, backward=1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: for an operation without a rule, a layer whose use is not seen, or a relevance that is not
                 finite.
         """
-        return cells_from_scores(setting, *unit_relevance(self, setting))
+        return cells_from_scores(context, *unit_relevance(self, context))
 
 
-def unit_relevance(lrp: LRP, setting: Setting) -> tuple[Floats, Floats]:
+def unit_relevance(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
     """Score of each unit, without a bit axis, from one forward and one backward pass.
 
     Returns:
@@ -102,16 +102,16 @@ def unit_relevance(lrp: LRP, setting: Setting) -> tuple[Floats, Floats]:
     Raises:
         EstimatorError: as `LRP.estimate`.
     """
-    for parameter in setting.model.parameters():
+    for parameter in context.model.parameters():
         parameter.requires_grad_(False)
-    names = {p: layer.name for unit in setting.units for p, layer in setting.parameters(unit).items()}
+    names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
     found = {p: Mean() for p in names}
     explained = Mean()
-    for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "LRP")):
+    for number, batch in enumerate(context.progress(context.batches, len(context.batches), "LRP")):
         count = samples(batch)
         sums = {p: torch.zeros(count, dtype=torch.float64) for p in names}
-        total = _absolute(lrp, setting, batch, sums) if lrp.score == "absolute" else _branch(lrp, setting, batch, sums)
-        setting.passes.add(len(setting.batches), forward=1, backward=1)
+        total = _absolute(lrp, context, batch, sums) if lrp.score == "absolute" else _branch(lrp, context, batch, sums)
+        context.passes.add(len(context.batches), forward=1, backward=1)
         index = torch.arange(count)
         explained.add(total, index, count)
         for p, values in sums.items():
@@ -122,28 +122,28 @@ def unit_relevance(lrp: LRP, setting: Setting) -> tuple[Floats, Floats]:
                 )
             found[p].add(values, index, count)
     scale = explained.value if explained.value > 0 else 1.0
-    score = unit_scores(setting, {p: mean.value / scale for p, mean in found.items()})
-    variance = unit_scores(setting, {p: (mean.se / scale) ** 2 for p, mean in found.items()})
+    score = unit_scores(context, {p: mean.value / scale for p, mean in found.items()})
+    variance = unit_scores(context, {p: (mean.se / scale) ** 2 for p, mean in found.items()})
     return score, np.sqrt(variance)
 
 
 Sums = dict[nn.Parameter, Tensor]
 
 
-def _absolute(lrp: LRP, setting: Setting, batch: Batch, sums: Sums) -> Tensor:
+def _absolute(lrp: LRP, context: Context, batch: Batch, sums: Sums) -> Tensor:
     """Add sum |R| of each sample to `sums`; returns the sum of the explained |logits|."""
 
     def observe(weight: nn.Parameter, relevance: Tensor) -> None:
         if weight in sums:
             sums[weight] += _by_sample(relevance.abs(), samples(batch))
 
-    return _propagate(_propagation(lrp, observe=observe), setting, batch, sums)[1]
+    return _propagate(_propagation(lrp, observe=observe), context, batch, sums)[1]
 
 
-def _branch(lrp: LRP, setting: Setting, batch: Batch, sums: Sums) -> Tensor:
+def _branch(lrp: LRP, context: Context, batch: Batch, sums: Sums) -> Tensor:
     """Add the branch share of each sample to `sums`; returns ones."""
     propagation = _propagation(lrp, sums=True)
-    branches, _ = _propagate(propagation, setting, batch, sums)
+    branches, _ = _propagate(propagation, context, batch, sums)
     count = samples(batch)
     for flow, branch in branches.items():
         if flow.weight not in sums:
@@ -171,15 +171,18 @@ def _propagation(lrp: LRP, **keywords: Any) -> Propagation:
 
 
 def _propagate(
-    propagation: Propagation, setting: Setting, batch: Batch, sums: Sums
+    propagation: Propagation, context: Context, batch: Batch, sums: Sums
 ) -> tuple[dict[Flow, tuple[Junction, int] | None], Tensor]:
     """Forward and backward; the branches of all uses of weights, and the sum of |explained logits| of each sample."""
     with torch.enable_grad():
         with propagation:
-            output = call(setting.model, batch)
+            output = call(context.model, batch)
         seen = {flow.weight for flow in propagation.flows}
         unseen = [
-            layer.name for unit in setting.units for p, layer in setting.parameters(unit).items() if p not in seen
+            layer.name
+            for decision in context.decisions
+            for p, layer in context.parameters(decision).items()
+            if p not in seen
         ]
         if unseen:
             raise EstimatorError(
@@ -189,7 +192,7 @@ def _propagate(
         if not output.requires_grad:
             raise EstimatorError("no relevance reaches any layer: the output is cut off from them")
         branches = propagation.branches(output)
-        logits, labels, index = predictions(setting.model, output, batch)
+        logits, labels, index = predictions(context.model, output, batch)
         chosen = logits.argmax(-1) if labels is None else labels
         explained = logits.gather(1, chosen[:, None])[:, 0]
         try:

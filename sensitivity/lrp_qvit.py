@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.precision import Precision
-from mpsearch.relative import Floats, relative_error
+from mpsearch.core.precision import Precision
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import Floats, relative_error
 from mpsearch.sensitivity.kl_divergence import KLDivergence
 from mpsearch.sensitivity.lrp import LRP, unit_relevance
 
@@ -50,18 +50,18 @@ class LRPQViT:
 
     lrp: LRP = field(default_factory=LRP)
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """As `LRP`."""
-        return self.lrp.cost(batches, units, precisions)
+        return self.lrp.cost(batches, decisions, precisions)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: as `LRP`.
         """
-        share, share_se = _shares(self.lrp, setting)
-        taken = (relative_error(setting) > 0) * np.array([_taken(precision) for precision in setting.precisions])
+        share, share_se = _shares(self.lrp, context)
+        taken = (relative_error(context) > 0) * np.array([_taken(precision) for precision in context.precisions])
         return Estimate(share[:, None] * taken, share_se[:, None] * taken, "relative")
 
 
@@ -94,28 +94,28 @@ class MixQViT:
 
     lrp: LRP = field(default_factory=LRP)
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Those of `KLDivergence`, and one forward and one backward pass for the relevance."""
-        measured = KLDivergence().cost(batches, units, precisions)
+        measured = KLDivergence().cost(batches, decisions, precisions)
         return Passes(measured.forward + 1, measured.backward + 1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: as `LRP` and `KLDivergence`.
         """
-        share, share_se = _shares(self.lrp, setting)
-        measured = KLDivergence().estimate(setting)
+        share, share_se = _shares(self.lrp, context)
+        measured = KLDivergence().estimate(context)
         se = None
         if measured.sensitivity_se is not None:
             se = np.hypot(share[:, None] * measured.sensitivity_se, share_se[:, None] * measured.sensitivity)
         return Estimate(share[:, None] * measured.sensitivity, se, "relative")
 
 
-def _shares(lrp: LRP, setting: Setting) -> tuple[Floats, Floats]:
+def _shares(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
     """(U,) parts of the units in the score of all, and their standard errors for a given total."""
-    score, se = unit_relevance(lrp, setting)
+    score, se = unit_relevance(lrp, context)
     total = score.sum() if score.any() else 1.0
     return score / total, se / total
 

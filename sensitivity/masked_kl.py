@@ -8,10 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import Mean, kl_divergence
-from mpsearch.one_at_a_time import OneAtATime, Output, Perturbation, Probe
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import Mean, kl_divergence
 
 
 @dataclass(frozen=True)
@@ -40,30 +40,30 @@ class MaskedKL(OneAtATime):
         """One."""
         return 1
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward passes over the data, at most: one of them measures the inputs where these are quantized."""
-        return Passes(super().cost(batches, units, precisions).forward + 1, 0)
+        return Passes(super().cost(batches, decisions, precisions).forward + 1, 0)
 
-    def probes(self, setting: Setting) -> list[Probe]:
+    def probes(self, context: Context) -> list[Probe]:
         """Each unit with its weights set to zero."""
         return [
             Probe(
                 u,
                 "masked",
-                lambda unit=unit: Perturbation(  # type: ignore[misc]
-                    {parameter: torch.zeros_like(parameter) for parameter in setting.parameters(unit)}, {}
+                lambda decision=decision: Perturbation(  # type: ignore[misc]
+                    {parameter: torch.zeros_like(parameter) for parameter in context.parameters(decision)}, {}
                 ),
             )
-            for u, unit in enumerate(setting.units)
+            for u, decision in enumerate(context.decisions)
         ]
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)
 
-    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """Importance x relative error."""
-        found = [means[u, "masked"] for u in range(len(setting.units))]
+        found = [means[u, "masked"] for u in range(len(context.decisions))]
         return cells_from_scores(
-            setting, np.array([mean.value for mean in found]), np.array([mean.se for mean in found])
+            context, np.array([mean.value for mean in found]), np.array([mean.se for mean in found])
         )

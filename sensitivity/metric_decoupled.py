@@ -9,9 +9,9 @@ import numpy as np
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.measure import Mean
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import Mean
 from mpsearch.sensitivity.kl_divergence import KLDivergence
 
 
@@ -71,32 +71,32 @@ class MetricDecoupled(OneAtATime):
         """True where a part's metric does."""
         return any(part.metric.needs_labels for part in self.parts)
 
-    def _part(self, setting: Setting, u: int) -> Part:
-        name = setting.units[u].layers[0].name
+    def _part(self, context: Context, u: int) -> Part:
+        name = context.decisions[u].layers[0].name
         for part in self.parts:
             if fnmatch.fnmatchcase(name, part.pattern):
                 return part
         patterns = ", ".join(repr(part.pattern) for part in self.parts)
         raise EstimatorError(f"layer {name!r} fits none of the patterns {patterns}; add Part('*', ...) for the rest")
 
-    def probes(self, setting: Setting) -> list[Probe]:
+    def probes(self, context: Context) -> list[Probe]:
         """Each unit at each precision."""
-        for u in range(len(setting.units)):
-            self._part(setting, u)
-        return super().probes(setting)
+        for u in range(len(context.decisions)):
+            self._part(context, u)
+        return super().probes(context)
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """Judged by the part's metric."""
-        return self._part(setting, probe.unit).metric.damage(setting, probe, reference, output)
+        return self._part(context, probe.decision).metric.damage(context, probe, reference, output)
 
-    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """Each part brought to its share."""
-        plain = super().finish(setting, means)
+        plain = super().finish(context, means)
         value = plain.sensitivity.copy()
         se = np.zeros_like(value) if plain.sensitivity_se is None else plain.sensitivity_se.copy()
         facts: dict[str, Any] = {}
         for part in self.parts:
-            rows = [u for u in range(len(setting.units)) if self._part(setting, u) is part]
+            rows = [u for u in range(len(context.decisions)) if self._part(context, u) is part]
             mean = float(np.abs(value[rows]).mean()) if rows else 0.0
             if mean > 0:
                 value[rows] *= part.share / mean

@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.features import Observer, by_sample, observed
-from mpsearch.measure import wide
-from mpsearch.model import call, samples
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.observing import Observer, by_sample, observed
+from mpsearch.models.running import call, samples
 
 Floats = NDArray[np.float64]
 
@@ -53,32 +53,32 @@ class Orthogonality:
         if not self.beta > 0:
             raise EstimatorError(f"beta={self.beta}: expected more than 0")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes(forward=1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where every batch has one sample, or features are not finite.
         """
-        if all(samples(batch) < 2 for batch in setting.batches):
+        if all(samples(batch) < 2 for batch in context.batches):
             raise EstimatorError(
                 "every batch has one sample; orthogonality compares samples: give batches of 2 or more"
             )
-        layers = {layer.name: setting.module(layer) for unit in setting.units for layer in unit.layers}
+        layers = {layer.name: context.module(layer) for decision in context.decisions for layer in decision.layers}
         products = np.zeros((len(layers), len(layers)))
         order = {name: i for i, name in enumerate(layers)}
         ran: dict[str, None] = {}
-        for number, batch in enumerate(setting.progress(setting.batches, len(setting.batches), "orthogonality")):
+        for number, batch in enumerate(context.progress(context.batches, len(context.batches), "orthogonality")):
             grams: dict[str, Tensor] = {}
             with (
                 torch.no_grad(),
                 observed({module: _gram(name, grams, samples(batch)) for name, module in layers.items()}),
             ):
-                call(setting.model, batch)
-            setting.passes.add(len(setting.batches), forward=1)
+                call(context.model, batch)
+            context.passes.add(len(context.batches), forward=1)
             ran |= dict.fromkeys(grams)
             rows = [order[name] for name in grams]
             flat = torch.stack([_centred(gram).reshape(-1) for gram in grams.values()])
@@ -88,8 +88,8 @@ class Orthogonality:
         rows = [order[name] for name in ran]
         found = importance(products[np.ix_(rows, rows)], self.beta)
         score = dict.fromkeys(layers, 0.0) | dict(zip(ran, found, strict=True))
-        totals = [sum(score[layer.name] for layer in unit.layers) for unit in setting.units]
-        return cells_from_scores(setting, np.array(totals))
+        totals = [sum(score[layer.name] for layer in decision.layers) for decision in context.decisions]
+        return cells_from_scores(context, np.array(totals))
 
 
 def importance(products: Floats, beta: float) -> Floats:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.measure import Mean
-from mpsearch.metrics import Comparison
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.statistics import Mean
 
 
 @dataclass(frozen=True)
@@ -31,25 +31,25 @@ class OutputDamage(OneAtATime):
     (array([[0.125]]), 'relative error')
     """
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) damage of each prediction."""
-        return self._terms(setting, reference, output)[0]
+        return self._terms(context, reference, output)[0]
 
-    def weights(self, setting: Setting, reference: Output) -> Tensor:
+    def weights(self, context: Context, reference: Output) -> Tensor:
         """(N,) weights of the predictions."""
-        return self._terms(setting, reference, reference)[1]
+        return self._terms(context, reference, reference)[1]
 
-    def _terms(self, setting: Setting, reference: Output, output: Output) -> tuple[Tensor, Tensor]:
-        return _comparison(setting).terms(reference.logits, output.logits, reference.index, reference.samples)
+    def _terms(self, context: Context, reference: Output, output: Output) -> tuple[Tensor, Tensor]:
+        return _comparison(context).terms(reference.logits, output.logits, reference.index, reference.samples)
 
-    def finish(self, setting: Setting, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """The mean damage of each cell, in the unit of the metric."""
-        return replace(super().finish(setting, means), unit=_comparison(setting).unit)
+        return replace(super().finish(context, means), unit=_comparison(context).unit)
 
 
-def _comparison(setting: Setting) -> Comparison:
-    if setting.comparison is None:
+def _comparison(context: Context) -> Comparison:
+    if context.comparison is None:
         raise EstimatorError(
             "OutputDamage compares with the unquantized output, which a loss of one's own does not; take TaskMetric"
         )
-    return setting.comparison
+    return context.comparison

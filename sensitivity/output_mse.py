@@ -5,9 +5,9 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.measure import wide
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,6 @@ class OutputMSE(OneAtATime):
     scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "relative"
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) squared error of each prediction."""
         return (wide(output.logits) - wide(reference.logits)).square().mean(-1)

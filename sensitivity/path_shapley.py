@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.measure import log_softmax
-from mpsearch.metrics import Comparison
-from mpsearch.model import Batch
-from mpsearch.perturb import input_quantizer, inputs, quantized_weights, weights
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.statistics import log_softmax
+from mpsearch.models.running import Batch
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, quantized_weights, weights
 
 Floats = NDArray[np.float64]
 
@@ -64,47 +64,47 @@ class PathShapley:
         if self.nodes < 1:
             raise EstimatorError(f"nodes={self.nodes}: expected 1 or more")
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the model cannot be differentiated, a share is not finite, or the loss is not the
                 KL.
         """
-        metric = setting.loss
+        metric = context.loss
         if not isinstance(metric, Comparison):
             raise EstimatorError(
                 "PathShapley follows a metric that compares with the unquantized model; leave out the loss"
             )
-        count, options = len(setting.batches), len(setting.precisions)
-        shares = np.zeros((count, len(setting.units), options))
+        count, options = len(context.batches), len(context.precisions)
+        shares = np.zeros((count, len(context.decisions), options))
         ends = np.zeros((count, options))
         ceilings = np.zeros(count)
         references: list[Tensor] = []
         weights_of = np.zeros(count)
         with torch.no_grad():
-            for number, batch in enumerate(setting.batches):
-                found = setting.run(batch)
-                setting.passes.add(count, forward=1)
+            for number, batch in enumerate(context.batches):
+                found = context.run(batch)
+                context.passes.add(count, forward=1)
                 if metric.kind == "classes":  # of others no bound is known
                     log_p = log_softmax(found.rows)
                     ceilings[number] = float((log_p.exp() * log_p).sum(-1).mean()) + math.log(log_p.shape[-1])
                 weights_of[number] = float(metric.terms(found.rows, found.rows, found.index, found.samples)[1].sum())
                 references.append(found.rows)
         weight = weights_of / weights_of.sum()
-        bar = setting.progress(None, count * options, "Path")
+        bar = context.progress(None, count * options, "Path")
         with bar:
-            for p, precision in enumerate(setting.precisions):
-                chosen = {layer.name: precision for unit in setting.units for layer in unit.layers}
-                targets = quantized_weights(setting.model, chosen, setting.quantizer)
-                for parameter in setting.model.parameters():
+            for p, precision in enumerate(context.precisions):
+                chosen = {layer.name: precision for decision in context.decisions for layer in decision.layers}
+                targets = quantized_weights(context.model, chosen, context.quantizer)
+                for parameter in context.model.parameters():
                     parameter.requires_grad_(parameter in targets)
-                for number, batch in enumerate(setting.batches):
+                for number, batch in enumerate(context.batches):
                     name = f"path | {self.nodes} | {precision} | {number}"
-                    stored = setting.checkpoint.get(name)
+                    stored = context.checkpoint.get(name)
                     if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
-                        stored = self._batch(setting, p, targets, batch, references[number], number)
-                        setting.checkpoint.put(name, stored)
+                        stored = self._batch(context, p, targets, batch, references[number], number)
+                        context.checkpoint.put(name, stored)
                     if stored is not None:
                         *shares[number, :, p], ends[number, p] = stored
                     bar.update(1)
@@ -113,12 +113,12 @@ class PathShapley:
         se = np.sqrt(spread * count / (count - 1)) if count > 1 else np.full_like(mean, math.nan)
         end = weight @ ends
         facts = {
-            "damage": {str(precision): float(value) for precision, value in zip(setting.precisions, end, strict=True)},
+            "damage": {str(precision): float(value) for precision, value in zip(context.precisions, end, strict=True)},
             "negative_shares": int((mean < 0).sum()),
         }
         mean = np.maximum(mean, 0.0)
         if not self.coverage:
-            return Estimate(mean, se, setting.unit, facts)
+            return Estimate(mean, se, context.unit, facts)
         ceiling = float(max(weight @ ceilings, 1.2 * end.max()))
         costs = (
             np.stack([ceiling * coverage_costs(mean[:, p] / ceiling) for p in range(options)], axis=1)
@@ -130,7 +130,7 @@ class PathShapley:
 
     def _batch(
         self,
-        setting: Setting,
+        context: Context,
         p: int,
         targets: Mapping[nn.Parameter, Tensor],
         batch: Batch,
@@ -138,18 +138,18 @@ class PathShapley:
         number: int,
     ) -> list[float]:
         """The share of each unit, then the damage at the end."""
-        score = [0.0] * len(setting.units)
-        total = len(setting.batches)
+        score = [0.0] * len(context.decisions)
+        total = len(context.batches)
         nodes, node_weights = np.polynomial.legendre.leggauss(self.nodes)
         starts = {parameter: parameter.data for parameter in targets}
         leaves: list[Tensor] = []  # inputs that nothing before them moves
 
         def hooks(t: float, share: float) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
             found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
-            for u, unit in enumerate(setting.units):
-                for layer in unit.layers:
-                    module, precision = setting.module(layer), setting.precisions[p]
-                    function = input_quantizer(module, layer.name, precision, setting.quantizer, setting.ranges)
+            for u, decision in enumerate(context.decisions):
+                for layer in decision.layers:
+                    module, precision = context.module(layer), context.precisions[p]
+                    function = input_quantizer(module, layer.name, precision, context.quantizer, context.ranges)
                     if function is not None:
                         found[module] = moved(u, function, t, share)
             return found
@@ -171,9 +171,9 @@ class PathShapley:
             return move
 
         def damage() -> Tensor:
-            assert isinstance(setting.loss, Comparison)
-            found = setting.run(batch)
-            return setting.loss.mean(reference, found.rows, found.index, found.samples)
+            assert isinstance(context.loss, Comparison)
+            found = context.run(batch)
+            return context.loss.mean(reference, found.rows, found.index, found.samples)
 
         for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
             at = {parameter: torch.lerp(starts[parameter], new, float(node)) for parameter, new in targets.items()}
@@ -185,26 +185,26 @@ class PathShapley:
                     gradients = torch.autograd.grad(loss, points, allow_unused=True)
                 except RuntimeError as error:
                     raise EstimatorError(f"the model cannot be differentiated: {error}") from None
-            setting.passes.add(total, forward=1, backward=1)
+            context.passes.add(total, forward=1, backward=1)
             slope = dict(zip(points, gradients, strict=True))
-            for u, unit in enumerate(setting.units):
-                for parameter in setting.parameters(unit):
+            for u, decision in enumerate(context.decisions):
+                for parameter in context.parameters(decision):
                     g = slope.get(parameter)
                     if g is not None and parameter in targets:
                         change = targets[parameter].double() - starts[parameter].double()
                         score[u] += float(node_weight) * float((g.double() * change).sum())
         with torch.no_grad(), weights(targets), inputs(hooks(1.0, 0.0)):
             end = float(damage())
-        setting.passes.add(total, forward=1)
+        context.passes.add(total, forward=1)
         for u, value in enumerate(score):
             if not math.isfinite(value):
                 raise EstimatorError(
-                    f"sensitivity of layer {setting.units[u].name!r} at {setting.precisions[p]} is {value}, expected a finite "
+                    f"sensitivity of layer {context.decisions[u].name!r} at {context.precisions[p]} is {value}, expected a finite "
                     f"number ({self!r}, batch {number})"
                 )
         return [*score, end]
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward and backward passes over the data, at most."""
         return Passes(1 + precisions * (self.nodes + 1), precisions * self.nodes)
 

@@ -6,9 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Setting
-from mpsearch.measure import kl_divergence
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import kl_divergence
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,6 @@ class PredictionDifference(OneAtATime):
         if not 0 < self.temperature < float("inf"):
             raise EstimatorError(f"temperature={self.temperature}: expected a finite number above 0")
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits / self.temperature, output.logits / self.temperature)

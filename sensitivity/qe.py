@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.modules import canonical
-from mpsearch.relative import cells_from_scores
+from mpsearch.core.layer import Layer
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.modules.weights import canonical
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ class QE:
     array([[1.3863]])
     """
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes()
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`."""
-        score = [sum(_entropy(setting, layer) for layer in unit.layers) for unit in setting.units]
-        return cells_from_scores(setting, np.array(score))
+        score = [sum(_entropy(context, layer) for layer in decision.layers) for decision in context.decisions]
+        return cells_from_scores(context, np.array(score))
 
 
-def _entropy(setting: Setting, layer: Layer) -> float:
-    weight = wide(canonical(setting.module(layer)).detach())
+def _entropy(context: Context, layer: Layer) -> float:
+    weight = wide(canonical(context.module(layer)).detach())
     channels = weight.shape[1] if layer.kind == "embedding" else len(weight)  # a row of an embedding is an output
     variance = float(weight.square().sum()) / len(weight) / (channels if layer.kind == "embedding" else 1)
     return max(math.log(channels) + 0.5 * math.log(variance), 0.0) if variance else 0.0

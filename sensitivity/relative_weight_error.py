@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.relative import relative_error
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import relative_error
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class RelativeWeightError:
     array([[0.25]])
     """
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`."""
-        return Estimate(relative_error(setting), None, "relative")
+        return Estimate(relative_error(context), None, "relative")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """No passes; one forward where activations are quantized."""
         return Passes(1.0, 0.0)

@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.features import observed
-from mpsearch.layer import Layer
-from mpsearch.measure import wide
-from mpsearch.model import call, samples
-from mpsearch.modules import canonical, weight_of
-from mpsearch.perturb import weights as replaced
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.modules.weights import canonical, weight_of
+from mpsearch.models.observing import observed
+from mpsearch.models.running import call, samples
+from mpsearch.quantizers.fake_quantization import weights as replaced
 
 #: Hessians kept at once; more layers than fit are done in turns, each with a forward pass of its own.
 HESSIAN_BYTES = 2**30
@@ -66,42 +66,42 @@ class SalienceGroups:
         if not self.damping > 0:
             raise EstimatorError(f"damping={self.damping}: expected more than 0")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data, where all Hessians fit into memory together."""
         return Passes(forward=1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the inputs of a layer are not finite, or a precision quantizes them.
         """
-        for precision in setting.precisions:
+        for precision in context.precisions:
             if precision.quantizes_activation:
                 raise EstimatorError(f"SalienceGroups scores weights, not inputs: {precision} quantizes inputs")
-        total = sum(samples(batch) for batch in setting.batches)
-        sensitivity = np.zeros((len(setting.units), len(setting.precisions)))
-        for turn in _turns(setting):
-            moments = {layer.name: _Moment(setting.module(layer), layer) for _, layer in turn}
-            observers = {setting.module(layer): moments[layer.name].add for _, layer in turn}
-            for batch in setting.progress(setting.batches, len(setting.batches), "salience"):
+        total = sum(samples(batch) for batch in context.batches)
+        sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
+        for turn in _turns(context):
+            moments = {layer.name: _Moment(context.module(layer), layer) for _, layer in turn}
+            observers = {context.module(layer): moments[layer.name].add for _, layer in turn}
+            for batch in context.progress(context.batches, len(context.batches), "salience"):
                 with torch.no_grad(), observed(observers):
-                    call(setting.model, batch)
-                setting.passes.add(len(setting.batches), forward=1)
+                    call(context.model, batch)
+                context.passes.add(len(context.batches), forward=1)
             for u, layer in turn:
                 pivots = moments.pop(layer.name).pivots(total, self.damping)
-                sensitivity[u] += self._layer(setting, layer, pivots)
+                sensitivity[u] += self._layer(context, layer, pivots)
         return Estimate(sensitivity, None, "relative")
 
-    def _layer(self, setting: Setting, layer: Layer, pivots: Tensor) -> np.ndarray:
-        module = setting.module(layer)
+    def _layer(self, context: Context, layer: Layer, pivots: Tensor) -> np.ndarray:
+        module = context.module(layer)
         weight = _rows(module, weight_of(module).detach())
         power = self._groups(weight.square())
         salience = self._groups(weight.square() / pivots)
-        cells = np.zeros(len(setting.precisions))
-        for p, precision in enumerate(setting.precisions):
+        cells = np.zeros(len(context.precisions))
+        for p, precision in enumerate(context.precisions):
             if precision.quantizes_weight:
-                found = _rows(module, setting.quantized(layer, precision))
+                found = _rows(module, context.quantized(layer, precision))
                 noise = self._groups((found - weight).square())
                 cells[p] = float(torch.where(noise > 0, salience * noise / power, torch.zeros_like(noise)).sum())
         return cells
@@ -185,14 +185,14 @@ def _rows(module: nn.Module, value: Tensor) -> Tensor:
         return wide(canonical(module).detach().reshape(canonical(module).shape[0], -1))
 
 
-def _turns(setting: Setting) -> Iterator[list[tuple[int, Layer]]]:
+def _turns(context: Context) -> Iterator[list[tuple[int, Layer]]]:
     """Layers with their unit, as many at once as `HESSIAN_BYTES` holds."""
     turn: list[tuple[int, Layer]] = []
     held = 0
-    for u, unit in enumerate(setting.units):
-        for layer in unit.layers:
+    for u, decision in enumerate(context.decisions):
+        for layer in decision.layers:
             columns = math.prod(layer.weight_shape[1:])
-            groups = getattr(setting.module(layer), "groups", 1)
+            groups = getattr(context.module(layer), "groups", 1)
             size = 8 * (layer.weight_shape[0] if layer.kind == "embedding" else groups * columns**2)
             if turn and held + size > HESSIAN_BYTES:
                 yield turn

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, mean_gradient
-from mpsearch.measure import wide
-from mpsearch.relative import cells_from_scores, unit_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, mean_gradient
+from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SNIP:
 
     The paper prunes an untrained network; here the network is the trained one. EMQ multiplies the score by the bits
     instead of an error. A baseline: it knows neither the direction of the quantization error nor curvature. The loss is
-    the setting's; for `kl` the cross-entropy of the data's labels, or of labels drawn from the model where the data has
+    the context's; for `kl` the cross-entropy of the data's labels, or of labels drawn from the model where the data has
     none. One forward and one backward pass.
 
     In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
@@ -41,18 +41,18 @@ class SNIP:
 
     seed: int = 0
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes(forward=1, backward=1)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the loss cannot be differentiated, or the gradient is not finite.
         """
-        weights = differentiated(setting)
-        gradients = mean_gradient(setting, weights, self.seed)
+        weights = differentiated(context)
+        gradients = mean_gradient(context, weights, self.seed)
         with torch.no_grad():
             scores = {w: float(wide(g * w).abs().sum()) for w, g in zip(weights, gradients, strict=True)}
-        return cells_from_scores(setting, unit_scores(setting, scores))
+        return cells_from_scores(context, unit_scores(context, scores))

@@ -5,9 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mpsearch.estimator import Setting
-from mpsearch.measure import wide
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SQNR(OneAtATime):
 
     unit: ClassVar[str] = "relative"
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) noise of each prediction over the signal of the batch."""
         signal = wide(reference.logits)
         power = signal.square().sum(-1).mean()

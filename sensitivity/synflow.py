@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.gradients import differentiated, gradient, ones_like_sample
-from mpsearch.model import call
-from mpsearch.perturb import weights as replaced
-from mpsearch.relative import cells_from_scores, unit_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiated, gradient, ones_like_sample
+from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
+from mpsearch.models.running import call
+from mpsearch.quantizers.fake_quantization import weights as replaced
 
 
 @dataclass(frozen=True)
@@ -49,27 +49,27 @@ class Synflow:
         if self.reduction not in ("mean", "sum"):
             raise EstimatorError(f"reduction={self.reduction!r}: expected 'mean' or 'sum'")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone; the one run is counted as one batch."""
         return Passes(forward=1 / batches, backward=1 / batches)
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
             EstimatorError: where the flow exceeds double precision, or the model cannot run in it.
         """
-        weights = differentiated(setting)
-        batch = ones_like_sample(setting.batches[0], torch.float64)
-        with replaced(_linearized(setting.model)), torch.enable_grad():
-            flow = call(setting.model, batch).double().sum()
+        weights = differentiated(context)
+        batch = ones_like_sample(context.batches[0], torch.float64)
+        with replaced(_linearized(context.model)), torch.enable_grad():
+            flow = call(context.model, batch).double().sum()
             if not torch.isfinite(flow.detach()):
                 raise EstimatorError(f"the synaptic flow is {float(flow.detach())}, expected a finite number")
             gradients = gradient(flow, weights)
             sums = [float((g * w).detach().abs().sum()) for w, g in zip(weights, gradients, strict=True)]
-        setting.passes.add(len(setting.batches), forward=1, backward=1)
+        context.passes.add(len(context.batches), forward=1, backward=1)
         scores = {w: s / (w.numel() if self.reduction == "mean" else 1) for w, s in zip(weights, sums, strict=True)}
-        return cells_from_scores(setting, unit_scores(setting, scores))
+        return cells_from_scores(context, unit_scores(context, scores))
 
 
 def _linearized(model: nn.Module) -> dict[nn.Parameter, Tensor]:

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Setting
-from mpsearch.loading import load
-from mpsearch.measure import log_softmax
-from mpsearch.one_at_a_time import OneAtATime, Output, Probe
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.statistics import log_softmax
+from mpsearch.models.loading import load
 
 #: `metric(logits, labels)`: (N, C) and (N,) or None to (N,) values, one a prediction, or one number for the batch.
 Metric = Callable[[Tensor, Tensor | None], Tensor]
@@ -79,7 +79,7 @@ class TaskMetric(OneAtATime):
             return _NAMED[self.metric]
         return load(self.metric, "metric"), self.higher_is_better
 
-    def damage(self, setting: Setting, probe: Probe, reference: Output, output: Output) -> Tensor:
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) or () loss of the metric."""
         metric, higher = self._resolved()
         if self.needs_labels and reference.labels is None:

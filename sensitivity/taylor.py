@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.estimator import Estimate, Setting
-from mpsearch.gradient_estimator import GradientEstimator
-from mpsearch.source import Source, TokenWeights
-from mpsearch.sweep import Gradients, Quantity
+from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.gradients.averages import GradientEstimator
+from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.targets import Source, TokenWeights
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,15 @@ class Taylor(GradientEstimator):
     signed: bool = False
     token_weights: TokenWeights | None = None
 
-    def source(self, setting: Setting) -> Source:
+    def source(self, context: Context) -> Source:
         """The loss with the data's labels."""
         weights = self.token_weights
         return Source("given", token_weights=weights, root=weights is None)  # without weights as other signals: shared
 
-    def contribution(self, setting: Setting) -> Callable[[Gradients], Tensor]:
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
         """(N, U, P)."""
         return lambda found: found.projection
 
-    def finish(self, setting: Setting, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
+    def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """Signed or absolute."""
-        return Estimate(mean, se, setting.unit) if self.signed else Estimate(np.abs(mean), se, "relative")
+        return Estimate(mean, se, context.unit) if self.signed else Estimate(np.abs(mean), se, "relative")

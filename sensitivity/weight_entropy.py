@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
-from mpsearch.estimator import Estimate, Passes, Setting
-from mpsearch.modules import canonical
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
-from mpsearch.relative import cells_from_scores
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.relative_error import cells_from_scores
+from mpsearch.models.modules.weights import canonical
+from mpsearch.quantizers.rounding import RoundToNearest
 
 
 @dataclass(frozen=True)
@@ -49,11 +49,11 @@ class WeightEntropy:
         if not 1 <= self.bits <= 15:
             raise EstimatorError(f"bits={self.bits}: expected 1 to 15")
 
-    def cost(self, batches: int, units: int, precisions: int) -> Passes:
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone."""
         return Passes()
 
-    def estimate(self, setting: Setting) -> Estimate:
+    def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
@@ -61,10 +61,10 @@ class WeightEntropy:
         """
         quantize, precision = RoundToNearest(granularity="tensor"), Precision(str(self.bits))
         score = []
-        for unit in setting.units:
-            weights = [canonical(setting.module(layer)).detach() for layer in setting.parameters(unit).values()]
+        for decision in context.decisions:
+            weights = [canonical(context.module(layer)).detach() for layer in context.parameters(decision).values()]
             score.append(sum(entropy(quantize(weight, precision)) for weight in weights))
-        return cells_from_scores(setting, np.array(score))
+        return cells_from_scores(context, np.array(score))
 
 
 def entropy(values: Tensor) -> float:

@@ -1,11 +1,11 @@
 """Solvers: each chooses one option in each row of a table so that the damage is least within the limits.
 
-A solver is one file with one class of frozen settings and one method, `choose` (`mpsearch.solution.Solver`).
+A solver is one file with one class of frozen settings and one method, `choose` (`mpsearch.core.solution.Solver`).
 To add one, write the file, name it in `SOLVERS`, and run `mpsearch.testing.check_solver` over it. What a
 solver needs beyond numpy is imported when it runs.
 """
 
-from mpsearch.solution import Solver
+from mpsearch.core.solution import Solver
 from mpsearch.solvers.annealing import Annealing as Annealing
 from mpsearch.solvers.bisection import Bisection as Bisection
 from mpsearch.solvers.brute_force import BruteForce as BruteForce

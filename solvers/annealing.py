@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.pairs import pair_blocks
 
 if TYPE_CHECKING:
-    from mpsearch.table import Interactions
+    from mpsearch.core.table import Interactions
 
 _COLDEST = 1e-3  # last temperature, in units of the first
 _UPHILL = 0.3  # first temperature, in units of the typical range of a row
@@ -38,7 +38,7 @@ class Annealing:
         sweeps: moves of each chain, in units of L.
         chains: chains side by side.
 
-    >>> from mpsearch.table import Interactions
+    >>> from mpsearch.core.table import Interactions
     >>> table, use = np.array([[2.0, 1.0], [2.0, 1.0]]), np.ones((1, 2, 2))
     >>> together = Interactions([[0, 0]], [[1, 0]], [-3.0])  # both at option 0: 2 + 2 - 3
     >>> choice = Annealing(sweeps=5).choose(table, use, np.array([2.0]), interactions=together)

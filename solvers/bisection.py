@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsearch.core.solution import Choice, Status, UpperLimitsOnly
 from mpsearch.errors import SolverError
-from mpsearch.solution import Choice, Status, UpperLimitsOnly
 from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 

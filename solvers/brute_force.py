@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mpsearch.core.solution import Choice, Status
 from mpsearch.errors import SolverError
-from mpsearch.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, fits, total
 from mpsearch.solvers.pairs import pair_blocks
 
 if TYPE_CHECKING:
-    from mpsearch.table import Interactions
+    from mpsearch.core.table import Interactions
 
 _CHUNK = 1 << 16
 

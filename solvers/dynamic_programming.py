@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, Whole, fits, reachable, shifted, total, whole
 from mpsearch.solvers.lagrangian import dual
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers import lists, milp
 from mpsearch.solvers.core import Core
 from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, shifted

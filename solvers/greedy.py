@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from mpsearch.core.solution import Choice, Status
 from mpsearch.errors import SolverError
-from mpsearch.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, reachable, room, shifted, total
 from mpsearch.solvers.pairs import pair_blocks
 
 if TYPE_CHECKING:
-    from mpsearch.table import Interactions
+    from mpsearch.core.table import Interactions
 
 _OBJECTIVE = 1e6  # value that the best known plan has after scaling; the solvers resolve about 1e-6
 _RESOLVED = 1e4  # below this value the plan is proven to less than 1e-9 relative: scale again

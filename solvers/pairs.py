@@ -7,13 +7,13 @@ import numpy as np
 from mpsearch.solvers.feasibility import Floats
 
 if TYPE_CHECKING:
-    from mpsearch.table import Interactions
+    from mpsearch.core.table import Interactions
 
 
 def pair_blocks(interactions: "Interactions | None", columns: int) -> dict[tuple[int, int], Floats]:
     """`{(i, k): (P, P) values of row i's option by row k's}` with i < k; empty without interactions.
 
-    >>> from mpsearch.table import Interactions
+    >>> from mpsearch.core.table import Interactions
     >>> pair_blocks(Interactions([[1, 0]], [[0, 1]], [0.5]), 2)
     {(0, 1): array([[0. , 0. ],
            [0.5, 0. ]])}

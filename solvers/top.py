@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.solution import Choice, Status
+from mpsearch.core.solution import Choice, Status
 from mpsearch.solvers.feasibility import Floats, Options, total
 
 

@@ -8,19 +8,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from mpsearch import ggml
+from mpsearch.core.layer import Layer
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
+from mpsearch.core.wrapped_names import by_names_of
+from mpsearch.decisions.coverage import tell_unnamed
+from mpsearch.decisions.model_bytes import plan_bytes
 from mpsearch.errors import EstimatorError, ExportError, nearest
-from mpsearch.experts import place_of
-from mpsearch.export.targets import TARGETS, Fused, Target, fused_groups, rules
-from mpsearch.layer import Layer
-from mpsearch.model_bytes import plan_bytes
-from mpsearch.modules import canonical, holds_weight, kind_of, storage_of, weight_of
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, packed_bytes
-from mpsearch.undecided import tell_unnamed
-from mpsearch.unfused import unfused
-from mpsearch.wrapped_names import by_names_of
+from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.experts import place_of
+from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, storage_of, weight_of
+from mpsearch.quantizers import ggml
+from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.targets.rules import TARGETS, Fused, Target, fused_groups, rules
 
 #: Share by which bytes that are told and bytes that are stored may differ: constants of a graph, a header.
 _SAME_BYTES = 0.01

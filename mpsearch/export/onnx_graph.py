@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from mpsearch.batches import arranged
+from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
-from mpsearch.model import Batch, inputs_of
-from mpsearch.modules import weight_of
-from mpsearch.plan import Plan
+from mpsearch.models.data.batches import arranged
+from mpsearch.models.modules.weights import weight_of
+from mpsearch.models.running import Batch, inputs_of
 
 _OPERATORS = ("MatMul", "Gemm", "Conv")
 

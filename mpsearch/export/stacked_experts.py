@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from mpsearch.experts import place_of
+from mpsearch.core.plan import Plan
 from mpsearch.export.package import package
-from mpsearch.modules import holds_weight, kind_of, weight_of
-from mpsearch.plan import Plan
-from mpsearch.unfused import unfused
+from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.experts import place_of
+from mpsearch.models.modules.weights import holds_weight, kind_of, weight_of
 
 #: Layers of an expert by the names that modules, checkpoints and vLLM give them.
 _PARTS = "(?:gate_proj|up_proj|gate_up_proj|down_proj|w[123])"

@@ -6,7 +6,7 @@ import os
 import torch
 from torch import nn
 
-from mpsearch.files import write_atomically
+from mpsearch.files.writing import write_atomically
 
 
 def write_state(path: str | os.PathLike[str], model: nn.Module) -> None:

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch import report
+from mpsearch.core import printing
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
+from mpsearch.decisions.model_bytes import PlanBytes, plan_bytes
 from mpsearch.errors import VerificationError
 from mpsearch.export.fitting import counted_for, differing
-from mpsearch.export.targets import Target
-from mpsearch.model_bytes import PlanBytes, plan_bytes
-from mpsearch.modules import canonical, storage_of
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, is_symmetric
-from mpsearch.unfused import unfused
+from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.weights import canonical, storage_of
+from mpsearch.quantizers.rounding import RoundToNearest, is_symmetric
+from mpsearch.targets.rules import Target
 
 #: The quantizer that `evaluate` measures with by default.
 REFERENCE = RoundToNearest()
@@ -141,7 +141,7 @@ class Verification:
     def __str__(self) -> str:
         rows = [
             [
-                report.short(check.name),
+                printing.short(check.name),
                 str(check.precision),
                 "." if check.code_range is None else f"{check.code_range[0]}..{check.code_range[1]}",
                 "." if check.nbytes is None else str(check.nbytes),
@@ -153,7 +153,7 @@ class Verification:
         stored = "it keeps weights in float" if self.stored_bytes is None else f"{self.stored_bytes} stored"
         head = f"{self.target} {self.version}: {len(rows)} layers carried out as planned; bytes: {self.told_bytes} told, {stored}"
         columns = ["layer", "precision", "codes", "bytes", "off by", "relative error"]
-        return f"{head}\n\n{report.table(columns, rows)}"
+        return f"{head}\n\n{printing.table(columns, rows)}"
 
 
 def verified(target: Target, version: str, read: Reader, plan: Plan, model: nn.Module, **options: Any) -> Verification:

@@ -7,6 +7,9 @@ from typing import TypeVar
 
 from torch import nn
 
+from mpsearch.core.plan import Plan
+from mpsearch.core.table import CostTable
+from mpsearch.core.wrapped_names import by_names_of
 from mpsearch.errors import MpsearchError, PlanError, TableError, nearest
 from mpsearch.imports.compressed_tensors import from_compressed_tensors as from_compressed_tensors
 from mpsearch.imports.exllamav2 import exllamav2_table as exllamav2_table
@@ -15,9 +18,7 @@ from mpsearch.imports.gptqmodel import from_gptqmodel as from_gptqmodel
 from mpsearch.imports.modelopt import from_modelopt as from_modelopt
 from mpsearch.imports.modelopt import modelopt_table as modelopt_table
 from mpsearch.imports.nncf import from_nncf as from_nncf
-from mpsearch.plan import Plan
-from mpsearch.table import CostTable
-from mpsearch.wrapped_names import by_names_of, unwrapped
+from mpsearch.models.unwrapping import unwrapped
 
 _T = TypeVar("_T")
 #: Tool -> `read(path, model=None)` of the plan that it chose.

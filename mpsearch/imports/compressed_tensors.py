@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError, nearest
 from mpsearch.imports.json_file import json_object
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
 
 #: Classes of modules are written so, names of layers hardly ever.
 _CLASS = re.compile(r"[A-Z]\w*")

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.core.table import CostTable
 from mpsearch.errors import TableError
 from mpsearch.imports.json_file import json_object
-from mpsearch.layer import Layer
-from mpsearch.modules import canonical
-from mpsearch.precision import Precision
-from mpsearch.table import CostTable
+from mpsearch.models.modules.weights import canonical
 
 _BLOCK = re.compile(r".*\.\d+(?=\.)")  # `model.layers.0` of `model.layers.0.self_attn`
 

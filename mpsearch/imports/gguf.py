@@ -5,12 +5,12 @@ from pathlib import Path
 
 from torch import nn
 
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError
-from mpsearch.export.llama_quantize import tensor_name
 from mpsearch.export.package import package
-from mpsearch.modules import kind_of
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
+from mpsearch.export.tools.llama_quantize import tensor_name
+from mpsearch.models.modules.weights import kind_of
 
 _UNQUANTIZED = ("F32", "F16", "BF16")
 

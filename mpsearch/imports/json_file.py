@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpsearch.errors import FileError, PlanError
-from mpsearch.schema import parse_json
+from mpsearch.files.schema import parse_json
 
 
 def json_object(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
+from mpsearch.core.table import CostTable
 from mpsearch.errors import PlanError, TableError, nearest
 from mpsearch.export.package import package
 from mpsearch.imports.json_file import json_object
-from mpsearch.layer import Layer
-from mpsearch.modules import canonical, kind_of
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
-from mpsearch.table import CostTable
+from mpsearch.models.modules.weights import canonical, kind_of
 
 #: Bits of exponent and mantissa -> the format alone, and in blocks with a power of two each.
 _FLOATS = {(4, 3): ("fp8_e4m3", "mxfp8"), (5, 2): ("fp8_e5m2", "mxfp8_e5m2"), (2, 1): ("fp4_e2m1", "mxfp4")}

@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 from torch import nn
 
+from mpsearch.core.plan import Plan
+from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError, nearest
-from mpsearch.export.nncf import ELEMENTS
-from mpsearch.modules import kind_of
-from mpsearch.plan import Plan
-from mpsearch.precision import Precision
+from mpsearch.export.tools.nncf import ELEMENTS
+from mpsearch.models.modules.weights import kind_of
 
 _FORMATS = {**ELEMENTS, "nf4": "nf4"}
 _FLOATS = ("f64", "f32", "f16", "bf16")

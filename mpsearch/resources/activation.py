@@ -13,10 +13,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
 
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, preserved, samples
-from mpsearch.modules import layer_of
-from mpsearch.precision import Precision
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.models.modules.weights import layer_of
+from mpsearch.models.running import Batch, call, preserved, samples
 from mpsearch.resources.arithmetic import stored_bits
 from mpsearch.resources.resource import Array, Resource
 

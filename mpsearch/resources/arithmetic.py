@@ -4,9 +4,9 @@ import functools
 import re
 from dataclasses import dataclass
 
-from mpsearch import ggml
-from mpsearch.formats import block_size, element_of
-from mpsearch.precision import format_bits
+from mpsearch.core.precision import format_bits
+from mpsearch.quantizers import ggml
+from mpsearch.quantizers.formats import block_size, element_of
 
 _FLOATS = {"float64": (11, 53), "float32": (8, 24), "bfloat16": (8, 8), "float16": (5, 11)}
 _ALIASES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "nf4": "float16"}

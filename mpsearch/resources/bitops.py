@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, preserved, samples
-from mpsearch.precision import Precision
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.models.running import Batch, call, preserved, samples
 from mpsearch.resources.resource import Resource
 
 

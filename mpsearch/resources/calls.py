@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, first_tensor, preserved
-from mpsearch.modules import layer_of
-from mpsearch.precision import Precision
-from mpsearch.quantize import packed_bytes
+from mpsearch.models.modules.weights import layer_of
+from mpsearch.models.running import Batch, call, first_tensor, preserved
+from mpsearch.quantizers.rounding import packed_bytes
 from mpsearch.resources.arithmetic import stored_bits
 
 

@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.core.settings import check_kind
+from mpsearch.core.table import Peak
 from mpsearch.errors import TableError, nearest
-from mpsearch.layer import Layer
-from mpsearch.precision import Precision
 from mpsearch.resources.resource import Resource, example_for
-from mpsearch.settings import check_kind
-from mpsearch.table import Peak
 
 #: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`; one that has a
 #: parameter `example` is given the first batch by that keyword.

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, samples
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import Number, number
 from mpsearch.resources.calls import bytes_moved, calls_of
 from mpsearch.resources.resource import Resource

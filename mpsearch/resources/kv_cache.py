@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
-from mpsearch.kv_cache import KVCache
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, preserved
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, packed_bytes
+from mpsearch.models.modules.kv_cache import KVCache
+from mpsearch.models.running import Batch, call, preserved
+from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
 from mpsearch.resources.resource import Resource
 
 

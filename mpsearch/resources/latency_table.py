@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError, TableError, nearest
-from mpsearch.layer import Layer
-from mpsearch.precision import Precision
 from mpsearch.resources.resource import Resource
 
 _BY_LAYER = ("layer", "precision", "latency_s")

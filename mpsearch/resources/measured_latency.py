@@ -18,20 +18,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import FileError, TableError
-from mpsearch.files import write_atomically
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, call, device_of, preserved, samples
-from mpsearch.modules import canonical, kind_of, layer_of
-from mpsearch.operand import Operand
-from mpsearch.precision import Precision
+from mpsearch.files.schema import checked, parse_json
+from mpsearch.files.writing import write_atomically
+from mpsearch.models.modules.operand import Operand
+from mpsearch.models.modules.weights import canonical, kind_of, layer_of
+from mpsearch.models.running import Batch, call, device_of, preserved, samples
 from mpsearch.resources.calls import Call, calls_of
 from mpsearch.resources.kernels import Kernel, NoKernel
 from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
 from mpsearch.resources.resource import Resource
 from mpsearch.resources.torch_kernels import torch_kernel
 from mpsearch.resources.torchao_kernels import torchao_kernel
-from mpsearch.schema import checked, parse_json
 
 #: Engine -> `kernel(module, input, precision)`.
 _ENGINES = {"torch": torch_kernel, "torchao": torchao_kernel, "onnxruntime": onnxruntime_kernel}

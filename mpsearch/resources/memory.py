@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
 from mpsearch.errors import EstimatorError
-from mpsearch.export.storage import PACKED, Storage
-from mpsearch.export.targets import TARGETS
-from mpsearch.layer import Layer
-from mpsearch.model_bytes import every_tensor, holders, left_alone_bytes
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
+from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
 from mpsearch.resources.resource import Resource
+from mpsearch.targets.rules import TARGETS
+from mpsearch.targets.storage import PACKED, Storage
 
 
 @dataclass(frozen=True)

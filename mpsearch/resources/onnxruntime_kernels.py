@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.modules import canonical, kind_of
-from mpsearch.precision import Precision
+from mpsearch.core.precision import Precision
+from mpsearch.models.modules.weights import canonical, kind_of
 from mpsearch.resources.kernels import Kernel, NoKernel, package, unsigned_range
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import TableError, nearest
-from mpsearch.layer import Layer
-from mpsearch.model import Batch, samples
-from mpsearch.precision import Precision
-from mpsearch.quantize import RoundToNearest
+from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import number
 from mpsearch.resources.calls import Call, bytes_moved, calls_of
 from mpsearch.resources.devices import DEVICES, Device

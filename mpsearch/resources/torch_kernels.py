@@ -6,9 +6,9 @@ import warnings
 import torch
 from torch import Tensor, nn
 
-from mpsearch.formats import CASTS
-from mpsearch.modules import canonical, kind_of
-from mpsearch.precision import Precision
+from mpsearch.core.precision import Precision
+from mpsearch.models.modules.weights import canonical, kind_of
+from mpsearch.quantizers.formats import CASTS
 from mpsearch.resources.kernels import Kernel, NoKernel, bias_of, unsigned_range
 
 

@@ -5,8 +5,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from mpsearch.modules import kind_of
-from mpsearch.precision import Precision
+from mpsearch.core.precision import Precision
+from mpsearch.models.modules.weights import kind_of
 from mpsearch.resources.kernels import Kernel, NoKernel, package
 
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
 from mpsearch.errors import TableError
-from mpsearch.layer import Layer
-from mpsearch.model import Batch
-from mpsearch.precision import Precision
+from mpsearch.models.running import Batch
 from mpsearch.resources.resource import Resource, example_for
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import mpsearch as mps
-from mpsearch.int8_products import saturation
+from mpsearch.quantizers.int8_products import saturation
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 pytestmark = pytest.mark.filterwarnings("ignore")

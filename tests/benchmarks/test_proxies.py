@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.proxy_evolution import ProxyEvolution
+from mpsearch.estimation.proxies.evolution import ProxyEvolution
 from mpsearch.sensitivity import KLDivergence
 
 

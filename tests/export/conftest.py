@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpsearch as mps
-from mpsearch.unfused import unfused
+from mpsearch.models.modules.decomposing import unfused
 
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 4, 96
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 
 
 def test_aimet_encodings_give_the_weights_of_a_quantizer_that_does_not_clip(tmp_path):

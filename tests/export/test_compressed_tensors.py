@@ -8,7 +8,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 
 pytest.importorskip("compressed_tensors")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

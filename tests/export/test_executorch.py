@@ -66,7 +66,7 @@ def test_wrong_outputs_are_told(net, monkeypatch):
     """XNNPACK with rounded inputs alone computes something else, and says nothing."""
     pytest.importorskip("executorch.runtime")
     model, example = net
-    module = sys.modules["mpsearch.export.executorch"]
+    module = sys.modules["mpsearch.export.tools.executorch"]
     real = module.converted
     monkeypatch.setattr(module, "converted", lambda plan, model, example, outputs: real(plan, model, example, False))
     texts = {"first": "w8a8", "second": "w8a8", "third": "w8a8", "last": "w8a8"}

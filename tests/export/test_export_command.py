@@ -12,8 +12,8 @@ from torch import nn
 import mpsearch as mps
 from mpsearch import export
 from mpsearch.cli import main
-from mpsearch.commands.export import write as run
-from mpsearch.loading import UsageError
+from mpsearch.cli.commands.export import write as run
+from mpsearch.models.loading import UsageError
 
 OFF = {"options": [], "snap": False, "verify": False}
 PLAN = mps.Plan({"0": mps.Precision("4", "16", 32), "2": mps.Precision("16")})

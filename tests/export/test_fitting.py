@@ -9,8 +9,8 @@ from torch import nn
 import mpsearch as mps
 from mpsearch import export
 from mpsearch.export.fitting import fitted
-from mpsearch.export.targets import TARGETS, Scheme, Target
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
+from mpsearch.targets.rules import TARGETS, Scheme, Target
 
 
 def plan(**precisions):

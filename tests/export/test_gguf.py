@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import mpsearch as mps
-from mpsearch import export, ggml
-from mpsearch.quantize import RoundToNearest
+from mpsearch import export
+from mpsearch.quantizers import ggml
+from mpsearch.quantizers.rounding import RoundToNearest
 
 library = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 
 pytest.importorskip("hqq.core.quantize")
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -7,8 +7,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.export.targets import TARGETS, VLLM, fused_groups, lacking, rules
-from mpsearch.layer import Layer
+from mpsearch.core.layer import Layer
+from mpsearch.targets.rules import TARGETS, VLLM, fused_groups, lacking, rules
 
 #: Exporters of files that vLLM reads, with what they take to write for it.
 READ_BY_VLLM = {

@@ -9,7 +9,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.export.mlx import read_mlx
+from mpsearch.export.tools.mlx import read_mlx
 
 pytest.importorskip("mlx.nn")
 

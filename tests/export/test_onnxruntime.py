@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch import export, int8_products
+from mpsearch import export
 from mpsearch.export.verification import REFERENCE
-from mpsearch.int8_products import saturation
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers import int8_products
+from mpsearch.quantizers.int8_products import saturation
+from mpsearch.quantizers.rounding import RoundToNearest
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

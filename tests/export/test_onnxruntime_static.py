@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch import export, int8_products
-from mpsearch.quantize import RoundToNearest
+from mpsearch import export
+from mpsearch.quantizers import int8_products
+from mpsearch.quantizers.rounding import RoundToNearest
 
 ort = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnx")

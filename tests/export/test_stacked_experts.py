@@ -10,7 +10,7 @@ import torch
 import mpsearch as mps
 from mpsearch import export
 from mpsearch.export.stacked_experts import checkpoint_names, targets
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore")

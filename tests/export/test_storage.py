@@ -7,6 +7,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import MemoryBytes
 
 #: Rows and columns: whole words and blocks, and some that need padding.
@@ -114,7 +115,7 @@ def test_mlx(dtype):
 def test_onnxruntime(symmetric):
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    quantizer = mps.quantize.RoundToNearest(symmetric=symmetric)
+    quantizer = RoundToNearest(symmetric=symmetric)
     model, x, plan, cells = counted(
         "onnxruntime", ["w2g16", "w2g32", "w4g32", "w4g64", "w8g32"], torch.float32, quantizer
     )

@@ -8,9 +8,9 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.export.targets import Scheme, Target
 from mpsearch.export.verification import Stored, StoredModel, layer_bytes, rest_bytes, verified
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
+from mpsearch.targets.rules import Scheme, Target
 
 PLAN = mps.Plan({"0": mps.Precision("4"), "1": mps.Precision("3"), "2": mps.Precision("16")})
 QUANTIZER = RoundToNearest(scale="max")

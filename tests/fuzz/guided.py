@@ -10,13 +10,7 @@ from pathlib import Path
 import atheris
 
 with atheris.instrument_imports(include=["mpsearch"]):
-    import mpsearch.checkpoint
-    import mpsearch.cli
-    import mpsearch.imports
-    import mpsearch.measured_plans
-    import mpsearch.schema
-    import mpsearch.search_result
-    import mpsearch.table_files  # noqa: F401
+    pass
 
 _, name, *options = sys.argv
 spec = importlib.util.spec_from_file_location("test_files", Path(__file__).with_name("test_files.py"))

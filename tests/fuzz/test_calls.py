@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.measured_plans import MeasuredPlans
+from mpsearch.core.measured_plans import MeasuredPlans
 
 OPTIONS = mps.precisions("w2 w4")
 LAYERS = tuple(mps.Layer(name, "linear", (4, 8)) for name in "ab")

@@ -24,9 +24,9 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import cli, export
-from mpsearch.checkpoint import Checkpoint
+from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS, import_plan, import_table
-from mpsearch.measured_plans import MeasuredPlans
 from mpsearch.resources import LatencyTable
 from mpsearch.sensitivity import EvolvedProxy
 

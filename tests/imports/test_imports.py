@@ -8,8 +8,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.commands.import_ import run
-from mpsearch.commands.screen import Screen
+from mpsearch.cli.commands.import_ import run
+from mpsearch.cli.screen import Screen
 from mpsearch.imports import import_plan
 from mpsearch.imports.modelopt import _format
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.problem import usage_of
+from mpsearch.core.problem import usage_of
 from mpsearch.resources import ActivationBytes
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.problem import usage_of
+from mpsearch.core.problem import usage_of
 from mpsearch.resources import BitOps
 from mpsearch.resources.bitops import count_macs
 from mpsearch.sensitivity import KLDivergence

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import BitOps, KVCacheBytes, MeasuredLatency, MemoryBytes, Roofline, Total
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.int8_products import saturation
+from mpsearch.quantizers.int8_products import saturation
 from mpsearch.resources import MeasuredLatency, measured_latency
 from mpsearch.resources.kernels import NoKernel
 from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel

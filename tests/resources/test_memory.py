@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch import calibrated, export, transforms
-from mpsearch.modules import canonical
-from mpsearch.problem import usage_of
-from mpsearch.quantize import RoundToNearest
+from mpsearch import export
+from mpsearch.core.problem import usage_of
+from mpsearch.models.modules.weights import canonical
+from mpsearch.quantizers import calibrated, transforms
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import MemoryBytes
 
 

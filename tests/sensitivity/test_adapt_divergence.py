@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity.adapt_divergence import AdaPTDivergence, fixed_point
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.loading import part
+from mpsearch.models.loading import part
 from mpsearch.sensitivity import EMQ, SNIP, GradientWeight, HessianTrace
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
 from mpsearch.testing import check_estimator

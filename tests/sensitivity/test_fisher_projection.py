@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.model import call
+from mpsearch.models.running import call
 from mpsearch.sensitivity import FisherProjection, HessianAugmented
 from mpsearch.sensitivity import hessian_augmented as part
 

@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.estimator import Passes
-from mpsearch.quantize import RoundToNearest
-from mpsearch.relevance import Propagation
+from mpsearch.estimation.estimator import Passes
+from mpsearch.estimation.relevance.propagation import Propagation
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import KLDivergence
 from mpsearch.sensitivity.lrp import LRP
 from mpsearch.sensitivity.lrp_qvit import LRPQViT, MixQViT

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.quantize import RoundToNearest
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import (
     SQNR,
     CosineDistance,

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.modules import canonical
-from mpsearch.quantize import RoundToNearest
+from mpsearch.models.modules.weights import canonical
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import salience_groups
 from mpsearch.sensitivity.salience_groups import SalienceGroups
 

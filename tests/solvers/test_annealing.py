@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from mpsearch.solution import Status
+from mpsearch.core.solution import Status
+from mpsearch.core.table import Interactions
 from mpsearch.solvers import Annealing
-from mpsearch.table import Interactions
 
 
 def all_pairs(rng, rows, columns, scale):

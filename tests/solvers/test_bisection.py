@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
+from mpsearch.core.solution import Status
 from mpsearch.errors import SolverError
-from mpsearch.solution import Status
 from mpsearch.solvers import Bisection
 
 

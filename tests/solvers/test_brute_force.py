@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
+from mpsearch.core.solution import Status
+from mpsearch.core.table import Interactions
 from mpsearch.errors import SolverError
-from mpsearch.solution import Status
 from mpsearch.solvers import BruteForce
 from mpsearch.solvers import brute_force as module
-from mpsearch.table import Interactions
 
 
 @pytest.mark.parametrize("chunk", [5, 1 << 16])

@@ -7,7 +7,7 @@ import numpy as np
 import optuna
 import pytest
 
-from mpsearch.solution import Status
+from mpsearch.core.solution import Status
 from mpsearch.solvers import Evolutionary
 
 

@@ -6,10 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from mpsearch.solution import Status
+from mpsearch.core.solution import Status
+from mpsearch.core.table import Interactions
 from mpsearch.solvers import ILP, Annealing, Bisection, DynamicProgramming, Exact, Greedy
 from mpsearch.solvers.feasibility import shifted
-from mpsearch.table import Interactions
 
 SOLVERS = [Exact(), ILP(time_limit_s=5), DynamicProgramming(), Greedy(), Bisection(), Annealing(sweeps=2, chains=4)]
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from mpsearch.solution import Status
+from mpsearch.core.solution import Status
 from mpsearch.solvers import Greedy
 
 

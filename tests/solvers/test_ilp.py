@@ -8,10 +8,10 @@ import numpy as np
 import pulp
 import pytest
 
+from mpsearch.core.solution import Status
+from mpsearch.core.table import Interactions
 from mpsearch.errors import SolverError
-from mpsearch.solution import Status
 from mpsearch.solvers import ILP
-from mpsearch.table import Interactions
 
 BACKENDS = ["highs", "cbc"]
 

@@ -9,7 +9,7 @@ from scipy.optimize import linprog
 from mpsearch.solvers import ILP, Annealing, Bisection, BruteForce, DynamicProgramming, Greedy
 from mpsearch.solvers.feasibility import reachable
 from mpsearch.solvers.lagrangian import bound_at, dual
-from mpsearch.testing import _tables
+from mpsearch.testing.solvers import _tables
 
 
 def linear_program(sensitivity, usage, limits):

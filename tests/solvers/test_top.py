@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from mpsearch.solution import Status
+from mpsearch.core.solution import Status
 from mpsearch.solvers import ILP, BruteForce, DynamicProgramming
 from mpsearch.solvers.top import ranked
 

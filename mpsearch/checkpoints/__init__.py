@@ -1,0 +1,1 @@
+"""Where finished work goes, and is found again."""

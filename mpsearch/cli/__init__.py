@@ -1,0 +1,3 @@
+"""The command line."""
+
+from mpsearch.cli.main import main as main

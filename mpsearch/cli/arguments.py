@@ -1,0 +1,240 @@
+"""Arguments that several commands take, and what they name."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mpsearch as mps
+from mpsearch.files.writing import check_folder, check_writable
+from mpsearch.models.loading import UsageError, call, load, loaded_batches, part
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from torch import nn
+
+
+def add_model_and_data(parser: argparse.ArgumentParser) -> None:
+    """MODEL and --data, both needed."""
+    parser.add_argument("model", help="file.py:function or package.module:function returning a module, or hf:DIR")
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="file.py:function or package.module:function returning batches, or text:FILE for hf:DIR",
+    )
+
+
+def add_budget(parser: argparse.ArgumentParser, *, required: bool, about: str) -> None:
+    """--budget, any number of times."""
+    parser.add_argument(
+        "--budget", action="append", required=required, default=[], metavar="RESOURCE=VALUE", help=about
+    )
+
+
+def add_solver(parser: argparse.ArgumentParser, about: str) -> None:
+    """--solver and its settings."""
+    parser.add_argument("--solver", help=about)
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --solver; may be repeated"
+    )
+
+
+def add_layers(parser: argparse.ArgumentParser) -> None:
+    """Which layers are decided on, and how they are grouped."""
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers to leave alone, by name or 'encoder.*'; may be repeated",
+    )
+    parser.add_argument(
+        "--cut",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="layers to take out of their groups; may be repeated",
+    )
+    parser.add_argument(
+        "--groups",
+        default="auto",
+        choices=["auto", "fused"],
+        help="what shares a precision: shared weights and what --target needs (default), or what many engines compute as one matrix too",
+    )
+    parser.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="PATTERN=PRECISIONS",
+        help="options of single layers, such as 'lm_head=w8' or '*.mlp.*=w2 w3'; may be repeated, the last one that matches counts",
+    )
+    parser.add_argument("--fixed", metavar="FILE", help="plan of layers that are decided already")
+    parser.add_argument("--target", help="tool that will carry the plan out: groups and options that it has")
+    parser.add_argument(
+        "--experts",
+        default="each",
+        choices=["each", "block"],
+        help="decide on each expert (default), or on a block of them at once",
+    )
+    parser.add_argument("--kv-cache", action="store_true", help="decide on keys and values of attention too")
+
+
+def add_resources(parser: argparse.ArgumentParser, about: str) -> None:
+    """--resources, by name, each with its settings."""
+    parser.add_argument(
+        "--resources",
+        default="memory_bytes,bitops",
+        metavar="LIST",
+        help=f"{about}, such as kv_cache_bytes:context=8192, latency_s=roofline:device=t4, latency_s=latency-table:path=t4.csv, "
+        "coins=costs.py:coins (default: %(default)s)",
+    )
+
+
+def add_plot(parser: argparse.ArgumentParser, about: str) -> None:
+    """--plot, whose ending is checked before any work."""
+    parser.add_argument("--plot", metavar="FILE", type=_picture, help=f"picture of {about}, .png, .svg or .pdf")
+
+
+def _picture(path: str) -> str:
+    from mpsearch.display.figures import check_ending
+
+    check_ending(path)
+    return file(path)
+
+
+def add_metric(parser: argparse.ArgumentParser, further: str = ", loss, accuracy, or file.py:function") -> None:
+    """What is measured."""
+    parser.add_argument(
+        "--metric",
+        help=f"kl, bernoulli-kl, mse, relative-error, psnr, cosine{further} (default: what fits the outputs and targets)",
+    )
+
+
+def metric(text: str | None) -> Any:
+    """A name, or the function that it names."""
+    return load(text, "metric") if text is not None and ":" in text else text
+
+
+def seed(text: str) -> int:
+    """A seed, from 0 to 2^63.
+
+    Raises:
+        ArgumentTypeError: for anything else.
+    """
+    if not (text.isascii() and text.isdecimal() and len(text) < 20 and int(text) < 2**63):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of 0 or more")
+    return int(text)
+
+
+def file(path: str) -> str:
+    """A file to write, which can be written before any work.
+
+    Raises:
+        OSError: with what is in its way.
+    """
+    check_writable(path)
+    return path
+
+
+def folder(path: str) -> str:
+    """A folder to write to, which is there before any work, or can be made.
+
+    Raises:
+        OSError: with what is in its way.
+    """
+    check_folder(path)
+    return path
+
+
+def file_or_folder(path: str) -> str:
+    """What an exporter writes: by its ending a file, or a folder, as the target has it.
+
+    Raises:
+        OSError: with what is in its way.
+    """
+    is_folder = os.path.isdir(path) or not (Path(path).suffix or os.path.exists(path))
+    return folder(path) if is_folder else file(path)
+
+
+def model(spec: str) -> "nn.Module":
+    """The module that a MODEL names.
+
+    Raises:
+        UsageError: where there is no such function, it fails, or it returns something else.
+    """
+    from torch import nn
+
+    if spec.startswith("hf:"):
+        from mpsearch.models.hugging_face import model_of
+
+        return model_of(spec.removeprefix("hf:"))
+    made = call(spec, "model")
+    if not isinstance(made, nn.Module):
+        raise UsageError(f"model {spec!r} returned a {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def data(spec: str, model: "nn.Module") -> list[Any]:
+    """The batches that a DATA names; a text is read with the tokenizer of the model.
+
+    Raises:
+        UsageError: where there is no such function, or it fails.
+    """
+    if spec.startswith("text:"):
+        from mpsearch.models.hugging_face import text_batches
+
+        return list(text_batches(spec.removeprefix("text:"), model))
+    return loaded_batches(spec)
+
+
+def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) -> list[mps.Layer]:
+    """The decisions that the arguments ask for."""
+    from mpsearch.models.running import collect
+
+    return mps.layers(
+        model,
+        collect(batches, model)[0],
+        exclude=options.exclude,
+        groups=options.groups,
+        cut=options.cut,
+        target=options.target,
+        experts=options.experts,
+        kv_cache=options.kv_cache,
+        allow=_allowed(options.allow),
+        fixed=options.fixed,
+    )
+
+
+def _allowed(texts: list[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for text in texts:
+        pattern, equals, options = text.rpartition("=")
+        if not equals or not pattern.strip() or not options.strip():
+            raise UsageError(f"--allow {text!r}: expected PATTERN=PRECISIONS, such as 'lm_head=w8'")
+        found.pop(pattern.strip(), None)  # the last one counts
+        found[pattern.strip()] = options
+    return found
+
+
+def resources(options: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":
+    """The functions that `--resources` names."""
+    from mpsearch.cli.resource_text import resource_functions
+
+    return resource_functions(options.resources)
+
+
+def solver(options: argparse.Namespace) -> mps.Solver | None:
+    """The solver that is named, or None.
+
+    Raises:
+        UsageError: for an unknown solver or setting.
+    """
+    if options.solver is None:
+        if options.option:
+            raise UsageError("--option needs --solver")
+        return None
+    from mpsearch.solvers import SOLVERS
+
+    made: mps.Solver = part(options.solver, SOLVERS, "solver", options.option)
+    return made

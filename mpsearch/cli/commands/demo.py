@@ -1,0 +1,67 @@
+"""`mpsearch demo`: train, search, report, on handwritten digits."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.cli.plan_text import plan_text
+from mpsearch.cli.screen import Screen
+from mpsearch.core import printing
+
+if TYPE_CHECKING:
+    from mpsearch.cli.digits import Result
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument(
+        "-o",
+        "--out",
+        default="mpsearch-demo",
+        metavar="DIR",
+        type=arguments.folder,
+        help="folder for the results (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of training and probes (default: %(default)s)")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Run the digits."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch loads: spinning threads starve each other
+    from mpsearch.cli import digits
+
+    result = digits.run(Path(options.out), seed=options.seed)
+    content = {
+        "verdicts": {str(limit): one.verdict for limit, one in result.found.items()},
+        "passes": {str(limit): one.passes for limit, one in result.found.items()},
+        "comparison": result.middle.summary()["comparison"],
+        "layers": {name: str(precision) for name, precision in result.middle.plan.items()},
+        "folder": options.out,
+    }
+    written = f"{options.out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db"
+    return Answer(content, lambda screen: _text(result, screen), (written,))
+
+
+def _text(result: "Result", screen: Screen) -> str:
+    from mpsearch.cli.digits import MIDDLE
+
+    reference = result.middle.measured.reference
+    assert reference is not None
+    network = (
+        f"A network of {result.parameters:,} parameters on handwritten digits, {printing.percent(reference.accuracy)} right "
+        f"on {reference.num_samples} held-out images. Damage is the KL divergence from the unquantized network in nats; "
+        "± is one standard error."
+    )
+    found = [
+        f"{screen.title(f'at {limit:g} bits')} ({one.passes:.0f} passes)\n{screen.verdict(one.verdict, one.wins)}"
+        for limit, one in result.found.items()
+    ]
+    told = screen.prose(f"At {MIDDLE:g} bits, measured on images that the search never saw:")
+    measured = screen.prose(result.middle.text(screen.width).removeprefix(result.middle.verdict).strip())
+    return "\n\n".join([screen.prose(network), *found, told, measured, plan_text(result.middle.plan, screen)])
+
+
+COMMAND = Command("demo", "train a small network on handwritten digits, search, report", "demo", add, run)

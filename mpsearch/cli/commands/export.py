@@ -1,0 +1,164 @@
+"""`mpsearch export`: a plan written for another quantizer, and read back."""
+
+import argparse
+import contextlib
+import dataclasses
+import inspect
+import logging
+import sys
+import typing
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.core.plan import Plan
+from mpsearch.errors import nearest
+from mpsearch.models.loading import UsageError, loaded_batches, part
+
+_OWN = ("plan", "model", "snap", "path", "example")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("plan", help="plan, .json")
+    parser.add_argument(
+        "--to", required=True, metavar="TARGET", help="torchao, compressed-tensors, onnxruntime, gguf, ..."
+    )
+    parser.add_argument("--model", help="file.py:function or package.module:function returning a module")
+    parser.add_argument(
+        "--data", help="the same, returning batches: the first one traces the model, where the target needs it"
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of the target; may be repeated"
+    )
+    parser.add_argument(
+        "--snap", action="store_true", help="move what the target lacks to the nearest at no more bytes"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="carry the plan out with the real tool, read it back, and compare the bytes with those told",
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        type=arguments.file_or_folder,
+        metavar="FILE",
+        help="the target's own file or folder",
+    )
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Write the plan for the target."""
+    content, text = write(
+        Plan.load(options.plan),
+        options.to,
+        options.out,
+        options.model and arguments.model(options.model),
+        options.data and loaded_batches(options.data),
+        options=options.option,
+        snap=options.snap,
+        verify=options.verify,
+    )
+    return Answer(content, lambda screen: screen.prose(text), (options.out,))
+
+
+def write(
+    plan: Plan, target: str, out: str, model: Any, batches: Any, *, options: Sequence[str], snap: bool, verify: bool
+) -> tuple[dict[str, Any], str]:
+    """Write a plan for a target.
+
+    Args:
+        plan: the plan.
+        target: a name in `export.EXPORTERS`.
+        out: where to.
+        model: the module, or None.
+        batches: the first one is the example, or None.
+        options: `name=value`, keywords of the exporter.
+        snap: move what the target lacks to the nearest.
+        verify: read back what the tool makes of it.
+
+    Returns:
+        For machines, for people.
+
+    Raises:
+        UsageError: for an unknown target or option, or where the model or the data is missing.
+        EstimatorError: for data without samples.
+        ExportError: for what the target cannot express.
+        VerificationError: for what it does not carry out.
+    """
+    from mpsearch import export
+    from mpsearch.models.running import collect
+
+    if target not in export.EXPORTERS:
+        raise UsageError(f"unknown target {target!r}{nearest(target, export.EXPORTERS)}")
+    if verify and target not in export.READERS:
+        raise UsageError(f"{target} cannot be verified here; known: {', '.join(export.READERS)}")
+    if model is None and (verify or snap):
+        raise UsageError(f"{'--verify' if verify else '--snap'} needs --model")
+    exporter = export.EXPORTERS[target]
+    settings = _settings(target, exporter, options)
+    takes = set(inspect.signature(exporter).parameters)
+    reads = set(inspect.signature(export.READERS[target][1]).parameters) if verify else set()
+    if "example" in takes | reads:
+        if batches is None:
+            raise UsageError(f"{target} runs the model: it needs --data")
+        settings["example"] = collect(batches, model)[0]
+    content: dict[str, Any] = {"target": target, "file": out}
+    lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
+    if snap and target in export.TARGETS:
+        found = export.snapped(plan, model, target, vllm=settings.get("vllm"))
+        content["snapped"] = {name: [str(before), str(after)] for name, (before, after, _) in found.changes.items()}
+        content["usage"] = dict(found.plan.usage)
+        lines.append(str(found))
+        plan = found.plan
+    if verify:
+        with _calm():
+            report = export.verify(plan, model, target, **{key: settings[key] for key in settings.keys() & reads})
+        content["verified"] = [
+            {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
+        ]
+        content |= {"told_bytes": report.told_bytes, "stored_bytes": report.stored_bytes}
+        lines += ["", str(report)]
+    with _calm():
+        exporter(plan, model, path=out, **{key: settings[key] for key in settings.keys() & takes})
+    content["layers"] = {name: str(precision) for name, precision in plan.items()}
+    return content, "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _calm() -> Iterator[None]:
+    """What a tool prints goes to stderr, results alone to stdout; its log, and what it deprecates, are not the user's."""
+    before = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, Any]:
+    """Keywords of the exporter from `name=value` texts."""
+    hints = typing.get_type_hints(exporter)
+    fields = [
+        (name, hints[name], dataclasses.field(default=parameter.default))
+        for name, parameter in inspect.signature(exporter).parameters.items()
+        if name not in _OWN
+    ]
+    made = part(target, {target: dataclasses.make_dataclass("Settings", fields)}, "target", options)
+    return {name: getattr(made, name) for name, _, _ in fields}
+
+
+COMMAND = Command(
+    "export",
+    "write a plan for another quantizer, and read back what it does",
+    "export plan.json --to brevitas --model nets.py:net --verify -o net.pt",
+    add,
+    run,
+)

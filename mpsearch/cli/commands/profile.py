@@ -1,0 +1,93 @@
+"""`mpsearch profile`: a cost table from a model and data."""
+
+import argparse
+import sys
+
+import mpsearch as mps
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.cli.screen import Screen
+from mpsearch.cli.table_text import table_text
+from mpsearch.core import printing
+from mpsearch.models.loading import load, part
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    arguments.add_model_and_data(parser)
+    parser.add_argument("--estimator", default="output-damage", help="by name, or module:Class (default: %(default)s)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --estimator; may be repeated"
+    )
+    parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
+    arguments.add_metric(parser, " or loss")
+    parser.add_argument("--loss", help="kl, cross-entropy, or file.py:function(model, batch), in place of --metric")
+    arguments.add_layers(parser)
+    parser.add_argument(
+        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+    )
+    arguments.add_resources(parser, "columns")
+    parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="table, .csv or .npz")
+    arguments.add_plot(parser, "the table")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Profile, and write the table."""
+    from mpsearch.sensitivity import ESTIMATORS
+
+    estimator = part(options.estimator, ESTIMATORS, "estimator", options.option)
+    loss = options.loss if options.loss in (None, "kl", "cross-entropy") else load(options.loss, "loss")
+    model = arguments.model(options.model)
+    data = arguments.data(options.data, model)
+    precisions = mps.precisions(options.precisions)
+    layers = arguments.layers(model, data, options)
+    if sys.stderr.isatty():  # beside the progress bar
+        passes = mps.forecast(model, data, estimator, precisions, layers=layers)
+        if passes is not None:
+            print(
+                f"mpsearch: {estimator!r}: at most {printing.passes(passes.forward, passes.backward)} over the data",
+                file=sys.stderr,
+            )
+    table = mps.profile(
+        model,
+        data,
+        estimator,
+        precisions,
+        metric=arguments.metric(options.metric),
+        loss=loss,
+        layers=layers,
+        resources=arguments.resources(options),
+        checkpoint=options.checkpoint,
+    )
+    table.save(options.out)
+    if options.plot:
+        table.plot(options.plot)
+    used, now, peak = (table.origin[name] for name in ("passes", "passes_in_this_run", "peak_memory_bytes"))
+    content = {
+        "table": options.out,
+        "layers": len(table.layers),
+        "precisions": [str(p) for p in table.precisions],
+        "passes": used,
+        "passes_in_this_run": now,
+        "seconds": table.origin["seconds"],
+        "peak_memory_bytes": peak,
+        "unit": table.unit,
+    }
+
+    def text(screen: Screen) -> str:
+        again = "" if now == used else f" (of which in this run {printing.passes(**now)})"
+        spent = f"{table.origin['estimator']}: {printing.passes(**used)}{again}, {table.origin['seconds']:.1f} s"
+        if peak is not None:
+            spent += f", at most {printing.amount('memory_bytes', peak)} above the model and data"
+        return f"{table_text(table, screen)}\n\n{screen.prose(spent)}\n{screen.prose(table.origin['measured'])}"
+
+    return Answer(content, text, tuple(filter(None, (options.out, options.plot))))
+
+
+COMMAND = Command(
+    "profile",
+    "fill a cost table from a model and data",
+    "profile nets.py:net --data nets.py:batches --estimator output-damage --precisions 'w2 w4 w8' -o table.csv",
+    add,
+    run,
+)

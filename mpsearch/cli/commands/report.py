@@ -1,0 +1,38 @@
+"""`mpsearch report`: the result of a search as one HTML page."""
+
+import argparse
+
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.cli.screen import Screen
+from mpsearch.models.loading import UsageError
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("result", metavar="RESULT_DIR", help="folder that a search wrote")
+    parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="page, .html")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Write the page."""
+    from mpsearch.plan_search.result import SearchResult
+
+    if not options.out.lower().endswith((".html", ".htm")):
+        raise UsageError(f"{options.out}: expected a name that ends with .html")
+    result = SearchResult.load(options.result)
+    result.report(options.out)
+
+    def text(screen: Screen) -> str:
+        return screen.verdict(result.verdict, result.wins)
+
+    return Answer({"report": options.out, "verdict": result.verdict, "wins": result.wins}, text, (options.out,))
+
+
+COMMAND = Command(
+    "report",
+    "write the result of a search as one HTML page that needs no network",
+    "report out/ -o report.html",
+    add,
+    run,
+)

@@ -1,0 +1,120 @@
+"""`mpsearch search`: from a model and data to a measured plan."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import mpsearch as mps
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.cli.plan_text import plan_text
+from mpsearch.cli.screen import Screen
+from mpsearch.models.loading import UsageError, load
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    arguments.add_model_and_data(parser)
+    parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
+    arguments.add_budget(parser, required=False, about="upper limit, or lower..upper; may be repeated")
+    parser.add_argument(
+        "--effort",
+        default="default",
+        choices=["fast", "default", "thorough"],
+        help="passes to spend: 8, 40 + one a layer and precision (default), or four times that",
+    )
+    parser.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
+    arguments.add_metric(parser)
+    parser.add_argument("--loss", help="file.py:function(model, batch), with --metric loss")
+    parser.add_argument("--higher-is-better", action="store_true", help="direction of a metric of your own")
+    parser.add_argument(
+        "--tolerance", type=float, metavar="DAMAGE", help="find the least --minimize with at most this damage"
+    )
+    parser.add_argument(
+        "--minimize", default="memory_bytes", help="resource, with --tolerance or --front (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--front", action="store_true", help="measure a whole Pareto curve, over the first --budget or --minimize"
+    )
+    parser.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
+    parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
+    arguments.add_layers(parser)
+    arguments.add_resources(parser, "to count")
+    parser.add_argument(
+        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+    )
+    parser.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
+    parser.add_argument(
+        "--seed", type=arguments.seed, default=0, help="of the split and all draws (default: %(default)s)"
+    )
+    parser.add_argument(
+        "-o",
+        "--out",
+        required=True,
+        metavar="DIR",
+        type=arguments.folder,
+        help="folder for plan.json, tables/, plans.csv, front.csv, front.png, summary.json and passes.db",
+    )
+    arguments.add_plot(parser, "the measured front, besides the one in the folder")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Search, and write the result into a folder."""
+    metric = arguments.metric(options.metric)
+    loss = None if options.loss is None else load(options.loss, "loss")
+    if options.max_passes is not None and options.effort != "default":
+        raise UsageError("--effort and --max-passes at once; give one of them")
+    model = arguments.model(options.model)
+    data = arguments.data(options.data, model)
+    further: dict[str, Any] = {
+        name: None if spec is None else arguments.data(spec, model)
+        for name, spec in (("select", options.select), ("report", options.report))
+    }
+    result = mps.search(
+        model,
+        data,
+        mps.Budget.parse(options.budget) if options.budget else None,
+        mps.precisions(options.precisions),
+        **further,
+        effort=options.effort,
+        max_passes=options.max_passes,
+        metric=metric,
+        loss=loss,
+        higher_is_better=options.higher_is_better,
+        tolerance=options.tolerance,
+        minimize=options.minimize,
+        front=options.front,
+        layers=arguments.layers(model, data, options),
+        exclude=options.exclude or (),
+        resources=arguments.resources(options),
+        checkpoint=options.checkpoint,
+        previous=options.previous,
+        seed=options.seed,
+    )
+    out = Path(options.out)
+    result.save(out)
+    for picture in filter(None, (out / "front.png", options.plot)):
+        result.plot(picture)
+    content = {**result.summary(), "layers": {name: str(precision) for name, precision in result.plan.items()}}
+    return Answer(
+        content,
+        lambda screen: _text(result, screen),
+        (
+            f"{out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db",
+            *filter(None, (options.plot,)),
+        ),
+    )
+
+
+def _text(result: mps.SearchResult, screen: Screen) -> str:
+    measured = screen.prose(result.text(screen.width).removeprefix(result.verdict).strip())
+    return "\n\n".join([screen.verdict(result.verdict, result.wins), measured, plan_text(result.plan, screen)])
+
+
+COMMAND = Command(
+    "search",
+    "find the best plan, measured, and say whether mixed precision is worth it",
+    "search nets.py:net --data nets.py:batches --budget average_bits=4 --precisions 'w2 w4 w8' -o out/",
+    add,
+    run,
+)

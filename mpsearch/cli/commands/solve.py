@@ -1,0 +1,107 @@
+"""`mpsearch solve`: the best plan of a table within budgets."""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+
+import mpsearch as mps
+from mpsearch.allocation.ties import as_json, ties_text
+from mpsearch.cli import arguments
+from mpsearch.cli.command import Answer, Command
+from mpsearch.cli.plan_text import plan_text, usage_text
+from mpsearch.cli.screen import Screen
+from mpsearch.core import printing
+from mpsearch.core.problem import uniform
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Arguments of the command."""
+    parser.add_argument("table", help="cost table, .csv or .npz")
+    arguments.add_budget(parser, required=True, about="upper limit, or lower..upper; may be repeated")
+    parser.add_argument(
+        "--minimize", default="sensitivity", help="a resource instead of the damage, within --budget sensitivity=DAMAGE"
+    )
+    arguments.add_solver(
+        parser,
+        "exact (default), ilp, greedy, dynamic-programming, annealing, evolutionary, bisection, brute-force, or module:Class",
+    )
+    parser.add_argument("-o", "--out", type=arguments.file, metavar="FILE", help="plan, .json")
+    arguments.add_plot(parser, "the plan")
+
+
+def run(options: argparse.Namespace) -> Answer:
+    """Solve, and write the plan where a file is given."""
+    table = mps.CostTable.load(options.table)
+    budget = mps.Budget.parse(options.budget)
+    if not table.reference_usage and any("%" in str(value) for value in budget.values()):
+        print(
+            "mpsearch: the table does not tell the unquantized model's usage; 100 % = every layer at its largest",
+            file=sys.stderr,
+        )
+    solution = mps.solve(table, budget, arguments.solver(options), minimize=options.minimize)
+    assert solution.plan is not None
+    ties = as_json(mps.tie_prices(table, budget, minimize=options.minimize))
+    plan = replace(solution.plan, predicted={**solution.plan.predicted, "ties": ties})
+    solution = replace(solution, plan=plan)
+    if options.out:
+        plan.save(options.out)
+    if options.plot:
+        plan.plot(options.plot, layers=table.layers)
+    content = {
+        "status": str(solution.status),
+        "sensitivity": solution.sensitivity,
+        "unit": table.unit,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "usage": dict(solution.usage),
+        "layers": {name: str(precision) for name, precision in plan.items()},
+        "ties": ties,
+        "seconds": solution.stats["seconds"],
+    }
+    written = tuple(filter(None, (options.out, options.plot)))
+    return Answer(content, lambda screen: _text(table, solution, budget.bounds(table), screen), written)
+
+
+def _text(
+    table: mps.CostTable, solution: mps.Solution, limits: Mapping[str, tuple[float, float]], screen: Screen
+) -> str:
+    assert solution.plan is not None
+    proof = (
+        "proven optimal"
+        if solution.status is mps.Status.OPTIMAL
+        else (f"within {100 * solution.gap:.2g} % of the optimum" if math.isfinite(solution.gap) else "no bound known")
+    )
+    return "\n\n".join(
+        [
+            screen.title(f"predicted damage {printing.damage(solution.sensitivity)} {table.unit}, {proof}"),
+            usage_text(solution.plan, screen),
+            *map(screen.prose, filter(None, [printing.counted(table.origin)])),
+            plan_text(solution.plan, screen),
+            screen.prose(_uniform(table, limits)),
+            *filter(None, [screen.prose(ties_text(solution.plan.predicted))]),
+        ]
+    )
+
+
+def _uniform(table: mps.CostTable, limits: Mapping[str, tuple[float, float]]) -> str:
+    """What the best uniform precision within the same budget would do, by the table."""
+    fitting = [
+        (totals["sensitivity"], name)
+        for name, totals in uniform(table)
+        if all(low <= totals[key] <= high for key, (low, high) in limits.items())
+    ]
+    if not fitting:
+        return "no uniform precision fits"
+    value, name = min(fitting)
+    return f"best uniform precision that fits: {name}, predicted damage {printing.damage(value)} {table.unit}"
+
+
+COMMAND = Command(
+    "solve",
+    "find the best plan within budgets",
+    "solve table.csv --budget memory_bytes=1MB -o plan.json",
+    add,
+    run,
+)

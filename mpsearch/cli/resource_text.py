@@ -1,0 +1,35 @@
+"""Resources as the command line names them: `memory_bytes,latency_s=roofline:device=a100,coins=costs.py:coins`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mpsearch.models.loading import UsageError, load, part
+
+
+def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
+    """Column -> resource function.
+
+    Each item is the name of a column, or `column=kind`, with settings behind colons: `kv_cache_bytes:context=8192:batch=4`. A kind with
+    a dot is a function of one's own, `file.py:function`.
+
+    Raises:
+        UsageError: for an unknown column, kind or setting, a value of the wrong kind, or a column that occurs twice.
+
+    >>> resource_functions("bitops,latency_s=roofline:device=t4")["latency_s"].device
+    't4'
+    """
+    from mpsearch.quantizers.rounding import RoundToNearest
+    from mpsearch.resources import KINDS, RESOURCES
+
+    usual = {column: type(make(RoundToNearest())) for column, make in RESOURCES.items()}
+    found: dict[str, Callable[..., Any]] = {}
+    for item in filter(None, (piece.strip() for piece in text.split(","))):
+        name, *settings = item.split(":")
+        column, _, kind = name.partition("=")
+        if column in found:
+            raise UsageError(f"resource {column!r} occurs twice in {text!r}")
+        if "." in kind:
+            found[column] = load(item.partition("=")[2], "resource")
+        else:
+            found[column] = part(kind or column, KINDS if kind else usual, "resource", settings)
+    return found

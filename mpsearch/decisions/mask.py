@@ -1,0 +1,139 @@
+"""Options that a layer may not have, is too small for, or that its target cannot carry out: not allowed, left as they are in the model."""
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.core.undecided import without_option
+from mpsearch.errors import TableError
+from mpsearch.quantizers.rounding import row_misfit, stored_bytes
+from mpsearch.targets.rules import TARGETS
+
+
+def refused_options(layers: Sequence[Layer], options: Sequence[Precision]) -> NDArray[np.bool_]:
+    """(L, P) True where a layer, or one of its group, cannot have a precision: `Layer.allowed`, its target, or its rows are against it.
+
+    >>> from mpsearch import precisions
+    >>> refused_options([Layer("fc", "linear", (8, 64), target="onnxruntime")], precisions("w3g32 w4g32 w16"))
+    array([[ True, False, False]])
+    >>> refused_options([Layer("fc", "linear", (8, 64))], precisions("wq4_k wq8_0"))
+    array([[ True, False]])
+    """
+    refused = np.array([[_reason(layer, option) is not None for option in options] for layer in layers], bool)
+    for members in _groups(layers):
+        refused[members] = refused[members].any(axis=0)
+    return refused
+
+
+def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[list[Layer], dict[str, str]]:
+    """The layers that have an option, and why the others have none: those are left alone, and a warning names them.
+
+    Raises:
+        TableError: where no layer is left, or each layer of a group has options, but they have none in common.
+
+    >>> from mpsearch import precisions
+    >>> with warnings.catch_warnings():
+    ...     warnings.simplefilter("ignore")
+    ...     left, reasons = decidable([Layer("gate", "linear", (4, 4)), Layer("fc", "linear", (4, 256))], precisions("wq4_k"))
+    >>> [layer.name for layer in left], reasons
+    (['fc'], {'gate': 'q4_k packs rows in multiples of 256 weights, the weight has 4'})
+    """
+    alone = np.array([[_reason(layer, option) is None for option in options] for layer in layers], bool)
+    reasons: dict[str, str] = {}
+    for members in _groups(layers):
+        if alone[members].all(axis=0).any():
+            continue
+        told = dict.fromkeys(_reason(layers[row], option) or "" for row in members for option in options)
+        reason = "; ".join(list(filter(None, told))[:3])
+        if len(members) > 1 and alone[members].any(axis=1).all():
+            raise TableError(
+                f"{reason}; of {', '.join(map(str, options))} nothing is left for {layers[members[0]].name!r} and its group "
+                f"{layers[members[0]].group!r}: add an option that all of them can have, such as w16, or exclude them"
+            )
+        reasons.update((layers[row].name, reason) for row in members)
+    if len(reasons) == len(layers):
+        name, reason = next(iter(reasons.items()))
+        raise TableError(
+            f"{reason}; of {', '.join(map(str, options))} nothing is left for {name!r}, nor for any other layer: add an option that "
+            "fits, such as w16"
+        )
+    if reasons:
+        warnings.warn(without_option(reasons), stacklevel=3)
+    return [layer for layer in layers if layer.name not in reasons], reasons
+
+
+def _reason(layer: Layer, option: Precision) -> str | None:
+    """Why a layer cannot have an option; None where it can."""
+    if layer.allowed and option not in layer.allowed:
+        return f"{layer.name!r} may be {' or '.join(map(str, layer.allowed))} alone"
+    return TARGETS[layer.target].refusal(layer, option) if layer.target else row_misfit(layer, option)
+
+
+def _groups(layers: Sequence[Layer]) -> list[list[int]]:
+    """Rows of the layers that share a precision."""
+    rows: dict[tuple[bool, str], list[int]] = {}
+    for row, layer in enumerate(layers):
+        rows.setdefault((bool(layer.group), layer.group or layer.name), []).append(row)
+    return list(rows.values())
+
+
+@dataclass(frozen=True)
+class OnlyAllowed:
+    """A quantizer that leaves a weight as it is where a precision is refused, so that nothing is spent on it.
+
+    Attributes:
+        quantizer: for all else.
+        refused: layer -> precisions.
+    """
+
+    quantizer: Any
+    refused: Mapping[str, frozenset[Precision]]
+
+    def of_layer(self, name: str) -> Callable[[Tensor, Precision], Tensor]:
+        """The quantizer of one layer."""
+        of_layer = getattr(self.quantizer, "of_layer", None)
+        inner = self.quantizer if of_layer is None else of_layer(name)
+        return _OfLayer(inner, self.refused.get(name, frozenset()))
+
+    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
+        """As the quantizer within."""
+        return stored_bytes(self.quantizer, layer, precision)
+
+    def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
+        """As the quantizer within."""
+        found: Tensor = self.quantizer(weight, precision)
+        return found
+
+
+@dataclass(frozen=True)
+class _OfLayer:
+    quantizer: Any
+    refused: frozenset[Precision]
+
+    def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
+        found: Tensor = weight if precision in self.refused else self.quantizer(weight, precision)
+        return found
+
+
+def only_allowed(
+    quantizer: Any, layers: Sequence[Layer], options: Sequence[Precision], refused: NDArray[np.bool_]
+) -> Any:
+    """The quantizer, kept from what is refused; itself where nothing is."""
+    if not refused.any():
+        return quantizer
+    columns = [np.flatnonzero(row) for row in refused]
+    return OnlyAllowed(
+        quantizer,
+        {
+            layer.name: frozenset(options[int(p)] for p in row)
+            for layer, row in zip(layers, columns, strict=True)
+            if len(row)
+        },
+    )

@@ -1,0 +1,1 @@
+"""Pictures and pages. Nothing below imports it; `mpsearch.core.shown` looks it up."""

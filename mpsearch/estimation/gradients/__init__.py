@@ -1,0 +1,1 @@
+"""Gradients, curvature, and the single pass that serves many estimators."""

@@ -1,0 +1,129 @@
+"""What estimators have in common that read gradients at the unquantized model."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.errors import EstimatorError
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, sweep
+from mpsearch.estimation.gradients.targets import Source, TokenWeights
+from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.statistics import wide
+
+
+class GradientEstimator:
+    """An estimator that reads gradients at the unquantized model.
+
+    Subclasses say what is differentiated (`source`), what is read of it (`needs`), and what a sample adds
+    (`contribution`).
+
+    Attributes:
+        needs: quantities of `Gradients` that are read.
+        unit: of the table, `relative` or `nats`, which stands for the unit of the loss.
+        scores_members: `free` where units may overlap: layers of a tie are scored alone too, at no further pass.
+    """
+
+    needs: ClassVar[frozenset[Quantity]]
+    unit: ClassVar[str] = "nats"
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
+
+    def __post_init__(self) -> None:
+        if getattr(self, "draws", 1) < 1:
+            raise EstimatorError(f"draws={self.draws}: expected 1 or more")  # type: ignore[attr-defined]
+
+    @property
+    def scores_caches(self) -> bool:
+        """True where it reads what a perturbed input does: a cache of keys or values has nothing else."""
+        return bool(self.needs & {"projection", "output", "input_squared_norm"})
+
+    @staticmethod
+    def together(context: Context, estimators: Sequence[Any]) -> list[Estimate]:
+        """Score for several estimators of this kind in one sweep."""
+        return sweep(context, estimators)
+
+    def estimate(self, context: Context) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where labels that are needed are missing, the model cannot be differentiated, or a
+                gradient is not finite.
+        """
+        return sweep(context, [self])[0]
+
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most, whatever the number of units and precisions.
+
+        The second forward pass is taken only where a precision quantizes activations and its noise has to be
+        measured. Not counted: the one backward pass that tells samples from tokens where shapes leave doubt.
+        """
+        noise = "input_squared_norm" in self.needs or self.unit == "relative"
+        return Passes(2 if noise else 1, getattr(self, "draws", 1))
+
+    def source(self, context: Context) -> Source:
+        """What is differentiated: by default random outputs for a metric that compares outputs, else the loss itself."""
+        weights: TokenWeights | None = getattr(self, "token_weights", None)
+        if isinstance(context.loss, Comparison):
+            return Source("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
+        return Source("given", token_weights=weights)
+
+    def accumulator(self, context: Context) -> Accumulator:
+        """By default the means of the contributions with their standard errors."""
+        return Averages(
+            self.contribution(context), lambda mean, se: self.finish(context, mean, se), self.source(context).draws
+        )
+
+    def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
+        """A function that gives (N, U, ...), what each sample adds, summed over its predictions."""
+        raise NotImplementedError
+
+    def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
+        """By default the mean contribution of a prediction is the score."""
+        return Estimate(mean, se, "relative" if self.unit == "relative" else context.unit)
+
+
+@dataclass(eq=False)
+class Averages:
+    """Means a prediction, with standard errors that take the draws and predictions of one sample as one (see `measure.Mean`)."""
+
+    contribution: Callable[[Gradients], Tensor]
+    conclude: Callable[[NDArray[np.float64], NDArray[np.float64]], Estimate]
+    draws: int
+    samples: int = 0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(0))
+    pending: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    def add(self, found: Gradients) -> None:
+        """One backward pass."""
+        now = wide(self.contribution(found))
+        self.pending = now if found.draw == 0 else self.pending + now
+        if found.draw + 1 < self.draws:
+            return
+        s = self.pending / self.draws
+        c = found.counts.to(s).reshape(-1, *[1] * (s.ndim - 1)).expand_as(s)
+        self.samples += int((found.counts > 0).sum())
+        new = torch.stack([term.sum(0) for term in (s, s * s, s * c, c, c * c)]).cpu()
+        self.sums = self.sums + new if self.sums.numel() else new
+
+    def state(self) -> Any:
+        """The sums."""
+        return {"samples": self.samples, "sums": self.sums}
+
+    def restore(self, state: Any) -> None:
+        """The sums."""
+        self.samples, self.sums = state["samples"], state["sums"]
+
+    def finish(self) -> Estimate:
+        """Mean and standard error of the ratio of sums (Cochran 1977, section 6.3)."""
+        s, ss, sc, c, cc = self.sums.numpy()
+        mean = s / c
+        if self.samples < 2:
+            return self.conclude(mean, np.full_like(mean, math.nan))
+        residual = np.maximum(ss - 2 * mean * sc + mean**2 * cc, 0.0)
+        return self.conclude(mean, np.sqrt(self.samples / (self.samples - 1) * residual) / c)

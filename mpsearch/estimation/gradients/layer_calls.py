@@ -1,0 +1,235 @@
+"""One forward pass that hands on the input and the output gradient of every call of a weight."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
+
+from mpsearch.core.layer import Layer
+from mpsearch.errors import EstimatorError
+from mpsearch.estimation.gradients.targets import Predicted
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.modules.experts import place_of
+from mpsearch.models.modules.operand import Operand
+from mpsearch.models.modules.weights import holders, kind_of, weight_of
+from mpsearch.models.running import Batch, first_tensor, inputs_of, samples
+
+#: Where the samples lie in a tensor: along its first or second dimension; `last`: in the first behind tokens or
+#: windows, as (windows x samples, ...); `none`: it is the same for all.
+Layout = Literal["first", "second", "last", "none"]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of a module that holds a weight.
+
+    Attributes:
+        module: what was called.
+        layer: its decision; None for another module that shares the weight.
+        args: of the call, without gradients.
+        keywords: of the call.
+    """
+
+    module: nn.Module
+    layer: Layer | None
+    args: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    @property
+    def x(self) -> Tensor:
+        """The input."""
+        return first_tensor((*self.args, *self.keywords.values()))
+
+    @property
+    def alone(self) -> nn.Module:
+        """A module that makes of the input alone what the call made of all it was given."""
+        return self.module.alone(self.args[1]) if isinstance(self.module, Operand) else self.module
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The weight of the module."""
+        return weight_of(self.module)
+
+
+class Watched:
+    """The calls of some weights over one batch: hooks on the modules that hold them, until `close`.
+
+    Samples must not see each other (batch norm in evaluation mode). They lie along the first dimension of a layer's input,
+    or the second, or share the first with tokens or windows. Where its shape leaves doubt, `resolve` tells.
+
+    Args:
+        model: what will be run.
+        weights: whose calls are seen; where they need no gradient, backward passes carry those of activations only.
+        layers: decisions by module.
+        batch: what the model will be run on.
+        known: layouts of modules that earlier batches have shown; added to.
+
+    Attributes:
+        calls: number of calls of each weight.
+        leaves: outputs that no gradient would reach otherwise; where gradients are taken.
+        receiver: called with each call and the gradient of its output, during a backward pass; None: nobody is.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        weights: Mapping[nn.Parameter, Any],
+        layers: Mapping[nn.Module, Layer],
+        batch: Batch,
+        known: dict[nn.Module, Layout],
+    ) -> None:
+        self.samples = samples(batch)
+        self.calls: dict[nn.Parameter, int] = {}
+        self.leaves: list[Tensor] = []
+        self.receiver: Callable[[Call, Tensor], None] | None = None
+        self._layouts: dict[Call, Layout] = {}
+        self._known = known
+        self._doubtful: dict[Call, Tensor] = {}
+        #: a number a sample
+        self._flat = any(isinstance(x, Tensor) and x.ndim == 1 for x in tree_iter(inputs_of(batch)))
+        self._handles = []
+        for module in holders(model):
+            weight = getattr(module, "weight", None)
+            if isinstance(weight, nn.Parameter) and weight in weights:
+                see = self._seen(layers.get(module))
+                # first, since the user's hooks may change y
+                self._handles.append(module.register_forward_hook(see, prepend=True, with_kwargs=True))
+
+    def close(self) -> None:
+        """Take the hooks out."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _seen(self, layer: Layer | None) -> Callable[..., Any]:
+        def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Any) -> Tensor | None:
+            weight = weight_of(module)
+            if not isinstance(y, Tensor):
+                raise EstimatorError(
+                    f"layer {layer.name if layer else type(module).__name__!r} returns a {type(y).__name__}, expected a tensor: leave it "
+                    "out, or use a measured estimator"
+                )
+            if not torch.is_grad_enabled():
+                raise EstimatorError(
+                    f"layer {layer.name if layer else type(module).__name__!r} runs without gradients (torch.no_grad in the model?): use a "
+                    "measured estimator, such as KLDivergence"
+                )
+            self.calls[weight] = self.calls.get(weight, 0) + 1
+            fresh = None
+            if not y.requires_grad:
+                self.leaves.append(y.detach().requires_grad_())
+                y = fresh = self.leaves[-1].clone()  # what follows may write into it
+            elif y._is_view():
+                y = fresh = y.clone()  # and a view that is written into loses its hooks
+            made = Call(module, layer, _detached(args), _detached(keywords))
+            candidates = self._candidates(made)
+            if candidates in ((), ("first",)):
+                self._layouts[made] = candidates[0] if candidates else "none"
+            elif module in self._known:
+                self._layouts[made] = self._known[module]
+            else:
+                self._doubtful[made] = y
+            y.register_hook(lambda g: self._receive(made, g))
+            return fresh
+
+        return see
+
+    def _receive(self, made: Call, g: Tensor | None) -> None:
+        if g is None:
+            raise EstimatorError(
+                f"no gradient comes back to a {type(made.module).__name__} of shape {tuple(made.weight.shape)}: an operation behind it "
+                "cannot be differentiated (quantized already?); use a measured estimator, such as KLDivergence"
+            )
+        if self.receiver:
+            self.receiver(made, g.detach())
+
+    def _candidates(self, made: Call) -> tuple[Layout, ...]:
+        """Where the samples may lie in the input of a call, the likeliest first."""
+        size, x, tokens = self.samples, made.x, kind_of(made.module) == "embedding"
+        if size == 1:
+            return ("first",)
+        if made.layer is not None and place_of(made.layer.name):  # an expert is given the tokens that chose it
+            return ()
+        if made.layer is not None and isinstance(made.module, Operand) and not made.module.whole(made.args[1]):
+            return ()  # as is a slice of a stack of experts
+        found: list[Layout] = []
+        if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self._flat):
+            found += ["first"] if len(x) == size else ["first", "last"]
+        convolution = (kind_of(made.module) or "").startswith("conv")
+        if x.ndim >= (2 if tokens else 3) and x.shape[1] == size and not convolution:
+            found.append("second")
+        return tuple(found)
+
+    def resolve(self, output: Predicted, name: Callable[[nn.Parameter], str]) -> bool:
+        """Find the samples where shapes leave doubt: the predictions of one depend on no rows but its own.
+
+        Args:
+            output: of the run.
+            name: of the layer that holds a weight, for errors.
+
+        Returns:
+            True where that took a backward pass.
+
+        Raises:
+            EstimatorError: where the predictions of a sample are not known, or cannot be differentiated.
+        """
+        if not self._doubtful:
+            return False
+        if output.loss is not None:
+            made = next(iter(self._doubtful))
+            raise EstimatorError(
+                f"layer {name(made.weight)!r} has an input of shape {tuple(made.x.shape)} in a batch of "
+                f"{self.samples} samples: with an own loss it cannot be told which rows are those of one sample; give "
+                "batches of one sample, or the loss 'kl' or 'cross-entropy'"
+            )
+        sample = int(output.index[0])
+        mine = output.logits[output.index == sample]
+        rest = torch.arange(self.samples, device=mine.device) != sample
+        generator = torch.Generator().manual_seed(0)
+        probe = (mine * torch.randn(mine.shape, generator=generator).to(mine)).sum()
+        try:
+            slopes = torch.autograd.grad(probe, list(self._doubtful.values()), retain_graph=True, allow_unused=True)
+        except RuntimeError as error:
+            raise EstimatorError(f"the output of the model cannot be differentiated: {error}") from None
+        for made, g in zip(self._doubtful, slopes, strict=True):
+            fits: list[Layout] = [
+                layout
+                for layout in self._candidates(made)
+                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest].any()
+            ]
+            self._layouts[made] = self._known[made.module] = fits[0] if fits else "none"
+        return True
+
+    def shared(self, made: Call) -> bool:
+        """True for a call with one output for the whole batch, such as one of position embeddings."""
+        return self._layouts[made] == "none"
+
+    def rows(self, made: Call, values: Tensor) -> Tensor:
+        """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
+        return self._in_order(values, self._layouts[made])
+
+    def by_sample(self, made: Call, values: Tensor) -> Tensor:
+        """(N,) sums of a tensor laid out as the output of a call; one for the whole batch counts for the first sample."""
+        values = wide(values)
+        if self.shared(made):
+            found = values.new_zeros(self.samples)
+            found[0] = values.sum()
+            return found
+        return self.rows(made, values).reshape(self.samples, -1).sum(1)
+
+    def _in_order(self, values: Tensor, layout: Layout) -> Tensor:
+        if layout == "second":
+            return values.transpose(0, 1)
+        if layout == "last":
+            return values.reshape(-1, self.samples, *values.shape[1:]).transpose(0, 1).flatten(0, 1)
+        return values
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    if isinstance(value, tuple):
+        return tuple(map(_detached, value))
+    return {key: _detached(part) for key, part in value.items()} if isinstance(value, dict) else value

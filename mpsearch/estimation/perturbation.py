@@ -1,0 +1,328 @@
+"""One perturbation at a time: each unit perturbed with all else left alone, and the output compared."""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mpsearch.core.wrapped_names import plain
+from mpsearch.errors import EstimatorError
+from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.metrics.statistics import Mean
+from mpsearch.models.fingerprints import described, digest
+from mpsearch.models.replay import Resumption, record
+from mpsearch.models.running import Batch, call, inputs_of, samples
+from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model says of one batch.
+
+    Attributes:
+        logits: (N, C), one row for each prediction that counts.
+        labels: (N,) int64, or None.
+        index: (N,) sample of each.
+        samples: of the batch.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    index: Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What is put into the model: weights, and functions through which inputs pass."""
+
+    weights: Mapping[nn.Parameter, Tensor]
+    inputs: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbation of one unit.
+
+    Attributes:
+        unit: its number.
+        name: of the perturbation, unique within the unit: `w4`, `masked`.
+        perturbation: makes it; called when its turn comes, so that one is held at a time.
+    """
+
+    decision: int
+    name: str
+    perturbation: Callable[[], Perturbation]
+
+
+class OneAtATime:
+    """An estimator that measures; subclasses say what is put in (`probes`), what is read (`damage`), and what follows (`finish`).
+
+    Attributes:
+        unit: of the table, `nats` or `relative`.
+        needs_labels: True where `damage` reads them.
+        scores_caches: True where the probes perturb a cache of keys or values.
+        scores_members: `runs` where units may overlap, each of them taking its runs: layers of a tie are scored alone too.
+    """
+
+    unit: ClassVar[str] = "relative"
+    needs_labels: ClassVar[bool] = False
+    scores_caches: ClassVar[bool] = True
+    scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
+
+    @staticmethod
+    def together(context: Context, estimators: Sequence[Any]) -> list[Estimate]:
+        """Score for several estimators of this kind, running each probe once."""
+        return one_at_a_time(context, estimators)
+
+    def estimate(self, context: Context) -> Estimate:
+        """Score every cell; see `Estimator.estimate`.
+
+        Raises:
+            EstimatorError: where the output of the model is not finite, or labels that are needed are missing.
+        """
+        return one_at_a_time(context, [self])[0]
+
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most: re-runs skip what a perturbation cannot change.
+
+        A model whose calls depend on the data shows it at the end of a turn of batches, which is then taken again.
+        """
+        return Passes(1 + (1 + 1 / batches) + decisions * self.probes_per_unit(precisions), 0)
+
+    def probes_per_unit(self, precisions: int) -> int:
+        """Number of perturbations of each unit."""
+        return precisions
+
+    def probes(self, context: Context) -> list[Probe]:
+        """By default each unit at each precision."""
+        return [
+            Probe(u, str(context.precisions[p]), lambda u=u, p=p: _cell(context, u, p))  # type: ignore[misc]
+            for u, p in context.cells()
+        ]
+
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """(N,) damage of each prediction, or one number for the batch; larger = worse, 0 for equal outputs."""
+        raise NotImplementedError
+
+    def weights(self, context: Context, reference: Output) -> Tensor | None:
+        """(N,) what each prediction weighs in the mean; None: alike."""
+        return None
+
+    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+        """By default the mean damage of each cell."""
+        names = [str(precision) for precision in context.precisions]
+        value = np.array([[means[u, name].value for name in names] for u in range(len(context.decisions))])
+        se = np.array([[means[u, name].se for name in names] for u in range(len(context.decisions))])
+        return Estimate(value, se, self.unit)
+
+
+def one_at_a_time(context: Context, estimators: Sequence[OneAtATime]) -> list[Estimate]:
+    """Run every probe of every estimator once, sharing runs, and re-run only what a probe can change.
+
+    Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the
+    units come in the order of the model; each batch is held at the entry of the unit (`mpsearch.models.replay`), so a unit
+    at depth d costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
+
+    Results of each probe and turn go to the checkpoint as they are finished.
+    """
+    for estimator in estimators:
+        if estimator.needs_labels and not context.has_labels():
+            raise EstimatorError(f"{estimator!r} needs labels; give batches (inputs, targets)")
+    probes: dict[tuple[int, str], Probe] = {}
+    readers: dict[tuple[int, str], list[OneAtATime]] = {}
+    for estimator in dict.fromkeys(estimators):  # an estimator given twice runs once
+        for probe in estimator.probes(context):
+            probes.setdefault((probe.decision, probe.name), probe)
+            readers.setdefault((probe.decision, probe.name), []).append(estimator)
+    means = {(estimator, key): Mean() for key, found in readers.items() for estimator in found}
+    with torch.no_grad():
+        run = _Run(context, probes, readers, means)
+        bar = context.progress(None, len(probes) * len(context.batches), "One at a time")
+        with bar:
+            for number, turn in enumerate(run.turns()):
+                run.turn(number, turn, bar)
+    return [
+        estimator.finish(context, {key: means[estimator, key] for key in probes if (estimator, key) in means})
+        for estimator in estimators
+    ]
+
+
+@dataclass(eq=False)
+class _Run:
+    context: Context
+    probes: Mapping[tuple[int, str], Probe]
+    readers: Mapping[tuple[int, str], list[OneAtATime]]
+    means: dict[tuple[OneAtATime, tuple[int, str]], Mean]
+
+    def __post_init__(self) -> None:
+        context = self.context
+        self.total = len(context.batches)
+        self.trace, _ = record(context.model, context.batches[0])
+        self._spend(1.0)
+        self.entries = [
+            self.trace.entry([context.module(layer) for layer in decision.layers], list(context.parameters(decision)))
+            for decision in context.decisions
+        ]
+        self.order = sorted(self.probes, key=lambda key: self.trace.calls[self.entries[key[0]]].start)
+
+    def _spend(self, share: float) -> None:
+        self.context.passes.add(self.total, forward=share)
+
+    def turns(self) -> list[list[tuple[int, Batch]]]:
+        """Batches with their numbers, in turns."""
+        first = _elements(self.context.batches[0])
+        room = self.trace.activation_bytes * first / max(self.trace.held_bytes, 1)
+        turns: list[list[tuple[int, Batch]]] = []
+        held = 0.0
+        for number, batch in enumerate(self.context.batches):
+            held += _elements(batch)
+            if not turns or held > room:
+                turns.append([])
+                held = _elements(batch)
+            turns[-1].append((number, batch))
+        return turns
+
+    def turn(self, number: int, turn: list[tuple[int, Batch]], bar: Any) -> None:
+        """All probes over the batches of a turn.
+
+        What is found counts once the outputs of `prefix` have been confirmed; where the calls depend on the data, all
+        probes of this turn and of later ones run the whole model.
+        """
+        checkpoint = self.context.checkpoint
+        confirmed = f"one at a time | confirmed | {number}"
+        names = {
+            (estimator, key): "one at a time | "
+            f"{digest(described(estimator), plain(self.context.decisions[key[0]].name), key[1])} | {number}"
+            for estimator, key in self.means
+        }
+        stored = {place: checkpoint.get(name) for place, name in names.items()}
+        found = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
+        left = {key for key in self.order if any((estimator, key) not in found for estimator in self.readers[key])}
+        bar.update(len(turn) * (len(self.order) - len(left)))
+        if left or checkpoint.get(confirmed) is None:
+            fresh = self._measure(turn, left, names, bar)
+            if fresh is None:
+                checkpoint.drop(list(names.values()))
+                self.entries = [0] * len(self.entries)
+                bar.update(-len(turn) * len(self.order))
+                fresh = self._measure(turn, set(self.order), names, bar)
+            found |= fresh or {}
+            checkpoint.put(confirmed, True)
+        for place, mean in found.items():
+            self.means[place].merge(mean)
+
+    def _measure(
+        self,
+        turn: list[tuple[int, Batch]],
+        left: set[tuple[int, str]],
+        names: Mapping[tuple[OneAtATime, tuple[int, str]], str],
+        bar: Any,
+    ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean] | None:
+        """The means of the probes that are left; None where the outputs of `prefix` are not those of the model."""
+        context = self.context
+        raw = []
+        references = []
+        for _, batch in turn:
+            raw.append(call(context.model, batch))
+            self._spend(1.0)
+            rows, labels, index = context.predictions(raw[-1], batch)
+            references.append(Output(rows, labels, index, samples(batch)))
+        held = [Resumption(context.model, batch, self.trace) for _, batch in turn]
+        found: dict[tuple[OneAtATime, tuple[int, str]], Mean] = {}
+        try:
+            for key in self.order:
+                probe, entry = self.probes[key], self.entries[key[0]]
+                for one in held:
+                    self._spend(self.trace.share(one.entry) - self.trace.share(entry))
+                    one.advance(entry)
+                if key not in left:
+                    continue
+                damages = self._probe(probe, turn, held, references)
+                for estimator in self.readers[key]:
+                    mean = found[estimator, key] = Mean()
+                    for (batch_number, _), damage, reference in zip(turn, damages[estimator], references, strict=True):
+                        self._check(estimator, probe, batch_number, damage)
+                        index = reference.index
+                        if damage.ndim:
+                            mean.add(damage, index, reference.samples, estimator.weights(context, reference))
+                        else:  # one number for the batch
+                            mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
+                    context.checkpoint.put(names[estimator, key], mean.state())
+                bar.update(len(turn))
+            return found if self._confirmed(held, raw) else None
+        except EstimatorError:
+            if any(self.entries):  # the fault may lie in outputs that another path through the model does not have
+                return None
+            raise
+
+    def _confirmed(self, held: list[Resumption], raw: list[Tensor]) -> bool:
+        """A run through all entries of the turn gives the output of a whole run."""
+        if not any(self.entries):
+            return True
+        for one, expected in zip(held, raw, strict=True):
+            self._spend(self.trace.share(one.entry))
+            scale = float(expected.abs().max())
+            if not torch.allclose(one.run(), expected, rtol=1e-6, atol=1e-6 * scale):
+                return False
+        return True
+
+    def _probe(
+        self,
+        probe: Probe,
+        turn: list[tuple[int, Batch]],
+        held: list[Resumption],
+        references: list[Output],
+    ) -> dict[OneAtATime, list[Tensor]]:
+        """Damage of one probe on each batch, for each estimator that reads it."""
+        context = self.context
+        estimators = self.readers[probe.decision, probe.name]
+        damages: dict[OneAtATime, list[Tensor]] = {estimator: [] for estimator in estimators}
+        made = probe.perturbation()
+        changed = bool(made.inputs) or any(not torch.equal(new, old.data) for old, new in made.weights.items())
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(weights(made.weights))
+            stack.enter_context(inputs(made.inputs))
+            for (number, batch), one, reference in zip(turn, held, references, strict=True):
+                if changed:
+                    now, _, _ = context.predictions(one.run(), batch)
+                    self._spend(self.trace.share(one.entry))
+                    if not torch.isfinite(now).all():
+                        raise EstimatorError(
+                            f"the output with layer {context.decisions[probe.decision].name!r} at {probe.name} is not finite "
+                            f"(batch {number})"
+                        )
+                for estimator in estimators:
+                    damages[estimator].append(
+                        estimator.damage(context, probe, reference, replace(reference, logits=now))
+                        if changed
+                        else torch.zeros(len(reference.index), device=reference.logits.device)
+                    )
+        return damages
+
+    def _check(self, estimator: OneAtATime, probe: Probe, batch: int, damage: Tensor) -> None:
+        bad = damage[~torch.isfinite(damage)] if damage.ndim else damage[None][~torch.isfinite(damage[None])]
+        if len(bad):
+            raise EstimatorError(
+                f"sensitivity of layer {self.context.decisions[probe.decision].name!r} at {probe.name} is {float(bad[0])}, "
+                f"expected a finite number ({estimator!r}, batch {batch})"
+            )
+
+
+def _cell(context: Context, u: int, p: int) -> Perturbation:
+    chosen = {layer.name: context.precisions[p] for layer in context.decisions[u].layers}
+    return Perturbation(
+        quantized_weights(context.model, chosen, context.quantizer),
+        input_quantizers(context.model, chosen, context.quantizer, context.ranges),
+    )
+
+
+def _elements(batch: Batch) -> int:
+    """Numbers in the inputs of a batch: a measure of its size."""
+    value = inputs_of(batch)
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else [value]
+    return sum(part.numel() for part in parts if isinstance(part, Tensor))

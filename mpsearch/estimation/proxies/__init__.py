@@ -1,0 +1,1 @@
+"""Proxies: formulas over weights, gradients and activations, and their evolution."""

@@ -1,0 +1,188 @@
+"""The additive-output surrogate: shifts of the output by single perturbations, added up."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mpsearch.checkpoints.checkpoint import Results
+from mpsearch.core.precision import Precision
+from mpsearch.errors import EstimatorError
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.metrics.comparisons import KL
+from mpsearch.metrics.statistics import log_softmax, wide
+from mpsearch.models.running import fingerprint
+
+_INDEX, _SQUARES = "logit shift | index", "logit shift | squares"
+
+
+@dataclass(frozen=True)
+class LogitShift(OneAtATime):
+    """Keeps, beside the damage of each cell, the shift of the output that it makes on a fixed sample of predictions.
+
+    It shares its runs with `KLDivergence` and `OutputDamage`. Shifts go to the checkpoint of the run, and are read from there by
+    `surrogate`. Of the KL they are those of the log probabilities; of other metrics those of H^(1/2) times the output, whose summed
+    squares are the damage, on a random sample of the numbers.
+
+    Attributes:
+        predictions: how many are kept, spread over the batches.
+        classes: how many classes are told apart: the likeliest ones of the unquantized model, and all others as one; of other
+            metrics, how many numbers of a prediction are kept.
+    """
+
+    predictions: int = 256
+    classes: int = 64
+    unit = "nats"
+
+    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
+        """Damage of each prediction; writes the shift of the sample."""
+        metric = context.comparison
+        if metric is None:
+            raise EstimatorError("LogitShift compares with the unquantized output, which a loss of one's own does not")
+        rows = math.ceil(self.predictions / len(context.batches))
+        if isinstance(metric, KL):
+            before, chosen = _coarse(reference.logits[:rows], self.classes, None)
+            after, _ = _coarse(output.logits[:rows], self.classes, chosen)
+            key, shift = fingerprint([before]), after - before
+        else:
+            key = fingerprint([reference.logits])
+            change = wide(output.logits) - wide(reference.logits)
+            whitened = metric.root(reference.logits, change, reference.index, reference.samples) / math.sqrt(2)
+            shift = _sampled(whitened, rows, self.classes)
+            before = torch.zeros_like(shift)
+        index: list[str] = context.checkpoint.get(_INDEX) or []
+        if key not in index:
+            context.checkpoint.put(f"logit shift | {key}", before)
+            context.checkpoint.put(_INDEX, [*index, key])
+            context.checkpoint.put(_SQUARES, not isinstance(metric, KL))
+        context.checkpoint.put(f"logit shift | {key} | {probe.decision} {probe.name}", shift)
+        return metric.terms(reference.logits, output.logits, reference.index, reference.samples)[0]
+
+
+def _sampled(values: Tensor, rows: int, columns: int) -> Tensor:
+    """(rows, columns) of a matrix at most, the same places for matrices of one shape."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = (
+        torch.randperm(size, generator=generator)[:most]
+        for size, most in zip(values.shape, (rows, columns), strict=True)
+    )
+    for dim, places in enumerate(chosen):
+        values = values.index_select(dim, places.to(values.device))
+    return values.cpu()
+
+
+def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, K) log probabilities, the unlikely classes taken as one; and the classes that are told apart."""
+    log_p = log_softmax(logits)
+    if log_p.shape[1] <= classes:
+        return log_p.cpu(), None
+    if chosen is None:
+        chosen = log_p.topk(classes - 1, dim=1).indices
+    kept = log_p.gather(1, chosen)
+    rest = log_p.scatter(1, chosen, -math.inf).logsumexp(1, keepdim=True)
+    return torch.cat([kept, rest], 1).cpu(), chosen
+
+
+@dataclass(eq=False)
+class Surrogate:
+    """Damage of a plan without running the model: KL(p || softmax(log p + sum_u shift[u, plan(u)])), mean over a sample.
+
+    Of other metrics it is the mean of |sum_u shift[u, plan(u)]|^2, in proportion to the damage.
+
+    It sees how errors of layers add and cancel at the output, but not how one layer's error changes another's: a proposer,
+    not the judge. On some networks its plans are worse than those of the tables.
+
+    Attributes:
+        log_p: (N, K) log probabilities of the unquantized model; 0 where squares are summed.
+        shifts: (U, P, N, K) what each cell adds to them, alone.
+        squares: the damage is the sum of squares.
+
+    >>> shifts = np.array([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])      # two cells that cancel
+    >>> surrogate = Surrogate(np.log(np.array([[0.5, 0.5]])), shifts)
+    >>> float(surrogate.damage(np.array([0, 0])))
+    0.0
+    """
+
+    log_p: NDArray[np.float64]
+    shifts: NDArray[np.float64]
+    squares: bool = False
+    _rows: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._rows = np.arange(len(self.shifts))
+        self._p = np.exp(self.log_p)
+
+    def damage(self, options: NDArray[np.int64]) -> float:
+        """Of one plan (U,)."""
+        return float(self._damage(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
+
+    def damage_of_changes(
+        self, options: NDArray[np.int64], changes: list[tuple[tuple[int, int], ...]]
+    ) -> NDArray[np.float64]:
+        """(M,) of a plan after each of M lists of changes (unit, column)."""
+        total = self.log_p + self.shifts[self._rows, options].sum(0)
+        moved = np.repeat(total[None], len(changes), 0)
+        for number, change in enumerate(changes):
+            for decision, column in change:
+                moved[number] += self.shifts[decision, column] - self.shifts[decision, options[decision]]
+        return self._damage(moved)
+
+    def _damage(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
+        """(M,) mean damage for (M, N, K) shifted log probabilities."""
+        found: NDArray[np.float64]
+        if self.squares:
+            found = np.square(logits).sum((1, 2)) / len(self.log_p)
+            return found
+        top = logits.max(-1, keepdims=True)
+        log_q = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+        found = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
+        return found
+
+
+def surrogate(checkpoint: Results, decisions: int, precisions: Sequence[Precision]) -> Surrogate | None:
+    """The surrogate from what `LogitShift` has written to a checkpoint; None where that is nothing.
+
+    A cell that changes nothing has no shift.
+    """
+    index: list[str] = checkpoint.get(_INDEX) or []
+    if not index:
+        return None
+    log_p = [checkpoint.get(f"logit shift | {key}") for key in index]
+    names = [str(precision) for precision in precisions]
+    shifts = [
+        [[checkpoint.get(f"logit shift | {key} | {decision} {name}") for key in index] for name in names]
+        for decision in range(decisions)
+    ]
+    for values in (log_p, *(cell for row in shifts for cell in row)):
+        for value, reference in zip(values, log_p, strict=True):
+            if values is not log_p and value is None:
+                continue
+            if (
+                not isinstance(value, Tensor)
+                or not value.is_floating_point()
+                or value.ndim != 2
+                or value.shape != reference.shape
+            ):
+                raise EstimatorError(
+                    "the checkpoint holds shifts of the output that do not fit each other; give another file"
+                )
+    return Surrogate(
+        torch.cat(log_p).numpy(),
+        np.array(
+            [
+                [
+                    torch.cat(
+                        [torch.zeros_like(r) if v is None else v for v, r in zip(cell, log_p, strict=True)]
+                    ).numpy()
+                    for cell in row
+                ]
+                for row in shifts
+            ]
+        ),
+        bool(checkpoint.get(_SQUARES)),
+    )

@@ -1,0 +1,1 @@
+"""How well tables agree with what was measured."""

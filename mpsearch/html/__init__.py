@@ -1,1 +1,0 @@
-"""HTML: what Jupyter shows of tables, plans, fronts and results, and the report of a search as one page."""

@@ -1,0 +1,1 @@
+"""What outputs are compared by, and means with their standard errors."""

@@ -1,0 +1,1 @@
+"""Batches: read once, split, mixed, put back as they were."""

@@ -1,0 +1,268 @@
+"""Which layers read the same tensor, and where their outputs meet: seen while one example runs."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from mpsearch.models.modules.weights import operands_of
+from mpsearch.models.running import Batch, call, first_tensor, preserved
+
+#: Operations that multiply two tensors; attention of one piece has `attention` in its name.
+_PRODUCTS = ("mul", "mm", "bmm", "baddbmm", "addmm")
+
+#: Sees one call of a layer: name, module, input, output.
+Observer = Callable[[str, nn.Module, Tensor, Tensor], None]
+
+
+@dataclass
+class DataFlow:
+    """What layers read, and where their outputs meet before another layer reads them.
+
+    Attributes:
+        reads: layer -> what identifies the tensor that each of its calls read; layers that are not called are missing.
+        multiplied: pairs of layers that read the same tensors and whose outputs meet in a product: queries and keys, a gate and what
+            it gates.
+        added: pairs of layers whose outputs meet in a sum of tensors of one shape, operands of a residual connection: not each with
+            each, but enough to connect all that meet.
+        cached_macs: cache -> multiply-accumulates of the products that read what goes into it.
+    """
+
+    reads: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
+    multiplied: set[frozenset[str]] = field(default_factory=set)
+    added: set[frozenset[str]] = field(default_factory=set)
+    cached_macs: Counter[str] = field(default_factory=Counter)
+
+
+def trace(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    example: Batch,
+    observer: Observer,
+    caches: Mapping[str, nn.Module] = MappingProxyType({}),
+) -> DataFlow:
+    """Run the example once and follow the outputs of layers.
+
+    Args:
+        model: comes back as it was.
+        layers: modules by name; what they return counts as made by them alone.
+        example: one batch.
+        observer: called with each call of a layer or cache.
+        caches: modules that keys and values go through.
+
+    >>> class Gated(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.gate, self.up = nn.Linear(2, 2), nn.Linear(2, 2)
+    ...     def forward(self, x):
+    ...         return self.gate(x).sigmoid() * self.up(x)
+    >>> flow = trace(model := Gated(), dict(model.named_children()), torch.ones(1, 2), lambda *_: None)
+    >>> flow.reads["gate"] == flow.reads["up"], sorted(*flow.multiplied), flow.added
+    (True, ['gate', 'up'], set())
+    """
+    recorder = _Recorder()
+
+    def enter(name: str) -> Callable[..., None]:
+        return lambda _module, args, keywords: recorder.enter(name, first_tensor((*args, *keywords.values())))
+
+    def leave(name: str, left: Callable[[str, Tensor], None] = recorder.leave) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            made = first_tensor(output)  # routers return more
+            left(name, made)
+            observer(name, module, first_tensor((*args, *keywords.values())), made)
+
+        return see
+
+    handles = []
+    reads = operands_of(model).reads
+    try:
+        for name, module in [*layers.items(), *((name, one) for name, one in reads.items() if name in layers)]:
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(leave(name), prepend=True, with_kwargs=True))
+        for name, module in caches.items():
+            handles.append(module.register_forward_hook(leave(name, recorder.cached), with_kwargs=True))
+        with preserved(model), torch.no_grad(), recorder:
+            call(model, example)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return recorder.finished()
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows memory: what is in each storage is a node of a graph, with the nodes that it was made from.
+
+    Nodes of the outputs of layers have no parents. Which layers meet is told at the end, when it is known which of them read the same
+    tensors: of those alone pairs are formed, else each product along a residual connection would pair all layers before it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flow = DataFlow()
+        self.nodes: dict[int, int] = {}  # storage -> node
+        self.parents: list[tuple[int, ...]] = []  # of each node, by number
+        self.names: dict[int, str] = {}  # node -> the layer whose output it is
+        self.products: list[tuple[int, ...]] = []  # nodes that meet
+        self.sums: list[tuple[int, ...]] = []
+        self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
+        self.made: Counter[int] = Counter()  # storage -> times it was given out
+        self.waiting: dict[tuple[int, int, int], str] = {}  # what is of a cache and was in no product yet -> the cache
+        self.depth = 0  # layers that are running: their products are their own
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # spares loading the compiler, a second at the first run
+
+    def enter(self, name: str, x: Tensor) -> None:
+        self.depth += 1
+        place = _storage(x)
+        read = (place, self.writes.get(place, 0), x.storage_offset(), tuple(x.shape), x.stride())
+        self.flow.reads.setdefault(name, []).append(read)
+
+    def leave(self, name: str, output: Tensor) -> None:
+        self.depth -= 1
+        self.names[self._node(output, ())] = name
+
+    def _node(self, tensor: Tensor, parents: tuple[int, ...]) -> int:
+        self.parents.append(parents)
+        self.nodes[_storage(tensor)] = len(self.parents) - 1
+        return len(self.parents) - 1
+
+    def cached(self, name: str, output: Tensor) -> None:
+        self.waiting[self._part(output)] = name
+
+    def _part(self, tensor: Tensor) -> tuple[int, int, int]:
+        """Keys and values may lie in one storage."""
+        return _storage(tensor), self.made[_storage(tensor)], int(tensor.storage_offset())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = list(_tensors((args, kwargs)))
+        read = {_storage(tensor) for tensor in given}
+        parents = tuple({self.nodes[place] for place in read if place in self.nodes})
+        name = func.overloadpacket.__name__
+        self._meet(name, given)
+        waiting = self._product(name, given, [self.waiting.get(self._part(tensor), "") for tensor in given])
+        for tensor in _tensors(result):
+            place = _storage(tensor)
+            if place not in read or func._schema.is_mutable:
+                self.writes[place] = self.writes.get(place, 0) + 1
+                if len(parents) == 1:
+                    self.nodes[place] = parents[0]
+                elif parents:
+                    self._node(tensor, parents)
+                else:
+                    self.nodes.pop(place, None)
+                self.made[place] += place not in read
+                self.waiting[self._part(tensor)] = waiting
+        return result
+
+    def _product(self, name: str, given: list[Tensor], caches: list[str]) -> str:
+        """Count a product of what goes into caches; the cache whose contents go on from here, if any."""
+        if "attention" in name:
+            queries, keys, values = given[:3]  # (batch, heads, tokens, size)
+            sizes = [0, keys.shape[-1], values.shape[-1]]
+            macs = [queries.shape[:-1].numel() * keys.shape[-2] * size for size in sizes]
+        elif name in ("mm", "bmm", "baddbmm") and not self.depth:
+            macs = [given[-2].numel() * given[-1].shape[-1]] * len(given)
+        else:
+            return next(filter(None, caches), "")
+        for cache, count in zip(caches, macs, strict=False):
+            if cache:
+                self.flow.cached_macs[cache] += count
+        return ""
+
+    def _meet(self, name: str, given: list[Tensor]) -> None:
+        """Note what an operation brings together."""
+        if name.rstrip("_") in _PRODUCTS or "attention" in name:
+            meetings = self.products
+        elif name.rstrip("_") == "add" and len({tensor.shape for tensor in given}) == 1:
+            meetings = self.sums
+        else:
+            return
+        nodes = tuple(self.nodes[place] for place in map(_storage, given) if place in self.nodes)
+        if len(nodes) > 1:
+            meetings.append(nodes)
+
+    def finished(self) -> DataFlow:
+        """The flow, with the pairs of layers that meet."""
+        self.flow.multiplied = self._multiplied()
+        self.flow.added = self._added()
+        return self.flow
+
+    def _multiplied(self) -> set[frozenset[str]]:
+        readers: dict[tuple[Any, ...], list[str]] = {}
+        for name, reads in self.flow.reads.items():
+            readers.setdefault(tuple(reads), []).append(name)
+        alike = {name: number for number, names in enumerate(readers.values()) if len(names) > 1 for name in names}
+        nobody: dict[int, frozenset[str]] = {}
+        makers: list[dict[int, frozenset[str]]] = []  # of each node: layers that have others alike, by what they read
+        for number, parents in enumerate(self.parents):
+            if number in self.names:
+                name = self.names[number]
+                makers.append({alike[name]: frozenset([name])} if name in alike else nobody)
+                continue
+            sides = [makers[parent] for parent in parents if makers[parent]]
+            if len(sides) < 2:
+                makers.append(sides[0] if sides else nobody)  # the same object: it is paired once
+                continue
+            whole = dict(sides[0])
+            for side in sides[1:]:
+                for key, names in side.items():
+                    whole[key] = whole.get(key, frozenset()) | names
+            makers.append(whole)
+        pairs: set[frozenset[str]] = set()
+        done: set[tuple[int, int]] = set()
+        for nodes in self.products:
+            for one, other in itertools.combinations([makers[node] for node in nodes], 2):
+                if one and other and (id(one), id(other)) not in done:
+                    done.add((id(one), id(other)))
+                    for key in one.keys() & other.keys():
+                        pairs.update(frozenset(pair) for pair in itertools.product(one[key], other[key]))
+        return {pair for pair in pairs if len(pair) == 2}
+
+    def _added(self) -> set[frozenset[str]]:
+        """Each with each would be quadratic: what met before is one from then on."""
+        one_of: dict[int, str | None] = {}  # node -> one of its layers, where all of them have met
+        pairs: set[frozenset[str]] = set()
+
+        def layers_of(node: int) -> list[str]:
+            found, left, seen = [], [node], set[int]()
+            while left:
+                place = left.pop()
+                if place in seen:
+                    continue
+                seen.add(place)
+                if place in one_of:
+                    found += [name for name in [one_of[place]] if name is not None]
+                elif place in self.names:
+                    found.append(self.names[place])
+                else:
+                    left += self.parents[place]
+            whole.update(seen)
+            return found
+
+        for nodes in self.sums:
+            whole = set[int]()
+            sides = [side for side in map(layers_of, nodes) if side]
+            if len(sides) < 2:
+                continue
+            first = sides[0][0]
+            pairs.update(frozenset((first, name)) for side in sides for name in side if name != first)
+            one_of.update(dict.fromkeys(whole, first))
+        return pairs
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    return (part for part in tree_iter(value) if isinstance(part, Tensor))
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,1 @@
+"""The search: tables propose, measurement decides."""

@@ -1,0 +1,1 @@
+"""Number formats, and the quantizers that round, calibrate and transform weights and inputs."""

@@ -1,0 +1,252 @@
+"""Quantized weights and inputs put into a model, and taken out again."""
+
+import contextlib
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.core.precision import Precision
+from mpsearch.core.settings import check_kind
+from mpsearch.errors import EstimatorError
+from mpsearch.models.modules.kv_cache import KVCache
+from mpsearch.models.modules.weights import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
+from mpsearch.models.running import Batch, call
+from mpsearch.quantizers.rounding import RoundToNearest
+
+#: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first. It may also have
+#: `activation_values(x, format, low, high)` for inputs, channels last, `of_layer(name)`, the quantizer of one layer, and
+#: `stored_bytes(layer, precision)` where it stores more than `RoundToNearest` does (`quantize.StoresBytes`).
+Quantizer = Callable[[Tensor, Precision], Tensor]
+#: Least and greatest input of each layer over the calibration data.
+Ranges = Mapping[str, tuple[float, float]]
+
+
+def quantized_weight(module: nn.Module, name: str, precision: Precision, quantizer: Quantizer) -> Tensor:
+    """The weight of a module after quantization, laid out as the module stores it.
+
+    Raises:
+        EstimatorError: where the quantizer changes shape, dtype or device, or returns what is not finite.
+    """
+    if not precision.quantizes_weight:
+        return weight_of(module).detach()
+    with torch.no_grad():
+        weight = canonical(module).detach()
+        try:
+            found = _of_layer(quantizer, name)(weight, precision)
+        except EstimatorError as error:
+            raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
+        check_kind(found, Tensor, f"a tensor from the quantizer for layer {name!r} at {precision}", EstimatorError)
+        if found.shape != weight.shape or found.dtype != weight.dtype or found.device != weight.device:
+            raise EstimatorError(
+                f"the quantizer returned {tuple(found.shape)} {found.dtype} on {found.device} for layer {name!r} at "
+                f"{precision}, expected {tuple(weight.shape)} {weight.dtype} on {weight.device}"
+            )
+        if found.numel() and not torch.isfinite(torch.stack(torch.aminmax(found))).all():  # no copy of a large layer
+            raise EstimatorError(
+                f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
+            )
+        return restore(module, found)
+
+
+def checked_quantizer(quantizer: Quantizer | None) -> Quantizer:
+    """What is given as a quantizer, `RoundToNearest()` for None.
+
+    Raises:
+        EstimatorError: for what is neither a function nor tells those of single layers.
+    """
+    if quantizer is None:
+        return RoundToNearest()
+    if not callable(quantizer) and not hasattr(quantizer, "of_layer"):
+        raise EstimatorError(
+            f"expected a quantizer, quantizer(weight, precision), got the {type(quantizer).__name__} {quantizer!r}"
+        )
+    return quantizer
+
+
+def _of_layer(quantizer: Quantizer, name: str) -> Quantizer:
+    of_layer: Callable[[str], Quantizer] | None = getattr(quantizer, "of_layer", None)
+    return quantizer if of_layer is None else of_layer(name)
+
+
+@contextlib.contextmanager
+def weights(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of parameters; the originals are set aside, not copied, and put back."""
+    originals = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value
+        yield
+    finally:
+        for parameter, original in originals.items():
+            parameter.data = original
+
+
+@contextlib.contextmanager
+def inputs(functions: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Pass the input of modules through functions: the first floating-point tensor that `forward` is given.
+
+    Arguments count in the order of the signature, whether passed by position or by keyword. Without such a tensor (an
+    embedding's token numbers) the module is left alone.
+    """
+    handles = []
+
+    def hook(function: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+        return lambda module, args, keywords: with_input(module, args, keywords, function)
+
+    try:
+        for module, function in functions.items():
+            handles.append(module.register_forward_pre_hook(hook(function), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def with_input(
+    module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], function: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the module's input passed through a function."""
+    for place, value in enumerate(args):
+        if _is_input(value):
+            return (*args[:place], function(value), *args[place + 1 :]), keywords
+    order = [*inspect.signature(module.forward).parameters, *keywords] if len(keywords) > 1 else [*keywords]
+    for name in order:
+        if _is_input(keywords.get(name)):
+            return args, {**keywords, name: function(keywords[name])}
+    return args, keywords
+
+
+def _is_input(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def input_quantizer(
+    module: nn.Module, name: str, precision: Precision, quantizer: Quantizer, ranges: Ranges
+) -> Callable[[Tensor], Tensor] | None:
+    """The function that fake-quantizes the input of a layer; None where it is left alone.
+
+    Args:
+        module: blocks, and tokens, lie along the channels of its input.
+        name: of the layer.
+        precision: its precision; a cache takes the weight format.
+        quantizer: its own `activation_values`, or that of `RoundToNearest()`.
+        ranges: calibrated ranges by layer.
+    """
+    if isinstance(module, KVCache):
+        return _cache_quantizer(name, precision, quantizer)
+    if not precision.quantizes_activation:
+        return None
+    axis = channel_axis(module)
+    inner = _of_layer(quantizer, name)
+    while not hasattr(inner, "activation_values"):
+        inner = getattr(inner, "quantizer", RoundToNearest())  # a wrapper leaves inputs to what it is around
+    values = inner.activation_values
+    low, high = ranges.get(name, (math.nan, math.nan))
+
+    def quantize(x: Tensor) -> Tensor:
+        try:
+            found: Tensor = values(x.movedim(axis, -1), precision.activation, low, high)
+        except EstimatorError as error:
+            raise EstimatorError(f"input of layer {name!r} at {precision}: {error}") from None
+        return found.movedim(-1, axis)
+
+    return quantize
+
+
+def _cache_quantizer(name: str, precision: Precision, quantizer: Quantizer) -> Callable[[Tensor], Tensor] | None:
+    """Keys and values: each head of each token as a row of a weight, by its largest value, as is done while a model runs."""
+    if not precision.quantizes_weight:
+        return None
+    inner: Any = quantizer
+    while not isinstance(inner, RoundToNearest):
+        inner = getattr(inner, "quantizer", RoundToNearest())
+    on_the_spot = dataclasses.replace(inner, scale="max", granularity="channel")
+
+    def quantize(x: Tensor) -> Tensor:
+        try:
+            return on_the_spot(x.detach().flatten(0, -2), precision).reshape(x.shape)
+        except EstimatorError as error:
+            raise EstimatorError(f"{name!r} at {precision}: {error}") from None
+
+    return quantize
+
+
+def quantized_weights(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer
+) -> dict[nn.Parameter, Tensor]:
+    """Quantized values of the weights of layers, tied ones once."""
+    found: dict[nn.Parameter, Tensor] = {}
+    for name, precision in precisions.items():
+        module = layer_of(model, name)
+        if holds_weight(module) and precision.quantizes_weight and weight_of(module) not in found:
+            found[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
+    return found
+
+
+def input_quantizers(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer, ranges: Ranges
+) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
+    """Functions that fake-quantize the inputs of layers, where they are quantized."""
+    functions = {}
+    for name, precision in precisions.items():
+        module = layer_of(model, name)
+        function = input_quantizer(module, name, precision, quantizer, ranges)
+        if function is not None:
+            functions[module] = function
+    return functions
+
+
+@contextlib.contextmanager
+def quantized(
+    model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer, ranges: Ranges
+) -> Iterator[bool]:
+    """The model with some layers at given precisions, weights and inputs.
+
+    Args:
+        model: the model.
+        precisions: layer name -> precision; tied layers share a parameter and must agree.
+        quantizer: of the weights.
+        ranges: of the inputs, where these are quantized.
+
+    Yields:
+        False where nothing changes: no input is quantized and every weight lies on its grid already.
+    """
+    values = quantized_weights(model, precisions, quantizer)
+    functions = input_quantizers(model, precisions, quantizer, ranges)
+    changed = bool(functions) or any(not torch.equal(value, parameter.data) for parameter, value in values.items())
+    with weights(values), inputs(functions):
+        yield changed
+
+
+def input_ranges(model: nn.Module, batches: Sequence[Batch], names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Least and greatest input of layers over batches, from one forward pass.
+
+    Raises:
+        EstimatorError: where an input is not finite.
+    """
+    ranges: dict[str, tuple[float, float]] = {}
+
+    def watch(name: str) -> Callable[[Tensor], Tensor]:
+        def see(x: Tensor) -> Tensor:
+            if not x.numel():
+                return x
+            low, high = (float(v) for v in torch.aminmax(x.detach()))
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise EstimatorError(
+                    f"the input of layer {name!r} ranges from {low} to {high}, expected finite numbers"
+                )
+            before = ranges.get(name, (low, high))
+            ranges[name] = (min(low, before[0]), max(high, before[1]))
+            return x
+
+        return see
+
+    with torch.no_grad(), inputs({layer_of(model, name): watch(name) for name in names}):
+        for batch in batches:
+            call(model, batch)
+    return ranges

@@ -1,0 +1,1 @@
+"""What each tool can carry out, and the bytes in which it stores it."""

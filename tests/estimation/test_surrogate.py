@@ -1,0 +1,125 @@
+"""The additive-output surrogate against the model itself where outputs are additive."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import mpsearch as mps
+from mpsearch.calibration.profiling import decisions_of
+from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
+from mpsearch.metrics.comparisons import KL
+from mpsearch.metrics.statistics import kl_divergence
+from mpsearch.quantizers.rounding import RoundToNearest
+from mpsearch.sensitivity import KLDivergence
+
+
+class Sum(nn.Module):
+    """Outputs of the layers add up: so do the shifts."""
+
+    def __init__(self, classes=4, layers=3):
+        super().__init__()
+        torch.manual_seed(0)
+        self.parts = nn.ModuleList([nn.Linear(5, classes) for _ in range(layers)])
+
+    def forward(self, x):
+        return sum(part(x * (i + 1)) for i, part in enumerate(self.parts))
+
+
+def data(count=2, size=8):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(size, 5, generator=generator) for _ in range(count)]
+
+
+def made(model, batches, precisions="w2 w3 w16", **options):
+    kept = Checkpoint(":memory:", {})
+    table = mps.profile(
+        model, batches, [KLDivergence(), LogitShift(**options)], mps.precisions(precisions), checkpoint=kept
+    )[0]
+    layers = mps.layers(model, batches[0])
+    context = Context(
+        model,
+        batches,
+        decisions_of(layers),
+        mps.precisions(precisions),
+        RoundToNearest(),
+        {},
+        KL(),
+        None,
+        checkpoint=kept,
+    )
+    return surrogate(context.checkpoint, len(context.decisions), context.precisions), table
+
+
+def test_it_is_the_model_where_outputs_are_additive():
+    model, batches = Sum().eval(), data()
+    found, table = made(model, batches)
+    names = [layer.name for layer in table.layers]
+    for options in itertools.product(range(3), repeat=3):
+        plan = mps.Plan({name: table.precisions[p] for name, p in zip(names, options, strict=True)})
+        expected = mps.evaluate(model, batches, plan).kl
+        assert found.damage(np.array(options)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+
+
+def test_single_cells_are_those_of_the_table_and_cells_that_change_nothing_have_no_shift():
+    found, table = made(Sum().eval(), data())
+    for u, p in itertools.product(range(3), range(3)):
+        options = np.full(3, 2)
+        options[u] = p
+        assert found.damage(options) == pytest.approx(table.sensitivity[u, p], rel=1e-6, abs=1e-12)
+    assert not found.shifts[:, 2].any()
+    assert found.damage(np.full(3, 2)) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 20])
+def test_classes_taken_as_one_give_a_lower_bound(classes):
+    """The log-sum inequality: KL of a coarser partition is at most that of a finer one; with all classes it is equal."""
+    batches = data()
+    model = Sum(classes=20).eval()
+    full, _ = made(model, batches)
+    coarse, _ = made(model, batches, classes=classes)
+    assert coarse.log_p.shape == (16, classes)
+    assert np.allclose(np.exp(coarse.log_p).sum(-1), 1)
+    for u, p in itertools.product(range(3), range(2)):  # one cell at a time: the shift is exact
+        options = np.full(3, 2)
+        options[u] = p
+        assert coarse.damage(options) <= full.damage(options) + 1e-12
+        assert (coarse.damage(options) == pytest.approx(full.damage(options))) == (classes == 20)
+        assert coarse.damage(options) > 0
+
+
+def test_a_sample_of_predictions_spread_over_the_batches():
+    batches = data(4, 8)
+    found, _ = made(Sum().eval(), batches, predictions=12)
+    assert found.log_p.shape == (12, 4)
+    model = Sum().eval()
+    expected = torch.cat([torch.log_softmax(model(x)[:3].double(), -1) for x in batches]).detach().numpy()
+    assert np.allclose(found.log_p, expected, atol=1e-6)
+
+
+def test_damage_of_changes_is_damage_after_each():
+    generator = np.random.default_rng(0)
+    logits = torch.from_numpy(generator.normal(size=(6, 4)))
+    found = Surrogate(torch.log_softmax(logits, -1).numpy(), generator.normal(size=(3, 2, 6, 4)))
+    start = np.array([0, 1, 0])
+    changes = [((0, 1),), ((1, 0), (2, 1)), ((0, 1), (1, 0), (2, 1))]
+    plans = [[1, 1, 0], [0, 0, 1], [1, 0, 1]]
+    values = found.damage_of_changes(start, changes)
+    for value, options in zip(values, plans, strict=True):
+        shifted = logits + sum(torch.from_numpy(found.shifts[u, p]) for u, p in enumerate(options))
+        assert value == pytest.approx(float(kl_divergence(logits, shifted).mean()))
+        assert value == pytest.approx(found.damage(np.array(options)))
+
+
+def test_nothing_without_one_at_a_time_runs():
+    model, batches = Sum().eval(), data()
+    layers = mps.layers(model, batches[0])
+    kept = Checkpoint(":memory:", {})
+    context = Context(
+        model, batches, decisions_of(layers), mps.precisions("w2"), RoundToNearest(), {}, KL(), None, checkpoint=kept
+    )
+    assert surrogate(context.checkpoint, len(context.decisions), context.precisions) is None

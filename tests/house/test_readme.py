@@ -1,0 +1,102 @@
+"""What README.md and docs/ tell to type runs, on small files of the names that they use."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import mpsearch as mps
+from mpsearch.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+#: Packages that a line needs, by a word in it.
+NEEDED = {
+    "brevitas": "brevitas",
+    "compressed-tensors": "compressed_tensors",
+    "gguf": "gguf",
+    "onnxruntime": "onnxruntime",
+    "demo": "sklearn",
+}
+
+NETS = """
+import torch
+from torch import nn
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+
+def batches():
+    g = torch.Generator().manual_seed(0)
+    return [(torch.randn(16, 64, generator=g), torch.randint(0, 4, (16,), generator=g)) for _ in range(4)]
+
+resnet = decoder = net
+calibration = held_out = batches
+"""
+
+
+def blocks(page, *languages):
+    """Code between fences, of some languages."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if language in languages]
+
+
+def lines(page):
+    """Lines that call `mpsearch`, without what a shell makes of their output."""
+    for block in blocks(page, "", "bash", "sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if line.startswith("mpsearch "):
+                yield shlex.split(line.split(" > ")[0], comments=True)[1:]
+
+
+LINES = [(page.name, words) for page in PAGES for words in lines(page)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """The files that the lines name."""
+    path = tmp_path_factory.mktemp("readme")
+    (path / "nets.py").write_text(NETS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        for name, estimator in (("table", "fisher"), ("hessian", "fisher"), ("kl", "kl-divergence")):
+            profile = f"profile nets.py:net --data nets.py:batches --precisions 'w2 w4 w8' --estimator {estimator}"
+            assert main(shlex.split(f"{profile} -o {name}.csv --quiet")) == 0
+        search = (
+            "search nets.py:net --data nets.py:batches --budget average_bits=4 --precisions 'w2 w4 w8' --effort fast"
+        )
+        assert main(shlex.split(f"{search} -o out/ --quiet")) == 0
+        assert main(shlex.split("solve table.csv --budget average_bits=4 -o plan.json --quiet")) == 0
+    return path
+
+
+@pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page} {' '.join(words)}" for page, words in LINES])
+def test_a_command_runs(folder, monkeypatch, capsys, page, words):
+    if words == ["demo"]:
+        pytest.skip("tests/cli/commands runs it, smaller")
+    for word, package in NEEDED.items():
+        if word in words:
+            pytest.importorskip(package)
+    monkeypatch.chdir(folder)
+    assert main(words) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_the_python_runs(page, tmp_path, monkeypatch):
+    """Block after block, in one session with a model and data."""
+    code = blocks(page, "python")
+    if not code:
+        pytest.skip(f"{page.name} has no Python")
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 64, generator=generator), torch.randint(0, 4, (16,))) for _ in range(6)]
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    session = {"model": model, "batches": batches[:4], "held_out_batches": batches[4:], "__name__": "__main__"}
+    for block in code:
+        exec(compile(block, page.name, "exec"), session)
+    assert session["mps"] is mps
