@@ -15,6 +15,7 @@ from mpsearch.allocation.ties import tie_prices as tie_prices
 from mpsearch.core.budget import Budget as Budget
 from mpsearch.core.front import Front as Front
 from mpsearch.core.layer import Layer as Layer
+from mpsearch.core.layer_options import LayerOptions as LayerOptions
 from mpsearch.core.plan import Plan as Plan
 from mpsearch.core.precision import Precision as Precision
 from mpsearch.core.precision import precisions as precisions
@@ -65,6 +66,7 @@ __all__ = [
     "Interactions",
     "KVCache",
     "Layer",
+    "LayerOptions",
     "MissingPackage",
     "MpsearchError",
     "Peak",

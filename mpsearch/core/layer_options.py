@@ -3,7 +3,8 @@
 import fnmatch
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
@@ -14,6 +15,78 @@ from mpsearch.errors import TableError, nearest
 
 #: Precisions as text (`w2 w4`), one, or several.
 Options = str | Precision | Sequence[Precision]
+#: Layers that share a precision, as `mps.layers` takes them.
+Groups = Literal["auto", "fused", "none"] | Mapping[str, Sequence[str]]
+
+
+@dataclass(frozen=True)
+class LayerOptions:
+    """Which layers are decided on, and what each may have: all that `mps.layers` is asked, in one object.
+
+    `profile`, `search` and `Calibration` take it in place of a list of layers, and then find the layers themselves.
+
+    Attributes:
+        exclude: names or patterns (`encoder.*`) of layers to leave alone.
+        groups: layers that share a precision: `auto`, `fused`, `none`, or name -> layers or patterns.
+        cut: names or patterns of layers to take out of the groups that are found.
+        target: a name in `mpsearch.export.TARGETS`: what it joins is grouped, what it cannot express is not allowed.
+        experts: decide on `each` expert, or on a whole `block` of them at once.
+        decide_routers: routers of experts are decisions too.
+        tie_residuals: layers whose outputs are added share a precision.
+        kv_cache: keys and values of each attention layer are decisions too.
+        allow: name or pattern -> precisions that those layers may have; of several that match a layer the last one counts.
+        fixed: what is decided already: a plan, the file of one, or name or pattern -> one precision.
+
+    >>> LayerOptions(exclude=["lm_head"], target="hqq").finding["target"]
+    'hqq'
+    """
+
+    exclude: Sequence[str] = ()
+    groups: Groups = "auto"
+    cut: Sequence[str] = ()
+    target: str | None = None
+    experts: Literal["each", "block"] = "each"
+    decide_routers: bool = False
+    tie_residuals: bool = False
+    kv_cache: bool = False
+    allow: Mapping[str, Options] | None = None
+    fixed: Mapping[str, str | Precision] | str | os.PathLike[str] | None = None
+
+    @property
+    def finding(self) -> dict[str, Any]:
+        """Keywords of `mps.layers` that say which layers there are; `allow` and `fixed` say what they may have (`with_options`)."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("allow", "fixed")}
+
+
+def layers_and_options(
+    layers: "Sequence[Layer] | LayerOptions | None",
+    *,
+    exclude: Sequence[str] = (),
+    groups: Groups = "auto",
+    allow: Mapping[str, Options] | None = None,
+    fixed: Mapping[str, str | Precision] | str | os.PathLike[str] | None = None,
+) -> tuple[Sequence[Layer] | None, LayerOptions]:
+    """The layers that a door was given, None where it has to find them, and the options, from one object or from single keywords.
+
+    Raises:
+        TableError: for options in both places.
+
+    >>> layers_and_options(LayerOptions(exclude=["head"]))[1].exclude
+    ['head']
+    >>> layers_and_options(LayerOptions(), exclude=["head"])
+    Traceback (most recent call last):
+    mpsearch.errors.TableError: layers=LayerOptions(...) and exclude= at once: put exclude into the LayerOptions
+    """
+    single = LayerOptions(exclude=tuple(exclude), groups=groups, allow=allow, fixed=fixed)
+    if not isinstance(layers, LayerOptions):
+        return layers, single
+    default = vars(LayerOptions())
+    twice = [name for name, value in vars(single).items() if value != default[name]]
+    if twice:
+        raise TableError(
+            f"layers=LayerOptions(...) and {twice[0]}= at once: put {', '.join(twice)} into the LayerOptions"
+        )
+    return None, layers
 
 
 def with_options(

@@ -1,7 +1,7 @@
 """Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -13,6 +13,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.comparisons import Metric, Run, run
 from mpsearch.models.running import Batch, samples
+from mpsearch.plan_search.passes import PassBudget
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, weights
 
 Floats = NDArray[np.float64]
@@ -72,46 +73,7 @@ def _ratio_se(sums: Floats, counts: Floats) -> float:
 
 
 @dataclass(eq=False)
-class Spending:
-    """Forward-pass equivalents of a search: what it may take, and what it has taken.
-
-    Attributes:
-        limit: passes over all parts of the data; a backward pass counts 2.
-        used: taken so far; results found in the checkpoint count as if they had been run, so that an interrupted search goes
-            on as it would have.
-        free: names of results in the checkpoint that cost nothing: they are those of an earlier search.
-        found: of those taken, passes that an interrupted run took and this one found in the checkpoint.
-        watch: is told of every charge.
-    """
-
-    limit: float
-    used: float = 0.0
-    free: Collection[str] = ()
-    found: float = 0.0
-    watch: Callable[[float], object] | None = None
-
-    @property
-    def left(self) -> float:
-        """Passes left."""
-        return self.limit - self.used
-
-    def charge(self, passes: float, name: str | None = None, found: float | None = None) -> None:
-        """Count passes.
-
-        Args:
-            passes: that were run, or whose result was found in the checkpoint.
-            name: of the result that was found.
-            found: so many of them were not run now; by default all for a result that was found.
-        """
-        if name not in self.free:
-            self.used += passes
-            self.found += (0.0 if name is None else passes) if found is None else found
-            if self.watch is not None:
-                self.watch(passes)
-
-
-@dataclass(eq=False)
-class PlanMeter:
+class PlanEvaluator:
     """Measures plans on one part of the data; a plan that was measured before costs nothing.
 
     Attributes:
@@ -129,7 +91,7 @@ class PlanMeter:
     batches: Sequence[Batch]
     metric: Metric
     total: int
-    spending: Spending
+    spending: PassBudget
     known: dict[tuple[int, ...], Measurement] = field(default_factory=dict)
     _references: dict[int, "_Reference"] = field(default_factory=dict)
     _runs: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # of the model for each batch of a plan

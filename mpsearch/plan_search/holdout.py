@@ -13,7 +13,7 @@ from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.metrics.comparisons import run
 from mpsearch.models.running import Batch, samples
-from mpsearch.plan_search.evaluator import Measurement, PlanMeter
+from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
 from mpsearch.quantizers.fake_quantization import inputs, weights
 
 Floats = NDArray[np.float64]
@@ -37,7 +37,7 @@ def report_on(
     batches: Sequence[Batch],
     plans: Mapping[str, NDArray[np.int64]],
     choice: MetricChoice,
-    meter: PlanMeter,
+    meter: PlanEvaluator,
 ) -> dict[str, Reported]:
     """Measure plans on common samples: the unquantized model runs once a batch, and each plan once.
 

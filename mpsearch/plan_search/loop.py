@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.plan_search.evaluator import Measurement, PlanMeter
+from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
 from mpsearch.plan_search.proposers import Posterior, Proposer, Record
 
 Options = NDArray[np.int64]
@@ -19,7 +19,7 @@ _FAR = 3.0
 
 
 @dataclass(eq=False)
-class Hunt:
+class PlanSearch:
     """One budget: measures what is proposed, and learns from it.
 
     Attributes:
@@ -33,8 +33,8 @@ class Hunt:
 
     record: Record
     prior: NDArray[np.float64]
-    meter: PlanMeter
-    between: PlanMeter | None = None
+    meter: PlanEvaluator
+    between: PlanEvaluator | None = None
     drawn: int = 0
     posterior: Posterior = field(init=False)
 

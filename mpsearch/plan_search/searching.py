@@ -50,9 +50,9 @@ from mpsearch.models.running import (
     targets_of,
 )
 from mpsearch.plan_search.environment import environment
-from mpsearch.plan_search.evaluator import Spending
 from mpsearch.plan_search.goals import Goal
 from mpsearch.plan_search.outdone import without_outdone
+from mpsearch.plan_search.passes import PassBudget
 from mpsearch.plan_search.result import SearchResult
 from mpsearch.plan_search.starting_tables import FEW
 from mpsearch.plan_search.strategies import Stages, size
@@ -231,7 +231,7 @@ def search(
                 leave=False,
             )
             with bar:
-                spending = Spending(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
+                spending = PassBudget(limit, free={} if earlier is None else earlier.finished, watch=bar.update)
                 first = samples(parts["score"][0])
                 looks = (
                     0 if layers is not None else first
@@ -281,7 +281,7 @@ def search(
         seconds=time.perf_counter() - start,
         identity=identity,
         finished=finished,
-        passes_in_this_run=round(spending.used - spending.found, 4),
+        passes_in_this_run=round(spending.used - spending.reused, 4),
     )
 
 

@@ -15,7 +15,7 @@ from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
 from mpsearch.metrics.comparisons import KL
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import record
-from mpsearch.plan_search.evaluator import Spending
+from mpsearch.plan_search.passes import PassBudget
 from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputGradient, OutputMSE
 
 #: Fewer passes than these are few: they go into the sweep, not into runs of one perturbation at a time.
@@ -55,7 +55,7 @@ def scores(
     base: CostTable,
     rows: np.ndarray[tuple[int], np.dtype[np.int64]],
     share: float,
-    spending: Spending,
+    spending: PassBudget,
     chosen: Mapping[str, Estimator],
     members: Sequence[Estimator],
 ) -> Scores:

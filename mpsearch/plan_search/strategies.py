@@ -25,10 +25,11 @@ from mpsearch.models.data.mixup import mixed
 from mpsearch.models.data.splitting import cut
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.early_end import EarlyEnd, early_end
-from mpsearch.plan_search.evaluator import Measurement, PlanMeter, Spending
+from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
 from mpsearch.plan_search.goals import Goal
 from mpsearch.plan_search.holdout import Reported, report_on
-from mpsearch.plan_search.loop import Hunt, learned
+from mpsearch.plan_search.loop import PlanSearch, learned
+from mpsearch.plan_search.passes import PassBudget
 from mpsearch.plan_search.proposers import AdditiveOutput, Crossing, Moves, Record, Thompson
 from mpsearch.plan_search.result import Compared, SearchResult, measured_front, with_usage
 from mpsearch.plan_search.starting_tables import FEW, forecast, from_bits, scores, starting
@@ -73,7 +74,7 @@ class Stages:
     base: CostTable
     choice: MetricChoice
     goal: Goal
-    spending: Spending
+    spending: PassBudget
     seed: int
     estimators: Sequence[Estimator] | None
     taken: dict[str, float] = field(default_factory=dict)
@@ -95,7 +96,7 @@ class Stages:
             between = mixed(batches["select"], self.seed, _VICINAL)
         batches |= {"score": self.parts["score"]} if few else {"vicinal": between} if between else {}
         meters = {
-            name: PlanMeter(name, self.context, part, self.metric, self.total, self.spending)
+            name: PlanEvaluator(name, self.context, part, self.metric, self.total, self.spending)
             for name, part in batches.items()
         }
         self.select, self.report = meters["select"], meters["report"]
@@ -169,7 +170,7 @@ class Stages:
         """The plan that is left to take, measured; no table is filled, rounding noise is the only signal."""
         warnings.warn(f"{end.reason}: it is measured, and nothing is searched", stacklevel=2)
         self.scores = from_bits(self.context)
-        hunt = Hunt(
+        hunt = PlanSearch(
             Record(Problem.of(self.base, self.goal.budget or Budget()), {}, self.generator),
             self.scores.prior,
             self.select,
@@ -202,11 +203,11 @@ class Stages:
                 "raise max_passes"
             )
 
-    def _hunt(self, budget: Budget, *, uniforms: bool = True) -> Hunt:
+    def _hunt(self, budget: Budget, *, uniforms: bool = True) -> PlanSearch:
         """A hunt within a budget, opened with what the tables say."""
         problem = Problem.of(self.base, budget)
         record = Record(problem, self.scores.costs, self.generator)
-        hunt = Hunt(record, self.scores.prior, self.select)
+        hunt = PlanSearch(record, self.scores.prior, self.select)
         starts = (self.scores.prior, self.scores.together, *self.scores.costs.values())
         first = [record.exact(costs) for costs in starts]
         opening = [options for options in first if options is not None]
@@ -232,7 +233,7 @@ class Stages:
             if not self._spent():
                 self.select.measure(options)
 
-    def _fill(self, hunt: Hunt) -> Hunt:
+    def _fill(self, hunt: PlanSearch) -> PlanSearch:
         """Propose and measure until only the reserve is left, the last part of it between the samples too; the hunt that ended.
 
         The last third of the first hunt goes to moves around the best plan and to crosses of the best plans too.
@@ -250,10 +251,10 @@ class Stages:
         hunt.go([Thompson(), Moves(), Crossing()], enough)
         return hunt if self.between is None else self._between(hunt)
 
-    def _between(self, first: Hunt) -> Hunt:
+    def _between(self, first: PlanSearch) -> PlanSearch:
         """A second hunt, from the best plans of the first, for the least sum of the damage on the data and between its samples."""
         record = replace(first.record, measured={}, damage={})
-        second = Hunt(record, first.prior, self.select, self.between, self.drawn)
+        second = PlanSearch(record, first.prior, self.select, self.between, self.drawn)
         fitting = [key for key in first.record.damage if self.select.complete(np.array(key))]
         best = sorted(fitting, key=first.record.damage.__getitem__)[:_OPENING]
         second.open([np.array(key) for key in best], self._spent)
@@ -261,7 +262,7 @@ class Stages:
         record.damage = {**first.record.damage, **record.damage}
         return second
 
-    def _final(self, hunt: Hunt) -> Options:
+    def _final(self, hunt: PlanSearch) -> Options:
         """The best plan on the select part, or of the best few the one that is best on more samples.
 
         Those are the score part, where few passes are spent. Where vicinal samples are measured, the plan with the least sum of the
@@ -298,20 +299,20 @@ class Stages:
         sums = [self.select.measure(options).value + self.between.measure(options).value for options in top]
         return top[int(np.argmin(sums))]
 
-    def _least(self, tolerance: float) -> tuple[Hunt, Options]:
+    def _least(self, tolerance: float) -> tuple[PlanSearch, Options]:
         """The least use of a resource within a tolerated damage: bisection on the limit, with a short hunt at each."""
         over = self.goal.minimize
         low, high = self._range(over)
         self._measure_uniform()
         each = (self.spending.left - self.reserve) / (_STEPS + 1)
-        last: Hunt | None = None
+        last: PlanSearch | None = None
         least = math.inf
         for step in range(_STEPS + 1):
             limit = high if step == 0 else math.sqrt(low * high) if low > 0 else (low + high) / 2
             hunt = self._within(over, limit)
             stop = self.spending.left - each
 
-            def enough(hunt: Hunt = hunt, stop: float = stop) -> bool:
+            def enough(hunt: PlanSearch = hunt, stop: float = stop) -> bool:
                 return hunt.least <= tolerance or self._spent() or self.spending.left < stop
 
             hunt.go([Thompson(), Moves()], enough)
@@ -337,7 +338,7 @@ class Stages:
         known = [(np.array(key), found) for key, found in self.select.known.items() if found.value <= tolerance]
         return [options for options, _ in known if self.select.complete(options) and problem.feasible(options)]
 
-    def _curve(self) -> tuple[Hunt, Options]:
+    def _curve(self) -> tuple[PlanSearch, Options]:
         """Hunts at limits spread over the attainable range; the chosen plan is that within the budget, or at the middle."""
         over = self.goal.over
         low, high = self._range(over)
@@ -358,7 +359,7 @@ class Stages:
             hunt = self._fill(hunt)
         return hunt, self._final(hunt)
 
-    def _within(self, over: str, limit: float) -> Hunt:
+    def _within(self, over: str, limit: float) -> PlanSearch:
         """A hunt within a limit on one resource and the rest of the budget, that knows what was measured before."""
         limits = {} if self.goal.budget is None else {n: v for n, v in self.goal.budget.items() if n != over}
         hunt = self._hunt(Budget(**limits, **{over: limit}), uniforms=False)
@@ -378,7 +379,7 @@ class Stages:
     def _usage(self, options: Options) -> dict[str, float]:
         return dict(with_usage(Plan(named(self.base, options[self.rows])), self.base).usage)
 
-    def _report(self, hunt: Hunt, chosen: Options) -> SearchResult:
+    def _report(self, hunt: PlanSearch, chosen: Options) -> SearchResult:
         """Measure the plan, uniform precisions and the best plan of one table on the report part."""
         uniform = self._best_uniform(hunt.record)
         plans: dict[str, tuple[str, Options]] = {"plan": ("plan", chosen)}
@@ -474,7 +475,7 @@ class Stages:
         difference, se = found["uniform"].over(found["plan"]) if uniform is not None else (math.nan, math.nan)
         return verdict(self.metric.counted_in, name, difference, se, chosen=same)
 
-    def _plan(self, hunt: Hunt, chosen: Options) -> tuple[Plan, CostTable]:
+    def _plan(self, hunt: PlanSearch, chosen: Options) -> tuple[Plan, CostTable]:
         """The plan with its proof against the posterior table, and that table."""
         posterior = learned(hunt.prior, hunt.record.damage)
         costs = posterior.expected()

@@ -14,7 +14,8 @@ from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.comparisons import KL, METRICS, Accuracy, Loss, Own
 from mpsearch.models.running import samples, state_fingerprint
 from mpsearch.plan_search import evaluator
-from mpsearch.plan_search.evaluator import Measurement, PlanMeter, Spending
+from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
+from mpsearch.plan_search.passes import PassBudget
 from mpsearch.quantizers.fake_quantization import input_ranges
 from mpsearch.quantizers.rounding import RoundToNearest
 
@@ -62,7 +63,7 @@ def meter_of(
     kept = Checkpoint(":memory:", {}) if checkpoint is None else checkpoint
     context = Context(model, data, decisions_of(found), options, RoundToNearest(), ranges, KL(), None, checkpoint=kept)
     every = sum(map(samples, data)) if total is None else total
-    return PlanMeter("select", context, data, damage or KL(), every, spending or Spending(100.0))
+    return PlanEvaluator("select", context, data, damage or KL(), every, spending or PassBudget(100.0))
 
 
 def plan_of(meter, options):
@@ -174,7 +175,7 @@ def test_a_plan_that_is_dropped_keeps_its_first_batches_and_goes_on_from_there()
 def test_passes_are_calls_of_the_model(monkeypatch, damage, room):
     """Of the logits of 21 samples only those of the first batch have room in the second case."""
     monkeypatch.setattr(evaluator, "REFERENCE_BYTES", room)
-    spending = Spending(100.0)
+    spending = PassBudget(100.0)
     meter = meter_of(damage=damage, spending=spending, total=50)
     runs = Runs(meter.context.model)
     price = 0.0
@@ -216,7 +217,7 @@ def test_what_is_in_the_checkpoint_is_charged_what_it_took(monkeypatch, room):
         assert trail(resumed) == expected
         if stop == 4:
             assert runs.count == 0
-        spending = Spending(100.0, free=rows)
+        spending = PassBudget(100.0, free=rows)
         other = Checkpoint(":memory:", {})
         other.fill(rows)
         later = meter_of(checkpoint=other, spending=spending)
@@ -357,7 +358,7 @@ def test_plans_of_an_earlier_search_are_recalled_at_no_cost_but_not_those_that_i
     whole = first.measure(np.array([0, 2, 2]))
     first.measure(np.array([1, 1, 1]), lambda found: True)
     kept = first.context.checkpoint
-    second = meter_of(checkpoint=kept, spending=Spending(100.0, free=kept.rows()))
+    second = meter_of(checkpoint=kept, spending=PassBudget(100.0, free=kept.rows()))
     runs = Runs(second.context.model)
     assert [options.tolist() for options in second.recall()] == [[0, 2, 2]]
     assert second.known[0, 2, 2].sums.tolist() == whole.sums.tolist()

@@ -6,7 +6,7 @@ import pytest
 import mpsearch as mps
 from mpsearch.core.problem import Problem
 from mpsearch.plan_search.evaluator import Measurement
-from mpsearch.plan_search.loop import Hunt
+from mpsearch.plan_search.loop import PlanSearch
 from mpsearch.plan_search.proposers import Record
 
 COSTS = np.array([[4.0, 1.0], [2.0, 0.5], [1.0, 0.2]])
@@ -43,7 +43,7 @@ def hunt_of(limit=11.0, **options):
     size = np.array([[2.0, 4.0]] * 3)
     table = mps.CostTable(layers, mps.precisions("w2 w4"), np.zeros((3, 2)), usage={"memory_bytes": size})
     record = Record(Problem.of(table, mps.Budget(memory_bytes=limit)), {}, np.random.default_rng(0))
-    return Hunt(record, COSTS / 10, Meter(**options))
+    return PlanSearch(record, COSTS / 10, Meter(**options))
 
 
 class Listed:
