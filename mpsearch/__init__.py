@@ -32,6 +32,7 @@ from mpsearch.errors import ExportError as ExportError
 from mpsearch.errors import InfeasibleError as InfeasibleError
 from mpsearch.errors import MissingPackage as MissingPackage
 from mpsearch.errors import MpsearchError as MpsearchError
+from mpsearch.errors import MpsearchWarning as MpsearchWarning
 from mpsearch.errors import PlanError as PlanError
 from mpsearch.errors import SolverError as SolverError
 from mpsearch.errors import TableError as TableError
@@ -69,6 +70,7 @@ __all__ = [
     "LayerOptions",
     "MissingPackage",
     "MpsearchError",
+    "MpsearchWarning",
     "Peak",
     "Plan",
     "PlanError",

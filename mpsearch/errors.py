@@ -1,4 +1,4 @@
-"""Every error that mpsearch raises on purpose: one message, with the numbers, and nothing else inside."""
+"""Every error that mpsearch raises on purpose: one message, with the numbers, and nothing else inside; and what it warns with."""
 
 import difflib
 from collections.abc import Iterable
@@ -24,6 +24,13 @@ class MpsearchError(Exception):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(one_line(message))
+
+
+class MpsearchWarning(UserWarning):
+    """What mpsearch tells and goes on: what it assumed, left alone or approximated.
+
+    `warnings.filterwarnings("error", category=mps.MpsearchWarning)` makes errors of them.
+    """
 
 
 class FileError(MpsearchError, ValueError):

@@ -27,7 +27,7 @@ from mpsearch.core.wrapped_names import plain
 from mpsearch.decisions.coverage import undecided
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.decisions.mask import decidable, only_allowed, refused_options
-from mpsearch.errors import EstimatorError, TableError, nearest
+from mpsearch.errors import EstimatorError, MpsearchWarning, TableError, nearest
 from mpsearch.estimation.estimator import Context, Decision, Estimate, Estimator, Loss, Passes
 from mpsearch.metrics.choice import MetricChoice, choose
 from mpsearch.metrics.comparisons import KL, METRICS, Comparison, Metric, Own
@@ -297,6 +297,7 @@ def scored(
             warnings.warn(
                 f"{', '.join(blind)} takes a KL over a softmax, which does not see what all outputs have in common; {choice.sentence}; "
                 "the estimator OutputDamage measures that",
+                MpsearchWarning,
                 stacklevel=3,
             )
     if state_fingerprint(model) != before:
@@ -582,6 +583,7 @@ def _tell_of_no_effect(context: Context, estimate: Estimate, unseen: set[str]) -
         warnings.warn(
             f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
             "if the model cuts their gradients off",
+            MpsearchWarning,
             stacklevel=4,
         )
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from mpsearch.core import shown
 from mpsearch.core.precision import Precision
-from mpsearch.errors import MpsearchError, PlanError, nearest
+from mpsearch.errors import MpsearchError, MpsearchWarning, PlanError, nearest
 from mpsearch.files.file_set import hash_of
 from mpsearch.files.schema import OPEN, checked, parse_json
 from mpsearch.files.writing import write_atomically
@@ -146,6 +146,7 @@ class Plan(Mapping[str, Precision]):
         warnings.warn(
             f"{path}: the layers were changed after the plan was written; what was predicted of it and its use of resources do not belong "
             "to it and are left out",
+            MpsearchWarning,
             stacklevel=2,
         )
         return dataclasses.replace(plan, predicted={}, usage={}, origin={**plan.origin, "edited": True})

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.core.undecided import sentence
+from mpsearch.errors import MpsearchWarning
 
 #: A plan that leaves matrices of this share unnamed is told.
 _UNNAMED = 0.1
@@ -75,7 +76,9 @@ def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> No
     """Warn where a plan leaves a tenth of the weights and more in matrices that it does not name."""
     facts = undecided(model, weights)
     if facts["share"] - facts["vectors"] >= _UNNAMED:
-        warnings.warn(f"the plan names {number} layer{'s' * (number > 1)}: {sentence(facts)}", stacklevel=3)
+        warnings.warn(
+            f"the plan names {number} layer{'s' * (number > 1)}: {sentence(facts)}", MpsearchWarning, stacklevel=3
+        )
 
 
 class _Memory:

@@ -15,7 +15,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.undecided import WORTH_A_WORD, sentence
 from mpsearch.decisions import grouping
 from mpsearch.decisions.coverage import undecided
-from mpsearch.errors import TableError, nearest
+from mpsearch.errors import MpsearchWarning, TableError, nearest
 from mpsearch.models.graph import DataFlow, trace
 from mpsearch.models.modules.experts import place_of, routers
 from mpsearch.models.modules.operand import Operand
@@ -116,7 +116,7 @@ def layers(
             hidden = sorted(n for n in unnamed - excluded if not (stacked and place_of(n)))
             excluded.update(hidden)
             if hidden:
-                warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", stacklevel=2)
+                warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=2)
         if excluded >= set(found):
             raise TableError(f"exclude={list(exclude)} leaves no layer")
         tied = grouping.shared_weights(found)
@@ -157,7 +157,7 @@ def layers(
         heard = [weight_of(module) for name, module in found.items() if name not in asked and name not in called]
         left = undecided(model, weights, asked, heard)
         if left["untold"] >= WORTH_A_WORD:
-            warnings.warn(sentence(left), stacklevel=2)
+            warnings.warn(sentence(left), MpsearchWarning, stacklevel=2)
         made = []
         for name in decided:
             module = every[name]
@@ -210,7 +210,9 @@ def _called(
     elsewhere = {name for group in tied if any(other in macs for other in group.members) for name in group.members}
     lost = [name for name in idle if name not in waiting | elsewhere]
     if lost:
-        warnings.warn(f"the example never calls {_shown(lost)}: left out of the decisions", stacklevel=3)
+        warnings.warn(
+            f"the example never calls {_shown(lost)}: left out of the decisions", MpsearchWarning, stacklevel=3
+        )
     called = {name: module for name, module in wanted.items() if name in macs or name in waiting}
     if not called:
         raise TableError("the example calls none of the quantizable layers")

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.undecided import without_option
-from mpsearch.errors import TableError
+from mpsearch.errors import MpsearchWarning, TableError
 from mpsearch.quantizers.rounding import row_misfit, stored_bytes
 from mpsearch.targets.rules import TARGETS
 
@@ -65,7 +65,7 @@ def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[li
             "fits, such as w16"
         )
     if reasons:
-        warnings.warn(without_option(reasons), stacklevel=3)
+        warnings.warn(without_option(reasons), MpsearchWarning, stacklevel=3)
     return [layer for layer in layers if layer.name not in reasons], reasons
 
 

@@ -14,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.wrapped_names import by_names_of
 from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.model_bytes import plan_bytes
-from mpsearch.errors import EstimatorError, ExportError, nearest
+from mpsearch.errors import EstimatorError, ExportError, MpsearchWarning, nearest
 from mpsearch.models.modules.decomposing import unfused
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, storage_of, weight_of
@@ -77,7 +77,7 @@ def fitted(
     if snap:
         found = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
         if found.changes:
-            warnings.warn(str(found), stacklevel=3)
+            warnings.warn(str(found), MpsearchWarning, stacklevel=3)
             return found.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     if model is not None:
@@ -96,7 +96,7 @@ def fitted(
     if model is not None and "memory_bytes" in plan.usage:
         difference = differing(plan.usage["memory_bytes"], plan_bytes(plan, model, known, symmetric=symmetric).total)
         if difference:
-            warnings.warn(f"{difference} as {target} stores it; {counted_for(target)}", stacklevel=3)
+            warnings.warn(f"{difference} as {target} stores it; {counted_for(target)}", MpsearchWarning, stacklevel=3)
     return plan
 
 

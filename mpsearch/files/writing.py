@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import FileError
+from mpsearch.errors import FileError, MpsearchWarning
 
 #: Where systems list the open files of a process.
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/(?P<process>\d+)(/task/\d+)?/fd")
@@ -198,7 +198,11 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
     csv.writer(_Lines(text), lineterminator="\r\n").writerows(seen())  # what ends lines is quoted in cells
     if formulas:
-        warnings.warn(f"the name {formulas[0]!r} is written to CSV: a spreadsheet takes it for a formula", stacklevel=2)
+        warnings.warn(
+            f"the name {formulas[0]!r} is written to CSV: a spreadsheet takes it for a formula",
+            MpsearchWarning,
+            stacklevel=2,
+        )
     return text.getvalue()
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import EstimatorError, nearest
+from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
 from mpsearch.metrics.comparisons import (
     KL,
     METRICS,
@@ -114,7 +114,7 @@ class MetricChoice:
     def warn(self, stacklevel: int) -> None:
         """Warn of what was assumed, and of what is not measured."""
         if self.reading.unmeasured or (self.reading.assumed and not (self.asked and self.metric is self.comparison)):
-            warnings.warn(self.sentence, stacklevel=stacklevel + 1)
+            warnings.warn(self.sentence, MpsearchWarning, stacklevel=stacklevel + 1)
 
 
 def choose(

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.errors import MpsearchWarning
 from mpsearch.models.running import fingerprint, state_fingerprint
 
 
@@ -111,6 +112,7 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
         warnings.warn(
             f"the output of the unquantized model differs by {change:.2g} of its size from that of the earlier run, as on another machine "
             "or with another number of threads: results agree within rounding, not bit for bit",
+            MpsearchWarning,
             stacklevel=4,
         )
     return None

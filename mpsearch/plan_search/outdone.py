@@ -10,6 +10,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.problem import Problem
 from mpsearch.core.quantity import merged, quantity
 from mpsearch.core.table import CostTable
+from mpsearch.errors import MpsearchWarning
 from mpsearch.plan_search.goals import Goal
 
 
@@ -60,6 +61,6 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
         if better not in coarse
     )
     text = f"options that use as much as a finer one are left out: {told}"
-    warnings.warn(text, stacklevel=3)
+    warnings.warn(text, MpsearchWarning, stacklevel=3)
     sensitivity = np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity)
     return replace(table, sensitivity=sensitivity, origin={**table.origin, "outdone": text})

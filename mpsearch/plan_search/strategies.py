@@ -18,7 +18,7 @@ from mpsearch.core.plan import Plan
 from mpsearch.core.problem import Problem, named, uniform_options
 from mpsearch.core.solution import Choice, Status
 from mpsearch.core.table import Array, CostTable
-from mpsearch.errors import EstimatorError, InfeasibleError, SolverError
+from mpsearch.errors import EstimatorError, InfeasibleError, MpsearchWarning, SolverError
 from mpsearch.estimation.estimator import Context, Estimator
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.models.data.mixup import mixed
@@ -168,7 +168,7 @@ class Stages:
 
     def _decided(self, end: EarlyEnd) -> SearchResult:
         """The plan that is left to take, measured; no table is filled, rounding noise is the only signal."""
-        warnings.warn(f"{end.reason}: it is measured, and nothing is searched", stacklevel=2)
+        warnings.warn(f"{end.reason}: it is measured, and nothing is searched", MpsearchWarning, stacklevel=2)
         self.scores = from_bits(self.context)
         hunt = PlanSearch(
             Record(Problem.of(self.base, self.goal.budget or Budget()), {}, self.generator),

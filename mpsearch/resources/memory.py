@@ -11,7 +11,7 @@ from torch import nn
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
-from mpsearch.errors import EstimatorError
+from mpsearch.errors import EstimatorError, MpsearchWarning
 from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
 from mpsearch.resources.resource import Resource
 from mpsearch.targets.rules import TARGETS
@@ -59,6 +59,7 @@ class MemoryBytes:
         if storage is None and self.quantizer is not None and not isinstance(self.quantizer, StoresBytes):
             warnings.warn(
                 f"memory_bytes are those of RoundToNearest: {type(self.quantizer).__name__} has no stored_bytes(layer, precision)",
+                MpsearchWarning,
                 stacklevel=2,
             )
         rows = {layer.name: row for row, layer in enumerate(layers)}

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
-from mpsearch.errors import ExportError
+from mpsearch.errors import ExportError, MpsearchWarning
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import (
@@ -172,6 +172,7 @@ def _check_experts(plan: Plan, model: nn.Module) -> None:
     if len(found) > 1:
         warnings.warn(
             f"experts have {', '.join(sorted(found))}: vLLM reads them, transformers misreads or refuses all but one precision",
+            MpsearchWarning,
             stacklevel=3,
         )
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import EstimatorError
+from mpsearch.errors import EstimatorError, MpsearchWarning
 from mpsearch.models.data.held import random_states
 
 #: Whatever a data loader yields; `arranged` tells how it is read.
@@ -101,7 +101,7 @@ def collect(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     assumed = next((pair for pair in read if pair[1] and pair[0].target is not None), None)
     assumed = assumed or next((pair for pair in read if pair[1]), None)
     if assumed:
-        warnings.warn(assumed[1], stacklevel=3)
+        warnings.warn(assumed[1], MpsearchWarning, stacklevel=3)
     readings = [
         dataclasses.replace(assumed[0], given=batch.given) if assumed and doubt and _like(batch, assumed[0]) else batch
         for batch, doubt in read

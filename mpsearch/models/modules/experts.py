@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mpsearch.core.layer import Layer
+from mpsearch.errors import MpsearchWarning
 from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import canonical, layer_of
 from mpsearch.models.running import Batch, call
@@ -155,5 +156,6 @@ def report(unseen: Iterable[str]) -> None:
     shown = ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
     warnings.warn(
         f"no calibration data reached the experts' layers {shown}: scored by the mean of the other experts",
+        MpsearchWarning,
         stacklevel=3,
     )
