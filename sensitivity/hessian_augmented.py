@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mpsearch.core import amounts
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate
 from mpsearch.estimation.gradients.averages import Averages, GradientEstimator
@@ -71,7 +72,7 @@ class HessianAugmented(GradientEstimator):
         if cells > MOST_CELLS:
             raise EstimatorError(
                 f"{len(context.decisions)} units x {len(context.precisions)} precisions are {cells} cells: the matrix of their pairs "
-                f"takes {8 * cells**2 / 1e9:.1f} GB, at most {MOST_CELLS} cells are taken; give fewer layers or precisions"
+                f"takes {amounts.text('memory_bytes', 8 * cells**2)}, at most {MOST_CELLS} cells are taken; give fewer layers or precisions"
             )
         return _Pairs(context, self.source(context).draws, self.shrink)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.quantity import merged, plus, running_sums
+from mpsearch.core.totals import merged, plus, running_sums
 from mpsearch.errors import SolverError
 from mpsearch.solvers.hull import hull_steps
 from mpsearch.solvers.lists import undominated

@@ -11,10 +11,10 @@ from mpsearch.allocation.solving import choose
 from mpsearch.core.budget import Budget
 from mpsearch.core.front import Front, check_over
 from mpsearch.core.problem import Problem, least_options
-from mpsearch.core.quantity import quantity
 from mpsearch.core.settings import check_kind, checked_number
 from mpsearch.core.solution import Solver, Status, relative_gap
 from mpsearch.core.table import CostTable
+from mpsearch.core.totals import total_of
 from mpsearch.errors import BudgetError, InfeasibleError, SolverError, TableError
 
 Method = Literal["auto", "exact", "epsilon", "hull", "sweep"]
@@ -102,7 +102,7 @@ def _direct(table: CostTable, over: str, method: Method, epsilon: float) -> Fron
     from mpsearch.solvers import frontier
 
     problem = Problem.of(table, Budget())
-    axis = quantity(table, over)
+    axis = total_of(table, over)
     if method == "auto":
         method = "exact" if problem.objective.size <= EXACT_CELLS else "hull"
     rows, fixed, divisor = problem.row_of_layer, axis.fixed[0], axis.divisor
@@ -119,7 +119,7 @@ def _several(table: CostTable, over: tuple[str, ...]) -> Front:
     from mpsearch.solvers import frontier
 
     problem = Problem.of(table, Budget())
-    axes = [quantity(table, name) for name in over]
+    axes = [total_of(table, name) for name in over]
     found = frontier.exact_front_of_several(
         table.sensitivity,
         np.array([axis.cells[0] for axis in axes]),
@@ -157,7 +157,7 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
     reason = free.shortfall()
     if reason is not None:
         raise InfeasibleError(reason)
-    axis = quantity(table, over)
+    axis = total_of(table, over)
 
     def used(options: NDArray[np.int64]) -> float:
         return axis.of(options[free.row_of_layer])

@@ -11,7 +11,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.budget import Budget, limit_text
+from mpsearch.core.budget import Budget, inequality
 from mpsearch.core.problem import Problem
 from mpsearch.core.settings import check_kind, check_settings, checked_number
 from mpsearch.core.solution import Choice, Solution, Solver, Status, UpperLimitsOnly
@@ -101,7 +101,7 @@ def solve(
     solutions = [problem.solution(choice, name, seconds) for choice in choices]
     first = solutions[0]
     if first.plan is None:
-        limits = " and ".join(limit_text(name, limit) for name, limit in problem.limits.items())
+        limits = " and ".join(inequality(name, limit) for name, limit in problem.limits.items())
         if first.status is Status.INFEASIBLE:
             if len(problem.usage) == 1 and reason is None:
                 raise SolverError(f"{name} says that {limits} cannot be met, but the least that any plan uses fits")
@@ -177,7 +177,7 @@ def _asked(solver: Solver, problem: Problem) -> Choice:
     lower = next((name for name, (low, _) in problem.limits.items() if low > -math.inf), None)
     if lower is not None and isinstance(solver, UpperLimitsOnly):
         raise SolverError(
-            f"{type(solver).__name__} cannot take the lower limit {limit_text(lower, problem.limits[lower])}; use Exact or ILP"
+            f"{type(solver).__name__} cannot take the lower limit {inequality(lower, problem.limits[lower])}; use Exact or ILP"
         )
     if problem.interactions is None:
         return solver.choose(problem.objective, problem.usage, problem.free)

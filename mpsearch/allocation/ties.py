@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.allocation.solving import solve
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.budget import Budget
 from mpsearch.core.solution import Solution, Status
 from mpsearch.core.table import Array, CostTable
@@ -166,7 +166,7 @@ def ties_text(predicted: Mapping[str, Any]) -> str:
             lines.append(f"{head}price unknown, {tie['unknown']}")
             continue
         if minimized != "sensitivity":
-            lines.append(f"{head}costs {printing.amount(minimized, tie['price'])}")
+            lines.append(f"{head}costs {amounts.text(minimized, tie['price'])}")
             continue
         damage = predicted.get("sensitivity")
         share = f", {100 * tie['price'] / damage:.2g} % of the predicted damage" if damage and tie["price"] else ""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import mpsearch as mps
 from mpsearch.cli.screen import Screen
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.blocks import MOST, blocks
 
 
@@ -38,9 +38,9 @@ def usage_text(plan: mps.Plan, screen: Screen) -> str:
     rows = []
     for name, value in plan.usage.items():
         limit = plan.budget.get(name)
-        most = printing.upper(limit)
+        most = amounts.upper_limit(limit)
         share = printing.percent(value / most) if most else ""
-        rows.append([name, printing.amount(name, value), "" if limit is None else printing.limit(name, limit), share])
+        rows.append([name, amounts.text(name, value), "" if limit is None else amounts.limit_text(name, limit), share])
     return screen.table(["resource", "used", "budget", "share"], rows)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 import mpsearch as mps
 from mpsearch.cli.screen import Screen
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.blocks import blocks
 from mpsearch.core.problem import attainable
 from mpsearch.core.table import Array
@@ -47,7 +47,7 @@ def table_text(table: mps.CostTable, screen: Screen) -> str:
 def range_text(table: mps.CostTable, screen: Screen) -> str:
     """The least and the most that a plan uses of each resource, and what the unquantized model does."""
     rows = [
-        [name, *(printing.amount(name, value) for value in (low, high, table.reference_usage.get(name, np.nan)))]
+        [name, *(amounts.text(name, value) for value in (low, high, table.reference_usage.get(name, np.nan)))]
         for name, (low, high) in attainable(table).items()
     ]
     return screen.table(["any plan uses", "from", "to", "unquantized"], rows)

@@ -7,9 +7,9 @@ import numpy as np
 
 from mpsearch.core.budget import Budget
 from mpsearch.core.problem import Problem
-from mpsearch.core.quantity import quantity
 from mpsearch.core.solution import Solution, Status
 from mpsearch.core.table import CostTable
+from mpsearch.core.totals import total_of
 
 
 def check_solution(
@@ -48,7 +48,7 @@ def check_solution(
     options[problem.row_of_layer] = columns
     assert (options[problem.row_of_layer] == columns).all(), "layers of a group have different precisions"
     assert problem.feasible(options), "the plan breaks a limit"
-    amount = quantity(table, minimize)
+    total = total_of(table, minimize)
     value = problem.value(options)
     claimed = solution.sensitivity if minimize == "sensitivity" else solution.usage[minimize]
     assert math.isclose(value, claimed, rel_tol=1e-12, abs_tol=0.0), f"damage {claimed}, recomputed {value}"
@@ -56,7 +56,7 @@ def check_solution(
     if not math.isfinite(bound):
         return False
     assert bound <= value * (1 + math.copysign(tolerance, value)), f"bound {bound} above the plan's {value}"
-    bound = bound * amount.divisor - amount.fixed[0]  # as a sum of cells
+    bound = bound * total.divisor - total.fixed[0]  # as a sum of cells
     prices = np.array(list((solution.multipliers or dict.fromkeys(problem.row_names, 0.0)).values()))
     assert (prices >= 0).all(), "a negative multiplier"
     priced = problem.objective + np.tensordot(prices, problem.usage, axes=1)

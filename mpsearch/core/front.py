@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core import shown
-from mpsearch.core.budget import Budget, amount, limit_text, reference
+from mpsearch.core import amounts, shown
+from mpsearch.core.budget import Budget, inequality, reference
 from mpsearch.core.plan import Plan
 from mpsearch.core.problem import Problem
-from mpsearch.core.quantity import DERIVED
 from mpsearch.core.solution import Choice, Solution, Status
 from mpsearch.core.table import Array, CostTable
+from mpsearch.core.totals import DERIVED
 from mpsearch.errors import BudgetError, InfeasibleError, nearest
 from mpsearch.files.writing import csv_text, write_atomically
 
@@ -104,7 +104,7 @@ class Front(Sequence[Solution]):
         """
         if not isinstance(budget, Budget):
             whole = None if self.over in DERIVED else reference(self.table, self.over)
-            budget = Budget(**{self.over: amount(self.over, budget, whole)})
+            budget = Budget(**{self.over: amounts.parse(self.over, budget, whole)})
         limits = budget.bounds(self.table)
         least, most = limits.get(self.over, (-math.inf, math.inf))
         fitting = np.flatnonzero((least <= self.usage) & (self.usage <= most))
@@ -115,7 +115,7 @@ class Front(Sequence[Solution]):
             totals = {**point.usage, "sensitivity": point.sensitivity}
             if all(low <= totals[name] <= high for name, (low, high) in limits.items()):
                 return point
-        wanted = " and ".join(limit_text(name, limit) for name, limit in limits.items())
+        wanted = " and ".join(inequality(name, limit) for name, limit in limits.items())
         raise InfeasibleError(f"no point of the front has {wanted}: the least {self.over} is {self.usage[0]:.6g}")
 
     def to_frame(self) -> "pd.DataFrame":

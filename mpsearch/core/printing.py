@@ -1,4 +1,4 @@
-"""Text for a person: aligned tables, amounts with units."""
+"""Text for a person: aligned tables, damages, shares, bars, names that fit; amounts of a resource are in `mpsearch.core.amounts`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -48,74 +48,6 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | Non
     )
 
 
-def amount(resource: str, value: float, digits: int = 3) -> str:
-    """A quantity with its unit, by the ending of its name.
-
-    >>> amount("memory_bytes", 1234567), amount("latency_s", 0.0123), amount("bitops", 4.2e9), amount("average_bits", 4)
-    ('1.23 MB', '12.3 ms', '4.20 G', '4.00')
-    """
-    if not math.isfinite(value):
-        return "-"
-    if resource.endswith("_bytes"):
-        return _scaled(value, [(1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")], digits)
-    if resource.endswith("_s"):
-        return _scaled(value, [(1, "s"), (1e-3, "ms"), (1e-6, "us"), (1e-9, "ns")], digits)
-    if resource.endswith("_j"):
-        return _scaled(value, [(1, "J"), (1e-3, "mJ"), (1e-6, "uJ"), (1e-9, "nJ")], digits)
-    if resource.endswith("_bits"):
-        return f"{value:.2f}"
-    return _scaled(value, [(1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1, "")], digits)
-
-
-def upper(written: Any) -> float | None:
-    """The upper limit in a plan's budget, as a number; None where there is none, or only text.
-
-    >>> upper(4.0), upper([3.98, 4.02]), upper([3.98, None]), upper("25%")
-    (4.0, 4.02, None, None)
-    """
-    most = written[1] if isinstance(written, tuple | list) else written
-    return most if isinstance(most, int | float) else None
-
-
-def limit(resource: str, written: Any) -> str:
-    """A limit of a plan's budget, as it is told.
-
-    >>> limit("average_bits", 4.0), limit("average_bits", [3.9, 4.0]), limit("memory_bytes", [1000, None]), limit("bitops", "25%")
-    ('4.00', '3.90 to 4.00', 'at least 1.00 kB', '25%')
-    """
-
-    def end(value: Any) -> str:
-        return amount(resource, value) if isinstance(value, int | float) else str(value)
-
-    if not isinstance(written, tuple | list):
-        return end(written)
-    low, high = written
-    if low is None:
-        return end(high)
-    return f"at least {end(low)}" if high is None else f"{end(low)} to {end(high)}"
-
-
-def tick(resource: str, value: float) -> str:
-    """An amount on an axis: as many digits as tell it from its neighbour, without zeros that say nothing.
-
-    >>> tick("memory_bytes", 1.5e6), tick("memory_bytes", 162_500), tick("bitops", 2e9)
-    ('1.5 MB', '162.5 kB', '2 G')
-    """
-    number, _, unit = amount(resource, value, digits=6).partition(" ")
-    return f"{float(number):g} {unit}".rstrip()
-
-
-def label(resource: str) -> str:
-    """Name of a resource without its unit.
-
-    >>> label("memory_bytes"), label("latency_s"), label("average_bits")
-    ('memory', 'latency', 'average bits')
-    """
-    for unit in ("_bytes", "_s", "_j"):
-        resource = resource.removesuffix(unit)
-    return resource.replace("_", " ")
-
-
 def passes(forward: float, backward: float) -> str:
     """Runs of the model over the data.
 
@@ -135,14 +67,6 @@ def counted(origin: Mapping[str, Any]) -> str:
     """
     facts = origin.get("counted", {})
     return "; ".join(f"{name}: {text}" for name, text in facts.items()) if isinstance(facts, Mapping) else ""
-
-
-def _scaled(value: float, units: Sequence[tuple[float, str]], digits: int) -> str:
-    for size, unit in units:
-        if abs(value) >= size:
-            number = f"{value / size:.{digits}g}" if value / size >= 100 else f"{value / size:#.{digits}g}"
-            return f"{number} {unit}".rstrip()
-    return f"{value / units[-1][0]:.{digits}g} {units[-1][1]}".rstrip()
 
 
 def damage(value: float | None, se: float | None = None) -> str:

@@ -8,13 +8,13 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.budget import Budget, Limit, limit_text, written
+from mpsearch.core.budget import Budget, Limit, inequality, written
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
-from mpsearch.core.quantity import DERIVED, Quantity, amounts, exact_sum, merged, plus, quantity
 from mpsearch.core.solution import Choice, Solution, Status, relative_gap
 from mpsearch.core.table import Array, CostTable, Interactions
+from mpsearch.core.totals import DERIVED, Total, exact_sum, merged, plus, total_of, totals_of
 from mpsearch.core.undecided import sentence
 from mpsearch.errors import BudgetError, SolverError, TableError, nearest
 
@@ -82,7 +82,7 @@ class Problem:
             raise TableError(f"the layers {', '.join(members)} share one precision, but none is allowed in all of them")
         objective = sensitivity
         if minimized != "sensitivity":
-            cells, _ = merged(quantity(table, minimized).cells[0], row_of_layer)
+            cells, _ = merged(total_of(table, minimized).cells[0], row_of_layer)
             objective = np.where(np.isnan(sensitivity), np.nan, cells)
         objective.flags.writeable = False
         none = np.empty((0, *objective.shape))
@@ -93,11 +93,11 @@ class Problem:
         """The same with other limits; those on other amounts stay."""
         rows: list[tuple[str, Array, float, float]] = []
         for name, (lower, upper) in limits.items():
-            amount = quantity(self.table, name)
+            total = total_of(self.table, name)
             if lower > -math.inf:
-                rows.append((f"{name} at least", *self._row(amount.negative, 0, -lower)))
+                rows.append((f"{name} at least", *self._row(total.negative, 0, -lower)))
             if upper < math.inf:
-                rows += [(name, *self._row(amount, step, upper)) for step in range(len(amount.cells))]
+                rows += [(name, *self._row(total, step, upper)) for step in range(len(total.cells))]
         kept = [r for r, name in enumerate(self.row_names) if name.removesuffix(" at least") not in limits]
         usage = [*self.usage[kept], *(row[1] for row in rows)]
         stacked = usage[0][None] if len(usage) == 1 else np.array(usage).reshape(len(usage), *self.objective.shape)
@@ -111,11 +111,11 @@ class Problem:
             row_names=(*(self.row_names[r] for r in kept), *(row[0] for row in rows)),
         )
 
-    def _row(self, amount: Quantity, step: int, limit: float) -> tuple[Array, float, float]:
+    def _row(self, total: Total, step: int, limit: float) -> tuple[Array, float, float]:
         """Usage (G, P), what is free, and the blur, of one step of an amount that is at most `limit`."""
         allowed = ~np.isnan(self.objective)
-        cells = amount.cells[step]
-        room, reached = amount.room(step, limit)
+        cells = total.cells[step]
+        room, reached = total.room(step, limit)
         exponent, rounded = 0, 0
         size = float(np.where(self.table.allowed, np.abs(cells), 0.0).max(axis=1).sum())
         if size < 2.0**_DIGITS and ((cells == np.floor(cells)) | ~self.table.allowed).all():
@@ -156,19 +156,19 @@ class Problem:
     def broken(self, options: NDArray[np.int64]) -> list[tuple[str, float]]:
         """The limits that a choice of one option a row breaks, and what it uses."""
         columns = options[self.row_of_layer]
-        used = {name: quantity(self.table, name).of(columns) for name in self.limits}
+        used = {name: total_of(self.table, name).of(columns) for name in self.limits}
         return [(name, used[name]) for name, (low, high) in self.limits.items() if not low <= used[name] <= high]
 
     def value(self, options: NDArray[np.int64]) -> float:
         """What is minimized, of a choice of one option a row, fixed part included."""
-        return quantity(self.table, self.minimized).of(options[self.row_of_layer])
+        return total_of(self.table, self.minimized).of(options[self.row_of_layer])
 
     def shortfall(self) -> str | None:
         """Why a limit cannot be met whatever the plan, with the numbers; None where each alone can be met."""
         allowed = ~np.isnan(self.objective)
         for name, limit in self.limits.items():
-            amount = quantity(self.table, name)
-            for lower, steps in ((True, amount.negative), (False, amount)):
+            total = total_of(self.table, name)
+            for lower, steps in ((True, total.negative), (False, total)):
                 bound = -limit[0] if lower else limit[1]
                 if math.isinf(bound):
                     continue
@@ -179,15 +179,13 @@ class Problem:
                         return self._shortfall(one, used, least, limit, lower=lower)
         return None
 
-    def _shortfall(
-        self, amount: Quantity, used: float, options: NDArray[np.int64], limit: Limit, *, lower: bool
-    ) -> str:
+    def _shortfall(self, total: Total, used: float, options: NDArray[np.int64], limit: Limit, *, lower: bool) -> str:
         sign = -1.0 if lower else 1.0
-        each = sign * merged(amount.cells[0], self.row_of_layer)[0][np.arange(len(options)), options] / amount.divisor
+        each = sign * merged(total.cells[0], self.row_of_layer)[0][np.arange(len(options)), options] / total.divisor
         most = int(np.argmax(each))
         layer = next(x.name for x, at in zip(self.table.layers, self.row_of_layer, strict=True) if at == most)
         parts = [f"{each[most]:.3g} of it in layer {layer!r}"]
-        fixed = sign * amount.fixed[0] / amount.divisor
+        fixed = sign * total.fixed[0] / total.divisor
         if fixed > 0:
             parts.insert(
                 0,
@@ -195,7 +193,7 @@ class Problem:
             )
         undecided = sentence(self.table.origin.get("undecided", {})) if fixed > 0 else ""
         return (
-            f"{limit_text(amount.name, limit)} cannot be met: the {'most' if lower else 'least'} any plan uses is "
+            f"{inequality(total.name, limit)} cannot be met: the {'most' if lower else 'least'} any plan uses is "
             f"{sign * used:.6g}, " + " and ".join(parts) + (f"; {undecided}" if undecided else "")
         )
 
@@ -222,13 +220,13 @@ class Problem:
             name, used = broken[0]
             raise SolverError(
                 f"{solver} returned a plan that uses {used:.17g} of {name}, {'less' if used < self.limits[name][0] else 'more'} than "
-                f"is allowed by {limit_text(name, self.limits[name])}"
+                f"is allowed by {inequality(name, self.limits[name])}"
             )
         value = self.value(options)
         bound = choice.bound
         if self.minimized != "sensitivity":
-            amount = quantity(self.table, self.minimized)
-            bound = (bound + amount.fixed[0]) / amount.divisor
+            total = total_of(self.table, self.minimized)
+            bound = (bound + total.fixed[0]) / total.divisor
         slack = 1e-9 * max(abs(value), float(np.abs(self.objective[rows, options]).max()))
         if bound > value + slack:
             raise SolverError(f"{solver} claims that no plan is below {bound:.17g}, its own has {value:.17g}")
@@ -269,7 +267,7 @@ def named(table: CostTable, options: NDArray[np.int64]) -> dict[str, Precision]:
 
 def usage_of(table: CostTable, options: NDArray[np.int64]) -> dict[str, float]:
     """Amounts of one column a layer: every resource, average and effective bits where they are known, and `sensitivity`."""
-    return {amount.name: amount.of(options) for amount in amounts(table)}
+    return {total.name: total.of(options) for total in totals_of(table)}
 
 
 def uniform(table: CostTable) -> list[tuple[str, dict[str, float]]]:
@@ -322,8 +320,8 @@ def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
         return dict.fromkeys(table.resources, (math.inf, -math.inf))
     found = {}
     for name in table.resources:
-        amount = quantity(table, name)
-        steps = [replace(amount, cells=[c], fixed=[f]) for c, f in zip(amount.cells, amount.fixed, strict=True)]
+        total = total_of(table, name)
+        steps = [replace(total, cells=[c], fixed=[f]) for c, f in zip(total.cells, total.fixed, strict=True)]
         ends = [
             [one.of(least_options(sign * one.cells[0], rows, allowed)[rows]) for one in steps] for sign in (1.0, -1.0)
         ]

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.ticker import MaxNLocator
 
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
 from mpsearch.display.fragments import precision_counts, table
@@ -89,12 +89,12 @@ def data(result: SearchResult, shown: Sequence[Point]) -> dict[str, Any]:
     over, layers = result.front.over, list(result.plan)
     used = {str(precision): precision for point in shown for precision in point.plan.values()}
     precisions = sorted(used, key=lambda name: (used[name].weight_bits, name))
-    limit, tolerance = printing.upper(result.plan.budget.get(over)), result.settings.get("tolerance")
+    limit, tolerance = amounts.upper_limit(result.plan.budget.get(over)), result.settings.get("tolerance")
     use = [point.use for point in shown] + ([] if limit is None else [limit])
     damage = [point.damage for point in shown]
     log = min(damage) > 0
     return {
-        "over": printing.label(over) + (" (one sample)" if over == "bitops" or over.endswith("_s") else ""),
+        "over": amounts.label(over) + (" (one sample)" if over == "bitops" or over.endswith("_s") else ""),
         "damage": printing.DAMAGE.get(result.settings.get("metric", ""), f"damage [{result.plans.unit}]"),
         "layers": layers,
         "precisions": precisions,
@@ -146,17 +146,17 @@ def point_table(result: SearchResult, shown: Sequence[Point]) -> str:
     rows = [
         [
             point.title,
-            printing.amount(over, point.use),
+            amounts.text(over, point.use),
             printing.damage(point.damage, point.se),
             precision_counts(point.plan),
         ]
         for point in shown
     ]
-    return table(["plan", printing.label(over), f"damage [{result.plans.unit}]", "layers at"], rows)
+    return table(["plan", amounts.label(over), f"damage [{result.plans.unit}]", "layers at"], rows)
 
 
 def _text(point: Point, over: str, unit: str) -> str:
-    return f"{printing.label(over)} {printing.amount(over, point.use)}, damage {printing.damage(point.damage, point.se)} {unit}"
+    return f"{amounts.label(over)} {amounts.text(over, point.use)}, damage {printing.damage(point.damage, point.se)} {unit}"
 
 
 def _rest(point: Point) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _damage_axis(damage: Sequence[float], log: bool) -> dict[str, Any]:
 def _axis(name: str, low: float, high: float, resource: str = "") -> dict[str, Any]:
     """Range, and round ticks with their labels."""
     ticks = [float(tick) for tick in MaxNLocator(7).tick_values(low, high) if low <= tick <= high]
-    labels = [printing.tick(resource, tick) if resource else f"{tick:.4g}" for tick in ticks]
+    labels = [amounts.tick(resource, tick) if resource else f"{tick:.4g}" for tick in ticks]
     return {name: (low, high), f"{name}Ticks": list(map(list, zip(ticks, labels, strict=True)))}
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -69,7 +69,7 @@ def cost_table(shown: "CostTable") -> str:
     origin = shown.origin.get("estimator")
     title = f"Sensitivity [{shown.unit}]" + (f" by {origin}" if isinstance(origin, str) else "")
     ranges = [
-        f"{printing.label(name)} {printing.amount(name, low)} to {printing.amount(name, high)}"
+        f"{amounts.label(name)} {amounts.text(name, low)} to {amounts.text(name, high)}"
         for name, (low, high) in attainable(shown).items()
     ]
     left = len([name for name in known if name != "parameters"])
@@ -114,13 +114,13 @@ def front(shown: "Front") -> str:
     """A picture, and the points."""
     rows = [
         [
-            printing.amount(shown.over, float(shown.usage[number])),
+            amounts.text(shown.over, float(shown.usage[number])),
             printing.damage(float(shown.sensitivity[number])),
             f"{shown.gap[number]:.2g}",
         ]
         for number, _ in _ends(shown.usage.tolist())
     ]
-    header = [printing.label(shown.over), f"damage [{shown.table.unit}]", "gap"]
+    header = [amounts.label(shown.over), f"damage [{shown.table.unit}]", "gap"]
     caption = f"{len(shown)} points, {shown.method}"
     return _picture(shown.plot(), caption) + _block(table(header, _cut(rows, len(shown)), caption=caption))
 
@@ -129,10 +129,10 @@ def measured_front(shown: "MeasuredFront") -> str:
     """A picture, and the points with standard errors."""
     return _picture(shown.plot(), f"{len(shown.plans)} measured plans") + _block(
         table(
-            [printing.label(shown.over), f"damage [{shown.plans.unit}]"],
+            [amounts.label(shown.over), f"damage [{shown.plans.unit}]"],
             _cut(
                 [
-                    [printing.amount(shown.over, use), _with_se(shown.plans, number)]
+                    [amounts.text(shown.over, use), _with_se(shown.plans, number)]
                     for number, use in _ends(shown.usage.tolist())
                 ],
                 len(shown.plans),
@@ -148,12 +148,12 @@ def measured_plans(shown: "MeasuredPlans") -> str:
         [
             str(number),
             _with_se(shown, number),
-            *(printing.amount(name, one.usage.get(name, math.nan)) for name in resources),
+            *(amounts.text(name, one.usage.get(name, math.nan)) for name in resources),
             precision_counts(one),
         ]
         for number, one in _ends(shown.plans)
     ]
-    header = ["plan", f"damage [{shown.unit}]", *(printing.label(name) for name in resources), "layers at"]
+    header = ["plan", f"damage [{shown.unit}]", *(amounts.label(name) for name in resources), "layers at"]
     return _block(table(header, _cut(rows, len(shown)), caption=f"{len(shown)} measured plans"))
 
 
@@ -181,12 +181,12 @@ def comparison(shown: "SearchResult") -> str:
     resources = [name for name in shown.comparison[0].usage if name != "average_bits"]
     kinds = shown.measured.kinds
     unit = shown.plans.unit
-    header = ["held-out data", "average bits", *map(printing.label, resources), *(title for _, title, _ in kinds)]
+    header = ["held-out data", "average bits", *map(amounts.label, resources), *(title for _, title, _ in kinds)]
     rows = [
         [
             _row_name(one, shown.beyond),
-            printing.amount("average_bits", one.usage.get("average_bits", math.nan)),
-            *(printing.amount(name, one.usage[name]) for name in resources),
+            amounts.text("average_bits", one.usage.get("average_bits", math.nan)),
+            *(amounts.text(name, one.usage[name]) for name in resources),
             *(text(getattr(one.evaluation, name), getattr(one.evaluation, f"{name}_se")) for name, _, text in kinds),
             "" if one.role == "plan" else printing.damage(one.difference, one.difference_se),
         ]
@@ -199,7 +199,7 @@ def comparison(shown: "SearchResult") -> str:
             [
                 "unquantized",
                 "",
-                *(printing.amount(name, reference.get(name, math.nan)) for name in resources),
+                *(amounts.text(name, reference.get(name, math.nan)) for name in resources),
                 *(text(getattr(before, name), getattr(before, f"{name}_se") or None) for name, _, text in kinds),
                 "",
             ]
@@ -227,8 +227,8 @@ def precision_counts(shown: "Plan") -> str:
 def _costs(shown: "Plan") -> str:
     """Use of every resource beside its limit."""
     return ", ".join(
-        f"{printing.label(name)} {printing.amount(name, value)}"
-        + (f" of {printing.limit(name, shown.budget[name])}" if name in shown.budget else "")
+        f"{amounts.label(name)} {amounts.text(name, value)}"
+        + (f" of {amounts.limit_text(name, shown.budget[name])}" if name in shown.budget else "")
         for name, value in shown.usage.items()
     )
 

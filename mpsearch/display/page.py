@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from mpsearch.allocation.ties import ties_text
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.plan import Plan
 from mpsearch.display import curve, fragments
 from mpsearch.files.writing import write_atomically
@@ -64,7 +64,7 @@ def _facts(result: SearchResult) -> str:
         facts.append((title, text(getattr(found, name), getattr(found, f"{name}_se")), compared))
     for name, value in usage.items():
         share = f"{100 * value / whole[name]:.3g} % of the unquantized model" if whole.get(name) else ""
-        facts.append((printing.label(name), printing.amount(name, value), share))
+        facts.append((amounts.label(name), amounts.text(name, value), share))
     facts.append(
         ("spent", f"{result.passes:.4g} passes", f"plans measured: {len(result.plans)}, in {result.seconds:.3g} s")
     )
@@ -134,7 +134,7 @@ def _comparison(result: SearchResult) -> str:
 
 
 def _curve(result: SearchResult) -> str:
-    over = printing.label(result.front.over)
+    over = amounts.label(result.front.over)
     return escape(
         f"Of {len(result.plans)} measured plans those that no other beats in both damage and {over}: {len(result.front.plans)}. "
         f"Measured on the {result.plans.origin['samples']} samples that plans were selected on. "
@@ -147,7 +147,7 @@ def _layers(result: SearchResult) -> str:
     table, plan = result.tables["posterior"], result.plan
     resources = list(table.usage)
     header = [
-        "#", "name", "kind", "group", "precision", "parameters", *map(printing.label, resources), f"sensitivity [{table.unit}]",
+        "#", "name", "kind", "group", "precision", "parameters", *map(amounts.label, resources), f"sensitivity [{table.unit}]",
     ]  # fmt: skip
     heads = "".join(
         f'<th scope="col" class="{_COLUMN.get(name, "number")}"><button type="button">{escape(name)}</button></th>'
@@ -165,7 +165,7 @@ def _layers(result: SearchResult) -> str:
             f'<td class="text">{escape(layer.kind)}</td><td class="name">{_breakable(layer.group)}</td>'
             f'<td class="text" data-value="{precision.weight_bits + precision.activation_bits / 100}">{precision}</td>'
             + _number(layer.numel or math.nan, f"{layer.numel:,}" if layer.numel else "-")
-            + "".join(_number(value, printing.amount(name, value)) for value, name in costs)
+            + "".join(_number(value, amounts.text(name, value)) for value, name in costs)
             + _number(damage, printing.damage(damage))
             + "</tr>"
         )

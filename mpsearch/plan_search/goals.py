@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from mpsearch.allocation.solving import solve
 from mpsearch.core.budget import Budget
-from mpsearch.core.quantity import DERIVED
 from mpsearch.core.table import CostTable
+from mpsearch.core.totals import DERIVED
 from mpsearch.errors import BudgetError, nearest
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from mpsearch.core.budget import Budget
 from mpsearch.core.precision import Precision
 from mpsearch.core.problem import Problem
-from mpsearch.core.quantity import merged, quantity
 from mpsearch.core.table import CostTable
+from mpsearch.core.totals import merged, total_of
 from mpsearch.errors import MpsearchWarning
 from mpsearch.plan_search.goals import Goal
 
@@ -39,7 +39,7 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
     problem = Problem.of(table, goal.budget or Budget())
     amounts = list(problem.usage)
     if goal.tolerance is not None or goal.front:
-        amounts += [merged(cells, problem.row_of_layer)[0] for cells in quantity(table, goal.over).cells]
+        amounts += [merged(cells, problem.row_of_layer)[0] for cells in total_of(table, goal.over).cells]
     if not amounts:
         return table
     used = np.stack(amounts)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NotRequired, Required
 import numpy as np
 
 from mpsearch.allocation.ties import ties_text
-from mpsearch.core import printing, shown
+from mpsearch.core import amounts, printing, shown
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
@@ -345,7 +345,7 @@ class SearchResult:
         rows = [
             [
                 one.name + (f" ({self.beyond})" if one.role == "uniform above" else ""),
-                *(printing.amount(name, one.usage[name]) for name in resources),
+                *(amounts.text(name, one.usage[name]) for name in resources),
                 tell_first(getattr(one.evaluation, first), getattr(one.evaluation, f"{first}_se")),
                 *(tell(getattr(one.evaluation, kind)) for kind, _, tell in kinds),
             ]
@@ -355,7 +355,7 @@ class SearchResult:
         if reference is not None:
             told = [tell(getattr(reference, kind)) for kind, _, tell in kinds]
             rows.append(["unquantized", *[""] * len(resources), tell_first(getattr(reference, first)), *told])
-        labels = ["bits" if name == "average_bits" else printing.label(name) for name in resources]
+        labels = ["bits" if name == "average_bits" else amounts.label(name) for name in resources]
         header = ["held-out data", *labels, title, *(title for _, title, _ in kinds)]
         shown = printing.table(header, rows, width)
         for title in ("loss", "memory", "right"):  # what is least needed, where there is no room

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 
 #: Standard errors that a difference must have to count.
 CLEAR = 2.0
@@ -88,8 +88,8 @@ def tolerance_verdict(
     if chosen:
         return Verdict(False, f"uniform {uniform} is the cheapest plan found; {found}")
     if use >= uniform_use:
-        return Verdict(None, f"mixed precision takes as much {printing.label(resource)} as uniform {uniform}; {found}")
+        return Verdict(None, f"mixed precision takes as much {amounts.label(resource)} as uniform {uniform}; {found}")
     saved = printing.percent(1 - use / uniform_use)
     return Verdict(
-        True, f"mixed precision takes {saved} less {printing.label(resource)} than uniform {uniform}; {found}"
+        True, f"mixed precision takes {saved} less {amounts.label(resource)} than uniform {uniform}; {found}"
     )

@@ -9,7 +9,7 @@ import mpsearch as mps
 from mpsearch.cli import arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +51,7 @@ def _tables_text(
         return found
     rows = [
         [
-            printing.amount("memory_bytes", r["memory_bytes"]),
+            amounts.text("memory_bytes", r["memory_bytes"]),
             f"{r['same_layers']}/{layers}",
             f"{r['first_by_second']:.3g}",
             f"{r['second_by_first']:.3g}",
@@ -119,7 +119,7 @@ def _plans_text(
 def _band(row: Mapping[str, Any]) -> str:
     if "smallest" not in row:
         return f"{row['plans']} plans" if row["plans"] == "all" else "of equal size"
-    return f"{printing.amount(row['plans'], row['smallest'])} to {printing.amount(row['plans'], row['largest'])}"
+    return f"{amounts.text(row['plans'], row['smallest'])} to {amounts.text(row['plans'], row['largest'])}"
 
 
 COMMAND = Command(

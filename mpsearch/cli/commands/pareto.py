@@ -6,7 +6,7 @@ import mpsearch as mps
 from mpsearch.cli import arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 
 #: Points that are printed; `--json` and `--out` have them all.
 _SHOWN = 20
@@ -55,7 +55,7 @@ def _text(front: mps.Front, unit: str, screen: Screen) -> str:
     last = len(front) - 1
     shown = sorted({round(i * last / (_SHOWN - 1)) for i in range(_SHOWN)}) if last >= _SHOWN else range(len(front))
     rows = [
-        [printing.amount(front.over, front.usage[i]), printing.damage(front.sensitivity[i]), f"{front.gap[i]:.2g}"]
+        [amounts.text(front.over, front.usage[i]), printing.damage(front.sensitivity[i]), f"{front.gap[i]:.2g}"]
         for i in shown
     ]
     head = f"{len(front)} points, method {front.method}" + (f"; {len(rows)} of them:" if len(rows) < len(front) else "")

@@ -8,7 +8,7 @@ from mpsearch.cli import arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import table_text
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.models.loading import load, part
 
 
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> Answer:
         again = "" if now == used else f" (of which in this run {printing.passes(**now)})"
         spent = f"{table.origin['estimator']}: {printing.passes(**used)}{again}, {table.origin['seconds']:.1f} s"
         if peak is not None:
-            spent += f", at most {printing.amount('memory_bytes', peak)} above the model and data"
+            spent += f", at most {amounts.text('memory_bytes', peak)} above the model and data"
         return f"{table_text(table, screen)}\n\n{screen.prose(spent)}\n{screen.prose(table.origin['measured'])}"
 
     return Answer(content, text, tuple(filter(None, (options.out, options.plot))))

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mpsearch.core import printing
+from mpsearch.core import amounts
 from mpsearch.core.blocks import Block, blocks
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
@@ -55,7 +55,7 @@ def plan_figure(plan: Plan, layers: Sequence[Layer] = (), *, title: str = "") ->
         axes.bar([block.middle for block in found], of_block, width=widths, color=GREY)
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: printing.tick("", value)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amounts.tick("", value)))
         tidy(axes)
     for axes in panels:
         axes.grid(False, axis="x")

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import Array
 from mpsearch.errors import MpsearchError, nearest
@@ -107,10 +107,10 @@ def tidy(axes: Axes, title: str = "") -> None:
 
 def resource_axis(axis: Axis, resource: str, what: str = "") -> None:
     """Label and unit of a resource."""
-    name = _LABELS.get(resource, printing.label(resource))
+    name = _LABELS.get(resource, amounts.label(resource))
     axis.set_label_text(f"{name}, {what}" if what else name)
     axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: printing.tick(resource, value) if value >= 0 else ""))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: amounts.tick(resource, value) if value >= 0 else ""))
 
 
 def damage_axis(axis: Axis, values: Any, unit: str, origin: Mapping[str, Any], what: str = "damage") -> None:

@@ -6,12 +6,12 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpsearch.core import printing
+from mpsearch.core import amounts
 from mpsearch.core.blocks import blocks
 from mpsearch.core.budget import Budget
 from mpsearch.core.plan import Plan
-from mpsearch.core.quantity import DERIVED, quantity
 from mpsearch.core.table import Array, CostTable
+from mpsearch.core.totals import DERIVED, total_of
 from mpsearch.display.figures.depth import label_height, layer_axis, width
 from mpsearch.display.figures.figure import BLACK, GREY, Style, empty, kinds, legend, resource_axis, styles, tidy
 from mpsearch.errors import BudgetError, PlanError, nearest
@@ -40,8 +40,8 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
     if resource not in sums:
         raise BudgetError(f"no resource {resource!r} that adds up over layers{nearest(resource, sums)}")
     names = [layer.name for layer in table.layers]
-    amount = quantity(table, resource)
-    use = _used(table, plan, amount.cells[0] / amount.divisor)
+    total = total_of(table, resource)
+    use = _used(table, plan, total.cells[0] / total.divisor)
     budget = (
         Budget(**{resource: plan.budget[resource]}).bounds(table)[resource][1] if resource in plan.budget else math.inf
     )
@@ -63,7 +63,7 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
         height += part
     if math.isfinite(budget):
         _part(whole, start, budget - start, _LEFT, "left of the budget", resource)
-        whole.axvline(budget, color=BLACK, linewidth=1.6, label=f"budget, {printing.amount(resource, budget)}")
+        whole.axvline(budget, color=BLACK, linewidth=1.6, label=f"budget, {amounts.text(resource, budget)}")
     whole.set_yticks([])
     whole.set_ylim(-0.5, 0.5)
     whole.margins(x=0.02)
@@ -94,6 +94,6 @@ def _part(axes: Axes, start: float, size: float, style: Style, label: str, resou
     """One part of the stacked bar; returns where it ends."""
     if size > 0:
         edge = GREY if style is _LEFT else "white"
-        said = f"{label}, {printing.amount(resource, size)}"
+        said = f"{label}, {amounts.text(resource, size)}"
         axes.barh(0, size, left=start, height=0.7, color=style.colour, hatch=style.hatch, edgecolor=edge, label=said)
     return start + size

@@ -1,4 +1,4 @@
-"""What a whole plan uses or damages: one correctly rounded sum, the same wherever it is told, limited or drawn."""
+"""Totals of a whole plan, its use of a resource or its damage: one correctly rounded sum, wherever it is printed, limited or drawn."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,16 +13,16 @@ from mpsearch.errors import TableError
 
 Options = NDArray[np.int64]
 
-#: Amounts that are not resources of a table but made of its layers.
+#: Totals that are not resources of a table but made of its layers.
 DERIVED = ("average_bits", "effective_bits")
 
 
 @dataclass(frozen=True, eq=False)
-class Quantity:
-    """An amount of a plan: the most over the steps of (sum of the chosen cells + what is fixed) / divisor.
+class Total:
+    """What a whole plan uses or damages: the most over the steps of (sum of the chosen cells + what is fixed) / divisor.
 
     Sums are correctly rounded (`math.fsum`) over the cells of the layers and the fixed part at once, so that they depend on no order and on
-    no grouping, and a larger exact sum never gives a smaller amount.
+    no grouping, and a larger exact sum never gives a smaller total.
 
     Attributes:
         name: resource, `average_bits`, `effective_bits` or `sensitivity`.
@@ -33,7 +33,7 @@ class Quantity:
 
     >>> from mpsearch import Layer, precisions
     >>> table = CostTable((Layer("a"), Layer("b")), precisions("w4"), [[0.0], [0.0]], usage={"s": [[0.1], [0.2]]}, fixed_usage={"s": 0.3})
-    >>> quantity(table, "s").of(np.array([0, 0])), 0.1 + 0.2 + 0.3
+    >>> total_of(table, "s").of(np.array([0, 0])), 0.1 + 0.2 + 0.3
     (0.6, 0.6000000000000001)
     """
 
@@ -44,7 +44,7 @@ class Quantity:
     interactions: Interactions | None = None
 
     def of(self, options: Options) -> float:
-        """The amount of one column a layer (L,)."""
+        """The total of one column a layer (L,)."""
         return max(self._terms(options))
 
     def _terms(self, options: Options) -> Iterator[float]:
@@ -54,10 +54,10 @@ class Quantity:
             yield math.fsum([*cells[rows, options].tolist(), fixed, *pairs]) / self.divisor
 
     def room(self, step: int, limit: float) -> tuple[Fraction, bool]:
-        """The exact sum of cells up to which the amount of a step is at most `limit`, and whether it may be reached.
+        """The exact sum of cells up to which the total of a step is at most `limit`, and whether it may be reached.
 
-        >>> quantity = Quantity("s", [np.array([[1.0]])], [0.5])
-        >>> quantity.room(0, 3.0)[0] - Fraction(5, 2) == Fraction(1, 2**52)   # halfway to the next float
+        >>> total = Total("s", [np.array([[1.0]])], [0.5])
+        >>> total.room(0, 3.0)[0] - Fraction(5, 2) == Fraction(1, 2**52)   # halfway to the next float
         True
         """
         last = limit
@@ -74,13 +74,13 @@ class Quantity:
         return middle - Fraction(self.fixed[step]), float(middle) == last
 
     @property
-    def negative(self) -> "Quantity":
+    def negative(self) -> "Total":
         """Less of it is more: a lower limit on a sum is an upper one on its negative."""
-        return Quantity(self.name, [-cells for cells in self.cells], [-fixed for fixed in self.fixed], self.divisor)
+        return Total(self.name, [-cells for cells in self.cells], [-fixed for fixed in self.fixed], self.divisor)
 
 
-def quantity(table: CostTable, name: str) -> Quantity:
-    """One amount of the plans of a table.
+def total_of(table: CostTable, name: str) -> Total:
+    """One total of the plans of a table.
 
     Args:
         table: the table.
@@ -93,28 +93,28 @@ def quantity(table: CostTable, name: str) -> Quantity:
     >>> from mpsearch import Layer, precisions
     >>> layers = (Layer("a", weight_shape=(16,)), Layer("b", weight_shape=(48,)))
     >>> table = CostTable(layers, precisions("w4 w8"), [[0, 0], [0, 0]], usage={"memory_bytes": [[10, 18], [26, 50]]})
-    >>> quantity(table, "average_bits").of(np.array([1, 0])), quantity(table, "effective_bits").of(np.array([1, 0]))
+    >>> total_of(table, "average_bits").of(np.array([1, 0])), total_of(table, "effective_bits").of(np.array([1, 0]))
     (5.0, 5.5)
     """
     if name == "sensitivity":
-        return Quantity(name, [table.sensitivity], interactions=table.interactions)
+        return Total(name, [table.sensitivity], interactions=table.interactions)
     if name == "average_bits":
-        return Quantity(name, [table.bits], divisor=weights(table))
+        return Total(name, [table.bits], divisor=weights(table))
     if name == "effective_bits":
         return _effective_bits(table)
     if name in table.peaks:
-        return Quantity(name, list(table.peaks[name].usage), table.peaks[name].fixed.tolist())
-    return Quantity(name, [table.usage[name]], [table.fixed_usage.get(name, 0.0)])
+        return Total(name, list(table.peaks[name].usage), table.peaks[name].fixed.tolist())
+    return Total(name, [table.usage[name]], [table.fixed_usage.get(name, 0.0)])
 
 
-def amounts(table: CostTable) -> list[Quantity]:
+def totals_of(table: CostTable) -> list[Total]:
     """All that a table tells of its plans: resources, bits where they are known, sensitivity last."""
     names = [*table.resources]
     if all(layer.numel or layer.is_cache for layer in table.layers) and weights(table):
         names.append("average_bits")
         if "memory_bytes" in table.usage:
             names.append("effective_bits")
-    return [quantity(table, name) for name in [*names, "sensitivity"]]
+    return [total_of(table, name) for name in [*names, "sensitivity"]]
 
 
 def weights(table: CostTable) -> float:
@@ -122,7 +122,7 @@ def weights(table: CostTable) -> float:
     return float(sum(layer.numel for layer in table.layers))
 
 
-def _effective_bits(table: CostTable) -> Quantity:
+def _effective_bits(table: CostTable) -> Total:
     if "memory_bytes" not in table.usage:
         raise TableError(
             "effective_bits are bits that are really stored, and the table has no memory_bytes; count them "
@@ -134,7 +134,7 @@ def _effective_bits(table: CostTable) -> Quantity:
     stored = (numel > 0) & np.where(table.allowed, bytes_, 0.0).any(axis=1)
     if not stored.any():
         raise TableError("effective_bits: the table counts no byte of any weight")
-    return Quantity("effective_bits", [np.where(stored[:, None], 8 * bytes_, 0.0)], divisor=float(numel[stored].sum()))
+    return Total("effective_bits", [np.where(stored[:, None], 8 * bytes_, 0.0)], divisor=float(numel[stored].sum()))
 
 
 def merged(values: Array, row_of_layer: NDArray[np.int64]) -> tuple[Array, Array]:
