@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.pairs import pair_blocks
@@ -45,6 +45,8 @@ class Annealing:
     >>> choice.options.tolist(), choice.bound
     ([0, 0], -1.0)
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(interactions=True)
 
     seed: int = 0
     sweeps: int = 300

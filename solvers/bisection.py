@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.solution import Choice, Status, UpperLimitsOnly
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.errors import SolverError
 from mpsearch.solvers.feasibility import Floats, Options, fits, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
@@ -16,7 +17,7 @@ _NEAR = 4  # positions on either side of the boundary that are looked at one by 
 
 
 @dataclass(frozen=True)
-class Bisection(UpperLimitsOnly):
+class Bisection:
     """Lower the precision of layers in the order of their sensitivity, and bisect where to stop.
 
     "Augmenting Hessians with Inter-Layer Dependencies" (2306.04879) and phase 2 of AIMET's AMP: every step
@@ -41,6 +42,8 @@ class Bisection(UpperLimitsOnly):
     >>> choice.options.tolist()
     [1, 0]
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(lower_limits=False)
 
     objective: Callable[[Options], float] | None = None
     tolerance: float | None = None

@@ -2,11 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.errors import SolverError
 from mpsearch.solvers.feasibility import Floats, Options, fits, total
 from mpsearch.solvers.pairs import pair_blocks
@@ -31,6 +31,8 @@ class BruteForce:
     >>> choice.options.tolist(), str(choice.status), choice.stats["plans"]
     ([1, 0], 'optimal', 4)
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(exact=True, interactions=True)
 
     max_plans: int = 10**7
 

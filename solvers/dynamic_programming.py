@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.solvers.feasibility import Floats, Options, Whole, fits, reachable, shifted, total, whole
 from mpsearch.solvers.lagrangian import dual
 
@@ -37,6 +38,8 @@ class DynamicProgramming:
     >>> choice.options.tolist(), str(choice.status)
     ([1, 0], 'optimal')
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(exact=True)
 
     max_states: int = 100_000
 

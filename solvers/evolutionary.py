@@ -3,11 +3,11 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.solvers.feasibility import Floats, Options, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves
@@ -37,6 +37,8 @@ class Evolutionary:
     >>> choice.options.tolist()
     [1, 0]
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities()
 
     generations: int = 20
     population: int = 50

@@ -4,12 +4,12 @@ import dataclasses
 import math
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.solvers import lists, milp
 from mpsearch.solvers.core import Core
 from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, shifted
@@ -54,6 +54,8 @@ class Exact:
     >>> choice.options.tolist(), str(choice.status)
     ([1, 0], 'optimal')
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(exact=True)
 
     time_limit_s: float = 60.0
     max_states: int = 200_000

@@ -2,8 +2,9 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.solvers.feasibility import Floats, reachable, shifted, total
 from mpsearch.solvers.lagrangian import dual
 from mpsearch.solvers.moves import Moves
@@ -32,6 +33,8 @@ class Greedy:
     >>> choice.options.tolist(), str(choice.status)
     ([1, 0], 'feasible')
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities()
 
     def choose(self, sensitivity: Floats, usage: Floats, limits: Floats) -> Choice:
         """See `Solver.choose`."""

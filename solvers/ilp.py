@@ -4,11 +4,11 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
-from mpsearch.core.solution import Choice, Status
+from mpsearch.core.solution import Choice, SolverCapabilities, Status
 from mpsearch.errors import SolverError
 from mpsearch.solvers.feasibility import Floats, Options, fits, least_usage, reachable, room, shifted, total
 from mpsearch.solvers.pairs import pair_blocks
@@ -55,6 +55,8 @@ class ILP:
     >>> choice.options.tolist(), str(choice.status), choice.bound
     ([1, 0], 'optimal', 3.0)
     """
+
+    capabilities: ClassVar[SolverCapabilities] = SolverCapabilities(exact=True, interactions=True)
 
     backend: Literal["highs", "cbc"] = "highs"
     time_limit_s: float = 60.0

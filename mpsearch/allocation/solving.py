@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from mpsearch.core.budget import Budget, inequality
 from mpsearch.core.problem import Problem
 from mpsearch.core.settings import check_kind, check_settings, checked_number
-from mpsearch.core.solution import Choice, Solution, Solver, Status, UpperLimitsOnly
+from mpsearch.core.solution import Choice, Solution, Solver, Status, capabilities_of, takes_interactions
 from mpsearch.core.table import CostTable
 from mpsearch.errors import BudgetError, InfeasibleError, SolverError, TableError
 
@@ -128,7 +128,7 @@ def choose(solver: Solver, problem: Problem) -> Choice:
     Raises:
         SolverError: where the solver cannot take interactions or a lower limit.
     """
-    choice = _asked(solver, problem)
+    choice = _answer(solver, problem)
     if choice.options is None or not _blurred(problem, choice):
         return choice
     for further in itertools.islice(_ranked(solver, problem, choice), _AT_THE_LIMIT):
@@ -140,7 +140,7 @@ def choose(solver: Solver, problem: Problem) -> Choice:
             value = math.fsum(problem.objective[rows, further.options].tolist())
             value += problem.interactions.total(further.options) if problem.interactions is not None else 0.0
             return replace(further, status=Status.OPTIMAL, bound=value)
-    inside = _asked(solver, replace(problem, free=problem.free - problem.blur))
+    inside = _answer(solver, replace(problem, free=problem.free - problem.blur))
     if inside.options is None:
         reason = "the plans within the limits differ from those beyond by less than the rounding of their sums"
         return Choice(None, Status.UNSOLVED, choice.bound, choice.multipliers, {"reason": reason})
@@ -152,7 +152,7 @@ def _ranked(solver: Solver, problem: Problem, first: Choice) -> Iterator[Choice]
     from mpsearch.solvers.top import ranked
 
     def within(allowed: NDArray[np.bool_]) -> Choice:
-        return _asked(solver, replace(problem, objective=np.where(allowed, problem.objective, np.nan)))
+        return _answer(solver, replace(problem, objective=np.where(allowed, problem.objective, np.nan)))
 
     bounded = problem.interactions is None
     return ranked(within, first, problem.objective, problem.usage, problem.free, bounded=bounded)
@@ -169,24 +169,30 @@ def _is_plan(problem: Problem, options: Any) -> bool:
     return shape == (len(problem.objective),) and bool(((options >= 0) & (options < problem.objective.shape[1])).all())
 
 
-def _asked(solver: Solver, problem: Problem) -> Choice:
-    """One call of a solver, with the interactions where there are any."""
-    if not callable(getattr(solver, "choose", None)):
+def _answer(solver: Solver, problem: Problem) -> Choice:
+    """One call of a solver, with the interactions where there are any and it declares to take them."""
+    if not isinstance(solver, Solver) or not callable(solver.choose):
         raise SolverError(f"{solver!r} is no solver: it has no method 'choose'")
     check_settings(solver, SolverError)
+    can = capabilities_of(solver)
     lower = next((name for name, (low, _) in problem.limits.items() if low > -math.inf), None)
-    if lower is not None and isinstance(solver, UpperLimitsOnly):
+    if lower is not None and not can.lower_limits:
         raise SolverError(
             f"{type(solver).__name__} cannot take the lower limit {inequality(lower, problem.limits[lower])}; use Exact or ILP"
         )
     if problem.interactions is None:
         return solver.choose(problem.objective, problem.usage, problem.free)
-    if "interactions" not in inspect.signature(solver.choose).parameters:
+    if not takes_interactions(solver):
+        undeclared = "interactions" in inspect.signature(solver.choose).parameters
         raise SolverError(
             f"{type(solver).__name__} cannot take the table's {len(problem.interactions.value)} interactions; "
-            "use ILP, Annealing or BruteForce"
+            + (
+                "its choose(..., interactions) is not declared: capabilities = SolverCapabilities(interactions=True)"
+                if undeclared
+                else "use ILP, Annealing or BruteForce"
+            )
         )
-    return solver.choose(problem.objective, problem.usage, problem.free, interactions=problem.interactions)  # type: ignore[call-arg]
+    return solver.choose(problem.objective, problem.usage, problem.free, interactions=problem.interactions)
 
 
 def default_solver(problem: Problem) -> Solver:
@@ -203,9 +209,9 @@ def _best(solver: Solver, problem: Problem, count: int) -> list[Choice]:
         raise SolverError(f"top={count}: expected 1 or more")
     if problem.interactions is not None:
         raise SolverError("the best several plans of a table with interactions are not available; ask for one")
-    first = _asked(solver, problem)
+    first = _answer(solver, problem)
     if first.options is None:
         return [first]
     holding = (choice for choice in _ranked(solver, problem, first) if not _blurred(problem, choice))
-    found = list(itertools.islice(holding, count))
-    return found or [Choice(None, Status.INFEASIBLE, math.inf)]
+    plans = list(itertools.islice(holding, count))
+    return plans or [Choice(None, Status.INFEASIBLE, math.inf)]

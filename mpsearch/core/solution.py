@@ -4,13 +4,16 @@ import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mpsearch.core import shown
 from mpsearch.core.plan import Plan
+
+if TYPE_CHECKING:
+    from mpsearch.core.table import Interactions
 
 
 class Status(enum.Enum):
@@ -53,8 +56,27 @@ class Choice:
     stats: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class SolverCapabilities:
+    """What a solver can do beyond its plain contract, declared as its attribute `capabilities`.
+
+    Attributes:
+        exact: proves its answers, the optimum or that no plan keeps the limits, as far as its settings of time and size let it.
+        interactions: `choose` takes the keyword `interactions` and adds them to what is minimized (`InteractionSolver`).
+        lower_limits: takes a lower limit, which reaches a solver as an upper one on a negative use.
+    """
+
+    exact: bool = False
+    interactions: bool = False
+    lower_limits: bool = True
+
+
+@runtime_checkable
 class Solver(Protocol):
-    """Chooses one option in each row. Frozen settings; all work happens in `choose`."""
+    """Chooses one option in each row. Frozen settings; all work happens in `choose`.
+
+    A solver that can do more than that declares it (`DeclaredSolver`); without a word it is not exact, and takes no interactions.
+    """
 
     def choose(
         self, sensitivity: NDArray[np.float64], usage: NDArray[np.float64], limits: NDArray[np.float64]
@@ -77,8 +99,44 @@ class Solver(Protocol):
         ...
 
 
-class UpperLimitsOnly:
-    """A solver that derives from this cannot take a lower limit, which is an upper one on a negative use; `solve` refuses it."""
+@runtime_checkable
+class DeclaredSolver(Solver, Protocol):
+    """A solver that says what it can do: `capabilities = SolverCapabilities(exact=True)`, on the class or as a property."""
+
+    @property
+    def capabilities(self) -> SolverCapabilities:
+        """What it can do beyond the plain contract."""
+        ...
+
+
+class InteractionSolver(DeclaredSolver, Protocol):
+    """A solver that declares `interactions`."""
+
+    def choose(
+        self,
+        sensitivity: NDArray[np.float64],
+        usage: NDArray[np.float64],
+        limits: NDArray[np.float64],
+        interactions: "Interactions | None" = None,
+    ) -> Choice:
+        """See `Solver.choose`; the values of `interactions` are added to the objective."""
+        ...
+
+
+def capabilities_of(solver: Solver) -> SolverCapabilities:
+    """What a solver declares; nothing, where it says nothing. The one place that adapts to solvers that only have `choose`.
+
+    >>> class Plain:
+    ...     def choose(self, sensitivity, usage, limits): ...
+    >>> capabilities_of(Plain())
+    SolverCapabilities(exact=False, interactions=False, lower_limits=True)
+    """
+    return solver.capabilities if isinstance(solver, DeclaredSolver) else SolverCapabilities()
+
+
+def takes_interactions(solver: Solver) -> TypeGuard[InteractionSolver]:
+    """True where a solver declares that it takes interactions."""
+    return capabilities_of(solver).interactions
 
 
 @dataclass(frozen=True)

@@ -1,17 +1,38 @@
-"""Contract suites for parts written elsewhere: they raise AssertionError with what broke the contract."""
+"""Contract suites for parts written elsewhere.
 
+`<seam>_checks(part)` yields named checks, functions without arguments that raise AssertionError with what broke the contract, so that one
+failure does not hide the others:
+
+    @pytest.mark.parametrize(("name", "check"), list(solver_checks(MySolver())), ids=lambda value: value if isinstance(value, str) else "")
+    def test_my_solver(name, check):
+        check()
+
+`check_estimator` and `check_solver` run all of them at once.
+"""
+
+import importlib
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.core.certificate import check_solution as check_solution
-from mpsearch.testing.solvers import check_solver as check_solver
-
 if TYPE_CHECKING:
+    from mpsearch.core.certificate import check_solution as check_solution
     from mpsearch.testing.estimators import check_estimator as check_estimator
+    from mpsearch.testing.solvers import check_solver as check_solver
+    from mpsearch.testing.solvers import solver_checks as solver_checks
+
+#: Name -> module, loaded when first used: solvers are checked without torch.
+_MODULES = {
+    "check_estimator": "mpsearch.testing.estimators",
+    "check_solution": "mpsearch.core.certificate",
+    "check_solver": "mpsearch.testing.solvers",
+    "solver_checks": "mpsearch.testing.solvers",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "check_estimator":  # needs torch, which the others do without
-        from mpsearch.testing.estimators import check_estimator
-
-        return check_estimator
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     raise AttributeError(f"module 'mpsearch.testing' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

@@ -1,5 +1,6 @@
 """The contract of a solver, checked on small adversarial tables that a plain loop enumerates."""
 
+import functools
 import inspect
 import itertools
 import math
@@ -11,59 +12,134 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.solution import Choice, Solver, Status
+from mpsearch.core.solution import Choice, Solver, Status, capabilities_of, takes_interactions
 from mpsearch.core.table import Interactions
 from mpsearch.errors import SolverError
+from mpsearch.testing.named_checks import Checks, run_all
 
 Floats = NDArray[np.float64]
 
 _SECONDS = 60.0  # for one table of at most 6 x 5; a solver that cycles never returns
 
 
-def check_solver(solver: Solver, exact: bool, *, tables: int = 200, seed: int = 0) -> None:
-    """Hold a solver to the contract of `mpsearch.core.solution.Solver` on small adversarial tables.
-
-    Each table is enumerated by a plain loop. For every solver: limits kept in exact arithmetic, `OPTIMAL` and
-    `INFEASIBLE` only where true, bounds (also those recomputed from the multipliers) below the optimum,
-    arrays untouched, the same answer twice. For an exact solver also: the optimum always, whether the scores
-    are scaled by 10^k, rows permuted, a constant added to a row or an option duplicated, and never a worse
-    one for a larger budget. Interactions are checked where `choose` takes them. The tables hold opposing
-    resources, ties, a single layer, a single option, zero rows, limits met exactly, options not allowed,
-    sensitivities from 1e-12 to 1e6 and below 0, sizes up to 1e12, budgets missed by one unit, and 0 to 3
-    resources.
-
-    A solver may refuse with `SolverError` what it does not do; at most three tables in four.
+def check_solver(solver: Solver, exact: bool | None = None, *, tables: int = 200, seed: int = 0) -> None:
+    """Run all of `solver_checks` and tell every one that fails.
 
     Args:
         solver: an instance with the settings to check.
-        exact: whether it claims the optimum.
+        exact: whether it must prove the optimum; by default, whether it declares so.
         tables: how many tables; the kinds take turns.
         seed: of the tables.
 
     Raises:
-        AssertionError: with what was expected, what came, and the table.
+        AssertionError: with what was expected, what came, and the table, for each failing check.
 
     >>> from mpsearch.solvers import BruteForce
-    >>> check_solver(BruteForce(), exact=True, tables=17)
+    >>> check_solver(BruteForce(), tables=17)
     """
-    rng = np.random.default_rng(seed)
-    takes_interactions = "interactions" in inspect.signature(solver.choose).parameters
-    refused = 0
-    for number, table in enumerate(_tables(tables, rng)):
-        if takes_interactions and number % 5 == 4:
-            table = table.with_interactions(rng)
-        optimum, options = table.optimum()
-        try:
-            choice = _answer(solver, table)
-        except SolverError:
-            refused += 1
-            continue
-        _check_choice(choice, table, optimum, options, exact)
-        again = _answer(solver, table)
-        _hold(_same(choice, again), f"{choice} and then {again} on the same table", table)
-        if exact and optimum is not None and options is not None:
-            _check_relation(solver, table, optimum, options, number, rng)
-    assert 4 * refused <= 3 * tables, f"{solver} refused {refused} of {tables} tables"
+    run_all(repr(solver), solver_checks(solver, exact, tables=tables, seed=seed))
+
+
+def solver_checks(solver: Solver, exact: bool | None = None, *, tables: int = 200, seed: int = 0) -> Checks:
+    """The contract of `mpsearch.core.solution.Solver` as named checks, on small adversarial tables that a plain loop enumerates.
+
+    For every solver: it declares what it takes, answers every table or refuses it with `SolverError` (at most three tables in four),
+    leaves the arrays as they are, gives the same answer twice, keeps the limits in exact arithmetic, says `OPTIMAL` and `INFEASIBLE` only
+    where true, and its bounds (also those recomputed from its multipliers) lie below the optimum. For an exact solver also: the optimum
+    always, whether the scores are scaled by 10^k, rows permuted, a constant added to a row or an option duplicated, and never a worse one
+    for a larger budget. Where it declares `interactions`, every fifth table has some.
+
+    The tables hold opposing resources, ties, a single layer, a single option, zero rows, limits met exactly, options not allowed,
+    sensitivities from 1e-12 to 1e6 and below 0, sizes up to 1e12, budgets missed by one unit, and 0 to 3 resources. Each is enumerated and
+    answered once, whichever check asks first.
+
+    Args:
+        solver: an instance with the settings to check.
+        exact: whether it must prove the optimum; by default, whether it declares so.
+        tables: how many tables; the kinds take turns.
+        seed: of the tables.
+
+    Yields:
+        Name and check, a function without arguments that raises AssertionError with what was expected, what came, and the table.
+
+    >>> from mpsearch.solvers import Greedy
+    >>> [name for name, check in solver_checks(Greedy())]
+    ['declaration', 'answers', 'arrays untouched', 'limits kept', 'status true', 'bound true', 'multipliers true', 'deterministic']
+    """
+    exact = capabilities_of(solver).exact if exact is None else exact
+    answers = _Answers(solver, tables, seed)
+    yield "declaration", lambda: _check_declaration(solver)
+    yield "answers", answers.check
+    yield "arrays untouched", answers.check_arrays
+    yield "limits kept", lambda: answers.each(_check_options)
+    yield "status true", lambda: answers.each(_check_status)
+    yield "bound true", lambda: answers.each(_check_bound)
+    yield "multipliers true", lambda: answers.each(_check_multipliers)
+    yield "deterministic", lambda: answers.each(_check_again)
+    if exact:
+        yield "optimum proven", lambda: answers.each(_check_proof)
+        for place, name in enumerate(_CHANGES):
+            yield f"same optimum, {name}", functools.partial(_check_change, solver, answers, name, place, seed)
+
+
+@dataclass(frozen=True)
+class _Case:
+    """A table, its optimum by enumeration, and the answer of a solver, once and again; `fault` is why there is none."""
+
+    table: "_Table"
+    optimum: float | None
+    best: tuple[int, ...] | None
+    choice: Choice | None
+    refused: bool = False
+    fault: str = ""
+    changed: bool = False
+    again: "_Case | None" = None
+
+    @property
+    def expected(self) -> str:
+        """The optimum, in words."""
+        return f"expected {self.optimum!r} of {self.best}"
+
+
+class _Answers:
+    """The answers of a solver to all tables, asked for once for all checks, and each a second time right after the first."""
+
+    def __init__(self, solver: Solver, tables: int, seed: int) -> None:
+        self.solver, self.tables, self.seed = solver, tables, seed
+
+    @functools.cached_property
+    def cases(self) -> list[_Case]:
+        """One a table, up to the first that gets no answer in time."""
+        rng = np.random.default_rng(self.seed)
+        interactions = takes_interactions(self.solver)
+        cases = []
+        for number, table in enumerate(_tables(self.tables, rng)):
+            table = table.with_interactions(rng) if interactions and number % 5 == 4 else table
+            case = _case(self.solver, table)
+            if case.choice is not None:
+                case = replace(case, again=_case(self.solver, table))
+            cases.append(case)
+            if case.fault.startswith("no answer"):
+                break
+        return cases
+
+    def check(self) -> None:
+        """Every table is answered by a `Choice` or refused, and not too many are refused."""
+        for case in self.cases:
+            _hold(not case.fault, case.fault, case.table)
+        refusals = sum(case.refused for case in self.cases)
+        assert 4 * refusals <= 3 * self.tables, f"{self.solver} refused {refusals} of {self.tables} tables"
+
+    def check_arrays(self) -> None:
+        """No array that the solver was handed is changed."""
+        for case in self.cases:
+            _hold(not case.changed, "the arrays were changed", case.table)
+
+    def each(self, check: Callable[[_Case, Choice], None]) -> None:
+        """Check every answer."""
+        for case in self.cases:
+            if case.choice is not None:
+                check(case, case.choice)
 
 
 @dataclass(frozen=True)
@@ -76,9 +152,13 @@ class _Table:
     limits: Floats
     interactions: Interactions | None = None
 
+    def cells(self, options: tuple[int, ...] | NDArray[np.int64]) -> list[float]:
+        return [float(self.sensitivity[row, option]) for row, option in enumerate(options)]
+
     def value(self, options: tuple[int, ...] | NDArray[np.int64]) -> float:
-        cells = [float(self.sensitivity[row, option]) for row, option in enumerate(options)]
-        return math.fsum(cells) + (self.interactions.total(np.array(options)) if self.interactions else 0.0)
+        return math.fsum(self.cells(options)) + (
+            self.interactions.total(np.array(options)) if self.interactions else 0.0
+        )
 
     def fits(self, options: tuple[int, ...] | NDArray[np.int64]) -> bool:
         return all(
@@ -195,8 +275,9 @@ def _limits(kind: str, sensitivity: Floats, usage: Floats, rng: np.random.Genera
     return np.asarray(np.floor(limits) if kind != "seconds" else limits)
 
 
-def _answer(solver: Solver, table: _Table) -> Choice:
+def _case(solver: Solver, table: _Table) -> _Case:
     """`choose` on read-only arrays, in a thread that is given up on after a time."""
+    optimum, best = table.optimum()
     arrays = [table.sensitivity.copy(), table.usage.copy(), table.limits.copy()]
     for array in arrays:
         array.flags.writeable = False
@@ -206,60 +287,104 @@ def _answer(solver: Solver, table: _Table) -> Choice:
     def work() -> None:
         try:
             result.append(solver.choose(*arrays, **keywords))
-        except BaseException as error:  # raised again in the caller's thread
+        except BaseException as error:  # told as the case's fault
             result.append(error)
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     thread.join(_SECONDS)
-    _hold(bool(result), f"no answer in {_SECONDS:.0f} s", table)
-    if isinstance(result[0], SolverError):
-        raise result[0]
-    if isinstance(result[0], BaseException):
-        raise AssertionError(f"{result[0]!r} raised\n{table}") from result[0]
+    case = _Case(table, optimum, best, None)
+    if not result:
+        return replace(case, fault=f"no answer in {_SECONDS:.0f} s")
     before = (table.sensitivity, table.usage, table.limits)
-    same = all(np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays, before, strict=True))
-    _hold(same, "the arrays were changed", table)
-    answer: Choice = result[0]
-    _hold(isinstance(answer, Choice), f"{answer!r} is no Choice", table)
-    return answer
+    changed = not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(arrays, before, strict=True))
+    case = replace(case, changed=changed)
+    if isinstance(result[0], SolverError):
+        return replace(case, refused=True)
+    if isinstance(result[0], BaseException):
+        return replace(case, fault=f"{result[0]!r} raised")
+    if not isinstance(result[0], Choice):
+        return replace(case, fault=f"{result[0]!r} is no Choice")
+    fault = _malformed(result[0], table)
+    return replace(case, fault=fault) if fault else replace(case, choice=result[0])
 
 
-def _check_choice(
-    choice: Choice, table: _Table, optimum: float | None, best: tuple[int, ...] | None, exact: bool
-) -> None:
-    """One answer against the enumeration."""
-    status, options = choice.status, choice.options
-    with_plan = status in (Status.OPTIMAL, Status.FEASIBLE)
-    _hold(with_plan == (options is not None), f"status {status} with options {options}", table)
-    _hold(not math.isnan(choice.bound), "bound is nan", table)
+def _malformed(choice: Choice, table: _Table) -> str:
+    """What is wrong with the form of an answer; empty where nothing is."""
+    options = choice.options
+    if (choice.status in (Status.OPTIMAL, Status.FEASIBLE)) != (options is not None):
+        return f"status {choice.status} with options {options}"
+    if math.isnan(choice.bound):
+        return "bound is nan"
+    if options is None:
+        return ""
+    rows, columns = table.sensitivity.shape
+    if np.shape(options) != (rows,):
+        return f"options of shape {np.shape(options)}, expected ({rows},)"
+    if not np.issubdtype(options.dtype, np.integer):
+        return f"options are {options.dtype}, expected integers"
+    return "" if ((options >= 0) & (options < columns)).all() else f"options {options} outside the table"
+
+
+def _check_declaration(solver: Solver) -> None:
+    takes = "interactions" in inspect.signature(solver.choose).parameters
+    declares = capabilities_of(solver).interactions
+    assert takes == declares, (
+        f"{solver}: choose {'takes' if takes else 'does not take'} interactions, capabilities declare interactions={declares}; "
+        f"write capabilities = SolverCapabilities(interactions={takes})"
+    )
+
+
+def _check_options(case: _Case, choice: Choice) -> None:
+    options, table = choice.options, case.table
     if options is not None:
-        rows, columns = table.sensitivity.shape
-        _hold(options.shape == (rows,), f"options of shape {options.shape}, expected ({rows},)", table)
-        _hold(np.issubdtype(options.dtype, np.integer), f"options are {options.dtype}, expected integers", table)
-        _hold(bool(((options >= 0) & (options < columns)).all()), f"options {options} outside the table", table)
-        chosen = table.sensitivity[np.arange(rows), options]
+        chosen = table.sensitivity[np.arange(len(options)), options]
         _hold(not np.isnan(chosen).any(), f"options {options} hold one that is not allowed", table)
         _hold(table.fits(options), f"options {options} break a limit", table)
-    if optimum is None or best is None:
-        _hold(not with_plan, f"{choice}, but no plan meets the limits", table)
-        _hold(not exact or status is Status.INFEASIBLE, f"status {status}, expected infeasible", table)
+
+
+def _check_status(case: _Case, choice: Choice) -> None:
+    status, options, table = choice.status, choice.options, case.table
+    if case.optimum is None or case.best is None:
+        _hold(options is None, f"{choice}, but no plan meets the limits", table)
         return
-    margin = table.tolerance(best)
-    expected = f"expected {optimum!r} of {best}"
-    _hold(status is not Status.INFEASIBLE, f"status infeasible, {expected}", table)
-    _hold(choice.bound <= optimum + margin, f"bound {choice.bound!r} above the optimum, {expected}", table)
-    if choice.multipliers is not None:
-        recomputed = _lagrangian(table, choice.multipliers)
-        _hold(
-            recomputed <= optimum + margin,
-            f"multipliers {choice.multipliers} prove {recomputed!r}, {expected}",
-            table,
-        )
-    _hold(not exact or status is Status.OPTIMAL, f"status {status}, expected optimal, {expected}", table)
-    if status is Status.OPTIMAL and options is not None:
+    _hold(status is not Status.INFEASIBLE, f"status infeasible, {case.expected}", table)
+    if status is Status.OPTIMAL and options is not None and not np.isnan(table.cells(options)).any():
         value = table.value(options)
-        _hold(value <= optimum + margin, f"{value!r} of {options} is called optimal, {expected}", table)
+        near = value <= case.optimum + table.tolerance(case.best)
+        _hold(near, f"{value!r} of {options} is called optimal, {case.expected}", table)
+
+
+def _check_bound(case: _Case, choice: Choice) -> None:
+    if case.optimum is not None and case.best is not None:
+        below = choice.bound <= case.optimum + case.table.tolerance(case.best)
+        _hold(below, f"bound {choice.bound!r} above the optimum, {case.expected}", case.table)
+
+
+def _check_multipliers(case: _Case, choice: Choice) -> None:
+    if case.optimum is None or case.best is None or choice.multipliers is None:
+        return
+    proof = _lagrangian(case.table, choice.multipliers)
+    below = proof <= case.optimum + case.table.tolerance(case.best)
+    _hold(below, f"multipliers {choice.multipliers} prove {proof!r}, {case.expected}", case.table)
+
+
+def _check_again(case: _Case, choice: Choice) -> None:
+    assert case.again is not None
+    other = case.again.choice
+    answer = other or case.again.fault or "a refusal"
+    _hold(other is not None and _same(choice, other), f"{choice} and then {answer} on the same table", case.table)
+
+
+def _check_proof(case: _Case, choice: Choice) -> None:
+    table = case.table
+    if case.optimum is None or case.best is None:
+        _hold(choice.status is Status.INFEASIBLE, f"status {choice.status}, expected infeasible", table)
+        return
+    # a sum of pairs may cancel to 0, where nothing is proven relative to it; a bound as near as rounding allows is as good
+    near = table.interactions is not None and case.optimum - choice.bound <= table.tolerance(case.best)
+    proven = choice.status is Status.OPTIMAL or (choice.status is Status.FEASIBLE and near)
+    _hold(proven, f"status {choice.status}, expected optimal, {case.expected}", table)
 
 
 def _lagrangian(table: _Table, multipliers: Floats) -> float:
@@ -277,60 +402,79 @@ def _lagrangian(table: _Table, multipliers: Floats) -> float:
     return math.fsum(terms) - 1e-14 * magnitude
 
 
-def _check_relation(
-    solver: Solver,
-    table: _Table,
-    optimum: float,
-    best: tuple[int, ...],
-    number: int,
-    rng: np.random.Generator,
-) -> None:
-    """One change of the table, of five in turn, after which the optimum is known."""
-    rows, columns = table.sensitivity.shape
-    order, row, factor = rng.permutation(rows), int(rng.integers(rows)), 10.0 ** int(rng.integers(-12, 13))
-    shift = float(rng.normal() * np.nanmax(np.abs(table.sensitivity)))
-    plain = replace(table, interactions=None)
-    changes: list[tuple[str, _Table, Callable[[NDArray[np.int64]], Any], float]] = [
-        (f"scores x {factor:.0e}", replace(plain, sensitivity=plain.sensitivity * factor), lambda x: x, 0.0),
-        (
-            f"rows in order {order}",
-            replace(plain, sensitivity=plain.sensitivity[order], usage=plain.usage[:, order]),
-            lambda x: x[np.argsort(order)],
-            0.0,
-        ),
-        (
-            f"{shift!r} added to row {row}",
-            replace(plain, sensitivity=plain.sensitivity + shift * (np.arange(rows) == row)[:, None]),
-            lambda x: x,
-            4e-16 * abs(shift) * rows,
-        ),
-        (
-            "last option duplicated",
-            replace(
-                plain,
-                sensitivity=np.concatenate([plain.sensitivity, plain.sensitivity[:, -1:]], axis=1),
-                usage=np.concatenate([plain.usage, plain.usage[:, :, -1:]], axis=2),
-            ),
-            lambda x: np.minimum(x, columns - 1),
-            0.0,
-        ),
-        (
-            "larger limits",
-            replace(plain, limits=plain.limits + rng.uniform(0, 1) * np.abs(plain.limits)),
-            lambda x: x,
-            0.0,
-        ),
-    ]
-    if table.interactions is not None:
-        return
-    name, changed, back, rounding = changes[number % len(changes)]
-    choice = _answer(solver, changed)
-    _hold(choice.options is not None, f"{choice} after {name}, expected {optimum!r}", table)
-    options = back(np.asarray(choice.options))
-    larger = name == "larger limits"
-    _hold(larger or table.fits(options), f"{options} breaks a limit after {name}", table)
-    value, margin = table.value(options), table.tolerance(best) + rounding
-    _hold(value <= optimum + margin, f"{value!r} of {options} after {name}, expected {optimum!r}", table)
+@dataclass(frozen=True)
+class _Change:
+    """A table changed so that the optimum is known: `back` turns its options into those of the table before."""
+
+    name: str
+    table: _Table
+    back: Callable[[NDArray[np.int64]], NDArray[np.int64]] = np.asarray
+    rounding: float = 0.0
+    may_use_more: bool = False
+
+
+def _scaled(table: _Table, rng: np.random.Generator) -> _Change:
+    factor = 10.0 ** int(rng.integers(-12, 13))
+    return _Change(f"scores x {factor:.0e}", replace(table, sensitivity=table.sensitivity * factor))
+
+
+def _permuted(table: _Table, rng: np.random.Generator) -> _Change:
+    order = rng.permutation(len(table.sensitivity))
+    rows = replace(table, sensitivity=table.sensitivity[order], usage=table.usage[:, order])
+    return _Change(f"rows in order {order}", rows, lambda options: options[np.argsort(order)])
+
+
+def _raised(table: _Table, rng: np.random.Generator) -> _Change:
+    rows = len(table.sensitivity)
+    row, shift = int(rng.integers(rows)), float(rng.normal() * np.nanmax(np.abs(table.sensitivity)))
+    raised = replace(table, sensitivity=table.sensitivity + shift * (np.arange(rows) == row)[:, None])
+    return _Change(f"{shift!r} added to row {row}", raised, rounding=4e-16 * abs(shift) * rows)
+
+
+def _duplicated(table: _Table, rng: np.random.Generator) -> _Change:
+    columns = table.sensitivity.shape[1]
+    wider = replace(
+        table,
+        sensitivity=np.concatenate([table.sensitivity, table.sensitivity[:, -1:]], axis=1),
+        usage=np.concatenate([table.usage, table.usage[:, :, -1:]], axis=2),
+    )
+    return _Change("last option duplicated", wider, lambda options: np.minimum(options, columns - 1))
+
+
+def _loosened(table: _Table, rng: np.random.Generator) -> _Change:
+    limits = table.limits + rng.uniform(0, 1) * np.abs(table.limits)
+    return _Change("larger limits", replace(table, limits=limits), may_use_more=True)
+
+
+_CHANGES: dict[str, Callable[[_Table, np.random.Generator], _Change]] = {
+    "scores scaled": _scaled,
+    "rows permuted": _permuted,
+    "a row raised": _raised,
+    "an option duplicated": _duplicated,
+    "larger limits": _loosened,
+}
+
+
+def _check_change(solver: Solver, answers: _Answers, name: str, place: int, seed: int) -> None:
+    """One change of every fifth table, after which the optimum is known."""
+    rng = np.random.default_rng([seed, place])
+    for number, case in enumerate(answers.cases):
+        table = case.table
+        if number % len(_CHANGES) != place or case.choice is None or case.optimum is None or case.best is None:
+            continue
+        if table.interactions is not None:  # the changes know no pairs
+            continue
+        change = _CHANGES[name](table, rng)
+        choice = _case(solver, change.table).choice
+        _hold(
+            choice is not None and choice.options is not None, f"{choice} after {change.name}, {case.expected}", table
+        )
+        assert choice is not None
+        options = change.back(np.asarray(choice.options))
+        _hold(not np.isnan(table.cells(options)).any(), f"{options} is not allowed, after {change.name}", table)
+        _hold(change.may_use_more or table.fits(options), f"{options} breaks a limit after {change.name}", table)
+        value, margin = table.value(options), table.tolerance(case.best) + change.rounding
+        _hold(value <= case.optimum + margin, f"{value!r} of {options} after {change.name}, {case.expected}", table)
 
 
 def _same(one: Choice, other: Choice) -> bool:
