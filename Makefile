@@ -7,10 +7,13 @@ WHEEL := $(or $(TMPDIR),/var/tmp)/mpsearch-wheel
 export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS = 1
 
-.PHONY: demo test test-slow test-wheel test-alone test-versions test-export-peers notebooks lint docs clean
+.PHONY: demo check test test-slow test-wheel test-alone test-versions test-export-peers notebooks lint docs clean
 
 demo: .venv/ready
 	$(BIN)/mpsearch demo
+
+# what must pass before a change goes in: the gate runs this
+check: lint test
 
 test: .venv/ready
 	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
