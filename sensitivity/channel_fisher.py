@@ -9,7 +9,7 @@ from torch import Tensor
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, gradient, supervised_loss
+from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, supervised_loss
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.observing import Observer, by_sample, observed
@@ -58,9 +58,9 @@ class ChannelFisher:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
-            EstimatorError: where the loss cannot be differentiated, or a score is not finite.
+            EstimatorError: where the loss cannot be differentiable_weights, or a score is not finite.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         layers = [layer for decision in context.decisions for layer in decision.layers]
         total = sum(samples(batch) for batch in context.batches)
         generator = torch.Generator().manual_seed(self.seed)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import differentiable_weights
 from mpsearch.metrics.comparisons import Comparison
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples
@@ -48,9 +49,7 @@ class DeltaLoss:
         Raises:
             EstimatorError: where the model cannot be differentiated, or a gradient is not finite.
         """
-        parameters = {p: None for decision in context.decisions for p in context.parameters(decision)}
-        for parameter in context.model.parameters():
-            parameter.requires_grad_(parameter in parameters)
+        differentiable_weights(context)
         total = sum(samples(batch) for batch in context.batches)
         count = len(context.batches)
         share = np.array([samples(batch) / total for batch in context.batches])

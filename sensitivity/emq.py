@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, gradient, ones_like_sample
+from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, ones_like_sample
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import call
@@ -50,9 +50,9 @@ class EMQ:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
-            EstimatorError: where the model cannot be differentiated, or a gradient is not finite.
+            EstimatorError: where the model cannot be differentiable_weights, or a gradient is not finite.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         with torch.enable_grad():
             gradients = gradient(wide(call(context.model, ones_like_sample(context.batches[0]))).sum(), weights)
         context.passes.add(len(context.batches), forward=1, backward=1)

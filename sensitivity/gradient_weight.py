@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, mean_gradient
+from mpsearch.estimation.gradients.hessian import differentiable_weights, mean_gradient
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.metrics.statistics import wide
 
@@ -50,9 +50,9 @@ class GradientWeight:
         """Score every cell; see `Estimator.estimate`.
 
         Raises:
-            EstimatorError: where the loss cannot be differentiated, or the gradient is not finite.
+            EstimatorError: where the loss cannot be differentiable_weights, or the gradient is not finite.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         gradients = mean_gradient(context, weights, self.seed)
         with torch.no_grad():
             scores = {w: abs(float(wide(g * w).sum())) for w, g in zip(weights, gradients, strict=True)}

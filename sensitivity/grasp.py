@@ -6,7 +6,7 @@ import torch
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, gradient, mean_gradient, supervised_loss
+from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, mean_gradient, supervised_loss
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import samples
@@ -53,7 +53,7 @@ class GraSP:
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a product is not finite.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         mean = mean_gradient(context, weights, self.seed)
         total = sum(samples(batch) for batch in context.batches)
         generator = torch.Generator().manual_seed(self.seed)  # the same labels again

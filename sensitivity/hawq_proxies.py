@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, gradient, hessian_products, rademacher
+from mpsearch.estimation.gradients.hessian import (
+    Blocks,
+    differentiable_weights,
+    gradient,
+    hessian_products,
+    rademacher,
+    top_eigenvalues,
+)
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples
@@ -64,7 +71,7 @@ class HAWQProxy:
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or an eigenvalue is not finite.
         """
-        differentiated(context)
+        differentiable_weights(context)
         blocks = [list(context.parameters(decision)) for decision in context.decisions]
         generator = torch.Generator().manual_seed(self.seed)
         total = sum(samples(batch) for batch in context.batches)
@@ -86,17 +93,12 @@ class HAWQProxy:
     def _eigenvalue(
         self, gradients: Sequence[Tensor], block: Sequence[nn.Parameter], generator: torch.Generator
     ) -> float:
-        directions = [wide(torch.randn(w.shape, generator=generator).to(w.device)) for w in block]
-        size, value = _norm(directions), 0.0
-        for _ in range(self.num_iterations):
-            directions = [v / size for v in directions]
-            products = hessian_products(gradients, block, directions)
-            value = sum(float((v * product).sum()) for v, product in zip(directions, products, strict=True))
-            size = _norm(products)
-            if size:
-                directions = products
-            else:
-                size = 1.0  # the Hessian is 0 in this direction: keep it
+        start = [wide(torch.randn(w.shape, generator=generator).to(w.device)) for w in block]
+
+        def product(directions: Blocks) -> Blocks:
+            return {b: hessian_products(gradients, block, vectors) for b, vectors in directions.items()}
+
+        (value,) = top_eigenvalues(product, [start], range(self.num_iterations))
         return value
 
 
@@ -147,7 +149,7 @@ class HAWQV2Proxy:
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         generator = torch.Generator().manual_seed(self.seed)
         total = sum(samples(batch) for batch in context.batches)
         mean, variance = np.zeros(len(weights)), np.zeros(len(weights))
@@ -174,7 +176,3 @@ def _gradients(context: Context, batch: Batch, weights: Sequence[nn.Parameter]) 
     """Gradients of the mean loss with their graph."""
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return dict(zip(weights, gradient(context.mean_loss(batch), weights, create_graph=True), strict=True))
-
-
-def _norm(tensors: Sequence[Tensor]) -> float:
-    return math.sqrt(sum(float(x.square().sum()) for x in tensors))

@@ -6,10 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import (
+    Blocks,
+    differentiable_weights,
+    gradient,
+    hessian_products,
+    top_eigenvalues,
+)
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples
 
@@ -72,16 +79,14 @@ class HessianTopEigenvalue:
                     f"HessianTopEigenvalue scores weights, not inputs: {precision} quantizes activations"
                 )
         names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
-        weights = list(names)
-        for parameter in context.model.parameters():
-            parameter.requires_grad_(parameter in names)
+        weights = differentiable_weights(context)
         batches = dict(enumerate(context.batches))
         groups = [{number: batch} for number, batch in batches.items()] if self.slices else [batches]
-        found = np.array([self._eigenvalues(context, names, group) for group in groups])
-        mean = found.mean(axis=0)
-        deviation = found.std(axis=0, ddof=1) if len(found) > 1 else np.zeros(len(weights))
+        eigenvalues = np.array([self._eigenvalues(context, names, group) for group in groups])
+        mean = eigenvalues.mean(axis=0)
+        deviation = eigenvalues.std(axis=0, ddof=1) if len(groups) > 1 else np.zeros(len(weights))
         score = dict(zip(weights, np.abs(mean) + deviation, strict=True))
-        spread = dict(zip(weights, deviation / math.sqrt(len(found)), strict=True))
+        spread = dict(zip(weights, deviation / math.sqrt(len(groups)), strict=True))
         sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
         variance = np.zeros_like(sensitivity)
         for u, p in context.cells():
@@ -103,61 +108,36 @@ class HessianTopEigenvalue:
     ) -> list[float]:
         weights = list(names)
         generator = torch.Generator().manual_seed(self.seed)
-        directions = [torch.randn(w.shape, generator=generator).to(w.device) for w in weights]
-        directions = [v / v.norm() for v in directions]
-        values = [0.0] * len(weights)
-        unsettled = list(range(len(weights)))
+        starts = [[torch.randn(w.shape, generator=generator).to(w.device)] for w in weights]
         steps = context.progress(range(self.iterations), self.iterations, "Power iteration")
-        for _ in steps:
-            products = self._products(context, names, directions, unsettled, batches)
-            left = []
-            for i in unsettled:
-                value = float((wide(directions[i]) * products[i]).sum())
-                length = float(products[i].norm())
-                settled = length == 0 or abs(value - values[i]) <= self.tolerance * (abs(value) + 1e-12)
-                values[i] = value
-                if not settled:
-                    directions[i] = (products[i] / length).to(directions[i])
-                    left.append(i)
-            unsettled = left
-            if not unsettled:
-                break
-        return values
+
+        def product(directions: Blocks) -> Blocks:
+            return self._products(context, names, directions, batches)
+
+        return top_eigenvalues(product, starts, steps, self.tolerance)
 
     def _products(
-        self,
-        context: Context,
-        names: Mapping[nn.Parameter, str],
-        directions: list[Tensor],
-        wanted: list[int],
-        batches: Mapping[int, Batch],
-    ) -> dict[int, Tensor]:
-        """H_l v_l of each wanted layer, mean over the samples of batches."""
+        self, context: Context, names: Mapping[nn.Parameter, str], directions: Blocks, batches: Mapping[int, Batch]
+    ) -> Blocks:
+        """H_l v_l of each layer that has a direction, mean over the samples of batches."""
         weights = list(names)
-        points = [weights[i] for i in wanted]
+        points = [weights[i] for i in directions]
         total = sum(map(samples, batches.values()))
-        found = {i: wide(torch.zeros_like(directions[i])) for i in wanted}
+        means = {i: wide(torch.zeros_like(v)) for i, (v,) in directions.items()}
         for number, batch in batches.items():
             with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
-                loss = context.mean_loss(batch)
-                products: dict[int, Tensor] = {}
-                try:
-                    gradients = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-                    for i, g in zip(wanted, gradients, strict=True):
-                        if g is not None and g.requires_grad:
-                            dot = (wide(g) * directions[i]).sum()
-                            (product,) = torch.autograd.grad(dot, [weights[i]], retain_graph=True, allow_unused=True)
-                            if product is not None:
-                                products[i] = product
-                except RuntimeError as error:
-                    raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
-            for i, product in products.items():
+                gradients = gradient(context.mean_loss(batch), points, create_graph=True)
+                products = [
+                    hessian_products([g], [w], v)
+                    for g, w, v in zip(gradients, points, directions.values(), strict=True)
+                ]
+            for i, (product,) in zip(directions, products, strict=True):
                 if not torch.isfinite(product).all():
                     name = names[weights[i]]
                     raise EstimatorError(f"the Hessian of layer {name!r} times a vector is not finite (batch {number})")
-                found[i] += wide(product) * samples(batch) / total
-            context.passes.add(len(context.batches), forward=1, backward=1 + 2 * len(wanted))
-        return found
+                means[i] += product * samples(batch) / total
+            context.passes.add(len(context.batches), forward=1, backward=1 + 2 * len(directions))
+        return {i: [mean] for i, mean in means.items()}
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Forward and backward passes over the data, at most: as if no layer settled early; a unit counts one weight."""

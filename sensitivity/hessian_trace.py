@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import rademacher
+from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, hessian_products, rademacher
 from mpsearch.estimation.relative_error import input_noise
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.fingerprints import described, digest
@@ -70,9 +70,7 @@ class HessianTrace:
         Raises:
             EstimatorError: where the model cannot be differentiated twice, or a trace is not finite.
         """
-        weights = list({p: None for decision in context.decisions for p in context.parameters(decision)})
-        for parameter in context.model.parameters():
-            parameter.requires_grad_(parameter in set(weights))
+        weights = differentiable_weights(context)
         activations = any(precision.quantizes_activation for precision in context.precisions)
         layers = [layer for decision in context.decisions for layer in decision.layers] if activations else []
         total = sum(samples(batch) for batch in context.batches)
@@ -108,15 +106,8 @@ class HessianTrace:
             loss = context.mean_loss(batch)
             blocks = [[w] for w in weights] + seen
             points = [point for block in blocks for point in block]
-            try:
-                slopes = torch.autograd.grad(loss, points, create_graph=True, allow_unused=True)
-            except RuntimeError as error:
-                raise EstimatorError(f"the loss cannot be differentiated: {error}") from None
-            curved = [
-                (point, slope)
-                for point, slope in zip(points, slopes, strict=True)
-                if slope is not None and slope.requires_grad
-            ]
+            gradients = gradient(loss, points, create_graph=True)
+            curved = [(point, g) for point, g in zip(points, gradients, strict=True) if g.requires_grad]
             context.passes.add(len(context.batches), forward=1, backward=1)
             own = {id(w) for w in weights}
             if self.method == "hutchinson":
@@ -145,8 +136,7 @@ class HessianTrace:
             products = _products(curved, signs)
             context.passes.add(len(context.batches), backward=2)
             for (point, _), z, product in zip(curved, signs, products, strict=True):
-                if product is not None:
-                    draws[probe, block_of[id(point)]] += float((wide(product) * z).sum())
+                draws[probe, block_of[id(point)]] += float((product * z).sum())
         variances = draws.var(axis=0, ddof=1) / self.num_samples
         return list(zip(draws.mean(axis=0), variances, strict=True))
 
@@ -165,12 +155,12 @@ class HessianTrace:
 
         def product(columns: Tensor) -> Tensor:
             """H times the columns of (n, k)."""
-            found = []
+            products = []
             for column in columns.T:
-                (one,) = _products(pair, [column.reshape(weight.shape)])
+                (product,) = _products(pair, [column.reshape(weight.shape)])
                 context.passes.add(len(context.batches), backward=2)
-                found.append(torch.zeros_like(column) if one is None else wide(one).flatten())
-            return torch.stack(found, 1)
+                products.append(product.flatten())
+            return torch.stack(products, 1)
 
         def signs() -> Tensor:
             return torch.stack([rademacher(weight, generator).flatten() for _ in range(third)], 1)
@@ -205,16 +195,8 @@ class HessianTrace:
         return Estimate(sensitivity, np.sqrt(squares), context.unit)
 
 
-def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tensor]) -> tuple[Tensor | None, ...]:
-    """Hessian-vector products, from points with their gradients."""
-    dot = torch.stack([(wide(g) * v).sum() for (_, g), v in zip(curved, directions, strict=True)]).sum()
-    try:
-        found: tuple[Tensor | None, ...] = torch.autograd.grad(
-            dot, [point for point, _ in curved], retain_graph=True, allow_unused=True
-        )
-    except RuntimeError as error:
-        raise EstimatorError(f"the model cannot be differentiated twice: {error}") from None
-    return found
+def _products(curved: Sequence[tuple[Tensor, Tensor]], directions: Sequence[Tensor]) -> list[Tensor]:
+    return hessian_products([g for _, g in curved], [point for point, _ in curved], directions)
 
 
 def _recorder(seen: list[Tensor]) -> Callable[[Tensor], Tensor]:

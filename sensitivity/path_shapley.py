@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.gradients.hessian import require_gradients
 from mpsearch.metrics.comparisons import Comparison
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.running import Batch
@@ -97,8 +98,7 @@ class PathShapley:
             for p, precision in enumerate(context.precisions):
                 chosen = {layer.name: precision for decision in context.decisions for layer in decision.layers}
                 targets = quantized_weights(context.model, chosen, context.quantizer)
-                for parameter in context.model.parameters():
-                    parameter.requires_grad_(parameter in targets)
+                require_gradients(context.model, targets)
                 for number, batch in enumerate(context.batches):
                     name = f"path | {self.nodes} | {precision} | {number}"
                     stored = context.checkpoint.get(name)

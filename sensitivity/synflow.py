@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.hessian import differentiated, gradient, ones_like_sample
+from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, ones_like_sample
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.models.running import call
 from mpsearch.quantizers.fake_quantization import weights as replaced
@@ -59,7 +59,7 @@ class Synflow:
         Raises:
             EstimatorError: where the flow exceeds double precision, or the model cannot run in it.
         """
-        weights = differentiated(context)
+        weights = differentiable_weights(context)
         batch = ones_like_sample(context.batches[0], torch.float64)
         with replaced(_linearized(context.model)), torch.enable_grad():
             flow = call(context.model, batch).double().sum()

@@ -518,9 +518,9 @@ def check_caches(estimators: Sequence[Estimator], decided: Sequence[Layer]) -> N
 
 def decisions_of(decided: Sequence[Layer]) -> list[Decision]:
     """Layers by the precision that they share, in the order of the first of each."""
-    members: dict[tuple[bool, str], list[Layer]] = {}
+    members: dict[tuple[str, str], list[Layer]] = {}
     for layer in decided:
-        members.setdefault((bool(layer.group), layer.group or layer.name), []).append(layer)
+        members.setdefault(layer.decision, []).append(layer)
     return [Decision(name, tuple(found)) for (_, name), found in members.items()]
 
 

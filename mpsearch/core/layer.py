@@ -1,4 +1,4 @@
-"""A layer: one decision of the search."""
+"""A layer, and the decision that it belongs to."""
 
 import math
 import numbers
@@ -14,7 +14,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A quantizable module, the unit of decision.
+    """A quantizable module. Layers of one group are one decision, any other layer is a decision of its own.
 
     Attributes:
         name: as in `model.named_modules()`.
@@ -61,6 +61,17 @@ class Layer:
     def numel(self) -> int:
         """Number of weights; 0 where the shape is unknown."""
         return math.prod(self.weight_shape) if self.weight_shape else 0
+
+    @property
+    def decision(self) -> tuple[str, str]:
+        """The decision that it belongs to: equal for two layers where they share one precision.
+
+        A group may be called like a layer that stands alone, so the kind of name is part of the answer.
+
+        >>> Layer("q", group="qkv").decision, Layer("qkv").decision
+        (('group', 'qkv'), ('layer', 'qkv'))
+        """
+        return ("group", self.group) if self.group else ("layer", self.name)
 
     @property
     def is_cache(self) -> bool:

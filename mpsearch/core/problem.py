@@ -339,9 +339,8 @@ def least_options(cells: Array, row_of_layer: NDArray[np.int64], allowed: NDArra
 def _rows(layers: tuple[Layer, ...]) -> NDArray[np.int64]:
     if not any(layer.group for layer in layers):
         return np.arange(len(layers))
-    rows: dict[tuple[bool, str], int] = {}
-    keys = [(bool(layer.group), layer.group or layer.name) for layer in layers]
-    return np.array([rows.setdefault(key, len(rows)) for key in keys], np.int64)
+    rows: dict[tuple[str, str], int] = {}
+    return np.array([rows.setdefault(layer.decision, len(rows)) for layer in layers], np.int64)
 
 
 def _merged_interactions(table: CostTable, row_of_layer: NDArray[np.int64]) -> tuple[Interactions | None, Array | None]:

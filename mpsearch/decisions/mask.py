@@ -78,9 +78,9 @@ def _reason(layer: Layer, option: Precision) -> str | None:
 
 def _groups(layers: Sequence[Layer]) -> list[list[int]]:
     """Rows of the layers that share a precision."""
-    rows: dict[tuple[bool, str], list[int]] = {}
+    rows: dict[tuple[str, str], list[int]] = {}
     for row, layer in enumerate(layers):
-        rows.setdefault((bool(layer.group), layer.group or layer.name), []).append(row)
+        rows.setdefault(layer.decision, []).append(row)
     return list(rows.values())
 
 

@@ -313,7 +313,7 @@ class SearchResult:
         passes = files.read("passes.db", hashes)
         with Checkpoint.of_bytes(files.place("passes.db"), passes, summary["identity"]) as kept:
             finished = kept.rows()
-            units = len({(bool(layer.group), layer.group or layer.name) for layer in posterior.layers})
+            units = len({layer.decision for layer in posterior.layers})
             shifts = surrogate(kept, units, posterior.precisions)
         return cls(
             plan,

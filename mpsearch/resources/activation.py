@@ -46,7 +46,7 @@ class ActivationBytes:
         with preserved(model), torch.no_grad(), _watching(model, [layer.name for layer in layers]) as watch:
             call(model, one_sample)
         row_of = {layer.name: row for row, layer in enumerate(layers)}
-        unit_of = {layer.name: (bool(layer.group), layer.group or layer.name) for layer in layers}
+        decision_of = {layer.name: layer.decision for layer in layers}
         formats = [precision.activation for precision in precisions]
         shape = (len(watch.full_steps), len(layers), len(precisions) + 1)
         usage = np.zeros(shape)  # the last column: unquantized
@@ -56,7 +56,7 @@ class ActivationBytes:
             alive = (steps >= one.born) & (steps < one.died)
             names = sorted(one.readers, key=lambda name: row_of.get(name, -1))
             decided = bool(names) and one.dtype.is_floating_point and "" not in one.readers
-            if decided and len({unit_of[name] for name in names}) == 1:
+            if decided and len({decision_of[name] for name in names}) == 1:
                 dtype = str(one.dtype).removeprefix("torch.")
                 elements = one.nbytes / one.dtype.itemsize
                 sizes = [one.nbytes if f == "16" else elements * stored_bits(f, dtype) / 8 for f in formats]

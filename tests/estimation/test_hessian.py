@@ -5,7 +5,12 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.estimation.gradients.hessian import differentiated, mean_gradient, ones_like_sample, supervised_loss
+from mpsearch.estimation.gradients.hessian import (
+    differentiable_weights,
+    mean_gradient,
+    ones_like_sample,
+    supervised_loss,
+)
 from mpsearch.estimation.relative_error import cells_from_scores
 
 
@@ -49,7 +54,7 @@ def by_hand(model, samples):
 @pytest.mark.parametrize("loss", [None, "cross-entropy"])
 def test_labels_of_the_data(loss):
     model, batches = net(), data()
-    found = run(lambda s: mean_gradient(s, differentiated(s), 0), model, batches, loss)
+    found = run(lambda s: mean_gradient(s, differentiable_weights(s), 0), model, batches, loss)
     truth = by_hand(model, [pair for batch in batches for pair in zip(*batch, strict=True)])
     torch.testing.assert_close(found, truth)
 
@@ -72,7 +77,8 @@ def test_drawn_labels_follow_the_model():
 def test_drawn_labels_are_seeded():
     model, batches = net(), [batch[0] for batch in data()]
     first, same, other = (
-        run(lambda s, seed=seed: mean_gradient(s, differentiated(s), seed), model, batches) for seed in (3, 3, 4)
+        run(lambda s, seed=seed: mean_gradient(s, differentiable_weights(s), seed), model, batches)
+        for seed in (3, 3, 4)
     )
     assert all(torch.equal(a, b) for a, b in zip(first, same, strict=True))
     assert not torch.equal(first[0], other[0])
@@ -84,21 +90,23 @@ def test_a_certain_model_draws_its_prediction():
     with torch.no_grad():
         model[2].bias[1] = 60.0
     batches = data()
-    found = run(lambda s: mean_gradient(s, differentiated(s), 0), model, [batch[0] for batch in batches])
+    found = run(lambda s: mean_gradient(s, differentiable_weights(s), 0), model, [batch[0] for batch in batches])
     truth = by_hand(model, [(x, 1) for batch in batches for x in batch[0]])
     torch.testing.assert_close(found, truth)
 
 
 def test_half_precision_is_summed_in_float32():
     model, batches = net().bfloat16(), [torch.randn(4, 3).bfloat16()]
-    found = run(lambda s: mean_gradient(s, differentiated(s), 0), model, batches)
+    found = run(lambda s: mean_gradient(s, differentiable_weights(s), 0), model, batches)
     assert {g.dtype for g in found} == {torch.float32}
 
 
 def test_what_a_weight_does_not_reach_is_zero():
     model = net()
     loss = lambda m, batch: m[2].weight.sum() + 0 * m(batch).detach().sum()  # noqa: E731
-    first, second = run(lambda s: mean_gradient(s, differentiated(s), 0), model, [torch.ones(2, 3).double()], loss)
+    first, second = run(
+        lambda s: mean_gradient(s, differentiable_weights(s), 0), model, [torch.ones(2, 3).double()], loss
+    )
     assert torch.equal(first, torch.zeros_like(first))
     assert torch.equal(second, torch.ones_like(second))
 
@@ -112,7 +120,7 @@ def test_what_a_weight_does_not_reach_is_zero():
 )
 def test_errors(loss, message):
     with pytest.raises(mps.EstimatorError, match=message):
-        run(lambda s: mean_gradient(s, differentiated(s), 0), net(), [torch.ones(2, 3).double()], loss)
+        run(lambda s: mean_gradient(s, differentiable_weights(s), 0), net(), [torch.ones(2, 3).double()], loss)
 
 
 def test_ones():

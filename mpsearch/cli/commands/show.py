@@ -141,7 +141,7 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
             members = layers[block.start : block.stop]
             numel, macs = (sum(getattr(layer, key) for layer in members) for key in ("numel", "macs"))
             rows.append([block.label, str(len(members)), f"{numel:,}", f"{macs:,}"])
-    decided = len(groups) + sum(not layer.group for layer in layers)
+    decided = len({layer.decision for layer in layers})
     told = [
         f"{len(layers)} layers, {decided} decisions, {parameters:,} parameters, "
         f"{sum(layer.macs for layer in layers):,} MACs a sample"

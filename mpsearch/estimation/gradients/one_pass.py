@@ -12,6 +12,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate
 from mpsearch.estimation.gradients.factors import Moments, moments
+from mpsearch.estimation.gradients.hessian import require_gradients
 from mpsearch.estimation.gradients.layer_calls import Call, Layout, Watched
 from mpsearch.estimation.gradients.per_sample import sample_gradients
 from mpsearch.estimation.gradients.targets import Predicted, Source, predicted
@@ -110,8 +111,7 @@ def sweep(context: Context, estimators: Sequence[Reader]) -> list[Estimate]:
     account for.
     """
     places = _Places(context)
-    for parameter in context.model.parameters():
-        parameter.requires_grad_(False)
+    require_gradients(context.model, ())
     accumulators = [one.accumulator(context) for one in estimators]
     readers: dict[Source, list[int]] = {}
     for place, one in enumerate(estimators):

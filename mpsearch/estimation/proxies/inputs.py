@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Passes
 from mpsearch.estimation.gradients.hessian import (
-    differentiated,
+    differentiable_weights,
     gradient,
     hessian_products,
     mean_gradient,
@@ -46,9 +46,9 @@ def weight_inputs(
         seed: of drawn labels and probes.
 
     Raises:
-        EstimatorError: where the model cannot be differentiated, or an input is not finite.
+        EstimatorError: where the model cannot be differentiable_weights, or an input is not finite.
     """
-    weights = differentiated(context)
+    weights = differentiable_weights(context)
     found: dict[str, Sequence[Tensor]] = {"weight": [w.detach() for w in weights]}
     if "gradient" in names:
         found["gradient"] = mean_gradient(context, weights, seed)
