@@ -13,6 +13,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, hessian_products, rademacher
 from mpsearch.estimation.relative_error import input_noise
+from mpsearch.metrics.seeds import seeded_generator
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.running import Batch, samples
@@ -95,7 +96,7 @@ class HessianTrace:
         self, context: Context, weights: list[nn.Parameter], layers: list[Layer], batch: Batch, number: int
     ) -> tuple[list[float], list[float]]:
         """Mean trace of each weight, then of each layer's input, and their variances."""
-        generator = torch.Generator().manual_seed(hash((self.seed, number)) % 2**63)
+        generator = seeded_generator(self.seed, number)
         seen: list[list[Tensor]] = [[] for _ in layers]
         modules = {context.module(layer): _recorder(seen[i]) for i, layer in enumerate(layers)}
         with (

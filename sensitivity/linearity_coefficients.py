@@ -13,6 +13,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
 from mpsearch.estimation.relative_error import relative_error
+from mpsearch.metrics.seeds import seeded_generator
 from mpsearch.metrics.statistics import Mean, kl_divergence, wide
 
 
@@ -85,9 +86,10 @@ class LinearityCoefficients(OneAtATime):
     def _noise(self, context: Context, u: int, j: int) -> Perturbation:
         found: dict[torch.nn.Parameter, Tensor] = {}
         for k, parameter in enumerate(context.parameters(context.decisions[u])):
-            generator = torch.Generator().manual_seed(hash((self.seed, u, j, k)) % 2**63)
             weight = wide(parameter.detach())
-            draw = torch.randn(parameter.shape, generator=generator, dtype=torch.float32).to(weight)
+            draw = torch.randn(parameter.shape, generator=seeded_generator(self.seed, u, j, k), dtype=torch.float32).to(
+                weight
+            )
             scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
             found[parameter] = (weight + scale * draw).to(parameter.dtype)
         return Perturbation(found, {})

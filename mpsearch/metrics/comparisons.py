@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.metrics.seeds import seeded_generator
 from mpsearch.metrics.statistics import cross_entropy, kl_divergence, log_softmax, wide
 from mpsearch.models.data.batches import given_of, missing_labels
 from mpsearch.models.running import (
@@ -228,8 +229,7 @@ class Comparison(Metric):
             seed: of the source, and number of the batch.
             draw: number of the draw.
         """
-        generator = torch.Generator().manual_seed(hash((*seed, 0)) % 2**63)
-        signs = 2 * torch.randint(0, 2, rows.shape, generator=generator) - 1
+        signs = 2 * torch.randint(0, 2, rows.shape, generator=seeded_generator(*seed, 0)) - 1
         first = torch.searchsorted(index.cpu(), index.cpu())  # the first row of the same sample
         width = rows.shape[1]
         place = ((torch.arange(len(rows)) - first) * width)[:, None] + torch.arange(width)
@@ -673,7 +673,7 @@ def logits(kind: Kind, rows: Tensor) -> Tensor:
 
 def _generator(seed: tuple[int, int], draw: int) -> torch.Generator:
     source, number = seed
-    return torch.Generator().manual_seed(hash((source, draw, number)) % 2**63)
+    return seeded_generator(source, draw, number)
 
 
 #: Name -> metric.
