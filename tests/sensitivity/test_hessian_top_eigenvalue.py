@@ -100,7 +100,7 @@ def dense(model, batches):
         def loss(flat, name=name, weight=weight):
             return F.cross_entropy(functional_call(model, {name: flat.reshape(weight.shape)}, (x,)), y)
 
-        values = torch.linalg.eigvalsh(hessian(loss)(weight.flatten()))
+        values = torch.linalg.eigvalsh(hessian(loss)(weight.flatten()).detach())
         found.append(float(values[values.abs().argmax()]))
     return np.array(found)
 
