@@ -39,6 +39,7 @@ from mpsearch.errors import TableError as TableError
 from mpsearch.errors import VerificationError as VerificationError
 
 if TYPE_CHECKING:
+    from mpsearch.calibration.calibration import Calibration as Calibration
     from mpsearch.calibration.evaluating import evaluate as evaluate
     from mpsearch.calibration.measuring import measure_plans as measure_plans
     from mpsearch.calibration.profiling import forecast as forecast
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Budget",
     "BudgetError",
+    "Calibration",
     "Choice",
     "CostTable",
     "EstimatorError",
@@ -103,6 +105,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _NEED_TORCH = {  # loaded when first used, so that solving and showing never load torch
+    "Calibration": "mpsearch.calibration.calibration",
     "calibrate": "mpsearch.evaluation.table_fitting",
     "distill_data": "mpsearch.models.distilling",
     "evaluate": "mpsearch.calibration.evaluating",

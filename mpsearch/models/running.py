@@ -148,23 +148,17 @@ def shifts_labels(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
-    """Evaluation mode inside; outside, the model and every random generator are as they were.
+    """Evaluation mode inside; outside, the model and every random generator are as they were (`unchanged`).
 
     Parameters that functions read, and not layers, are decisions of their own where an example is given to find them by
-    (`mpsearch.models.modules.functional`).
-
-    Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.models.data.held`), hooks and random
-    states are put back whatever happens inside; what a model keeps elsewhere (globals of its file) is not. Parameters are never written
-    to: quantized weights are put in their place and taken out again (`mpsearch.quantizers.fake_quantization.weights`). Fused weights lie
-    in modules of their own (`mpsearch.models.modules.decomposing`). Compiled modules run as they are written.
+    (`mpsearch.models.modules.functional`). Fused weights lie in modules of their own (`mpsearch.models.modules.decomposing`). Compiled
+    modules run as they are written.
 
     Raises:
         EstimatorError: for a parameter without values, or a model that has no evaluation mode.
     """
     check_values(model)
-    restore = held(model)
-    grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
+    with unchanged(model):
         try:
             model.eval()
         except NotImplementedError as error:  # of an exported program
@@ -172,10 +166,25 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
         with contextlib.ExitStack() as inside:
-            for context in (torch.inference_mode(False), random_states(), _uncompiled(), unfused(model)):
+            for context in (torch.inference_mode(False), _uncompiled(), unfused(model)):
                 inside.enter_context(context)  # what is made inside may take gradients
             if example is not None:
                 inside.enter_context(operands(model, example, call))
+            yield
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Outside, the model and every random generator are as they were, whatever happens inside.
+
+    Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.models.data.held`), hooks and random
+    states are put back; what a model keeps elsewhere (globals of its file) is not. Parameters are never written to: quantized weights
+    are put in their place and taken out again (`mpsearch.quantizers.fake_quantization.weights`).
+    """
+    restore = held(model)
+    grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        with random_states():
             yield
     finally:
         restore()

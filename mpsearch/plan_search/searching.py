@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm.auto import tqdm
 
-from mpsearch.calibration.profiling import (
-    check_caches,
+from mpsearch.calibration.deciding import (
     check_layers,
     checked_precisions,
     decisions_of,
     left_undecided,
     resource_columns,
-    run_identity,
 )
+from mpsearch.calibration.families import check_caches
+from mpsearch.calibration.identity import run_identity
 from mpsearch.checkpoints.checkpoint import Checkpoint
 from mpsearch.core.budget import Budget
 from mpsearch.core.layer import Layer
@@ -182,8 +182,8 @@ def search(
         found = find_layers(model, parts["score"][0], exclude=exclude, groups=groups) if layers is None else layers
         decided, options = columns(with_options(found, allow, fixed), own)
         check_layers(model, decided)
-        check_caches(estimators or (), decided)
         decided, without = decidable(decided, options)
+        check_caches(estimators or (), decisions_of(decided))
         usage = resource_columns(model, decided, options, resources, quantize, example)
         base = CostTable(
             tuple(decided),

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mpsearch.calibration.profiling import families, scored
+from mpsearch.calibration.calibration import Calibration
+from mpsearch.calibration.families import families
 from mpsearch.checkpoints.checkpoint import Checkpoint
 from mpsearch.core.table import Array, CostTable
 from mpsearch.errors import EstimatorError
@@ -74,18 +75,18 @@ def scores(
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
     assert isinstance(context.checkpoint, Checkpoint)
-    made = scored(
+    with Calibration(
         context.model,
         context.batches,
-        members,
         context.precisions,
-        metric=context.comparison,
         layers=base.layers,
         quantizer=context.quantizer,
+        metric=context.comparison,
         resources=(),
         checkpoint=context.checkpoint,
         progress=False,
-    )
+    ) as calibration:
+        made = calibration.profile(members, loss=context.comparison, members=False)
     for places in families(members):
         family = [members[place] for place in places]
         key = f"search | tables | {digest(*map(described, family))}"

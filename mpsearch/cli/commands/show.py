@@ -90,7 +90,7 @@ def _table(table: mps.CostTable, picture: str | None) -> Answer:
 
 
 def _model(options: argparse.Namespace) -> Answer:
-    from mpsearch.calibration.profiling import unscored
+    from mpsearch.calibration.deciding import unscored
 
     model = arguments.model(options.file)
     data = arguments.data(options.data, model)

@@ -1,0 +1,494 @@
+"""The prepared model: model, data and decisions in one room, made ready once and put back once."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self, TypedDict, Unpack, get_type_hints, overload
+
+from torch import nn
+from tqdm.auto import tqdm
+
+from mpsearch.calibration.callers_line import stacklevel
+from mpsearch.calibration.deciding import (
+    Resources,
+    check_layers,
+    checked_precisions,
+    decisions_of,
+    left_undecided,
+    resource_columns,
+    unscored_table,
+)
+from mpsearch.calibration.families import (
+    check_caches,
+    checked_estimators,
+    estimates_of,
+    families,
+    members_alone,
+    planned_passes,
+)
+from mpsearch.calibration.identity import run_identity, title
+from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
+from mpsearch.checkpoints.checkpoint import Checkpoint, Counted, NoCheckpoint
+from mpsearch.core.layer import Layer
+from mpsearch.core.layer_options import Options, columns, with_options
+from mpsearch.core.precision import Precision
+from mpsearch.core.table import CostTable
+from mpsearch.decisions.finding import layers as find_layers
+from mpsearch.decisions.mask import decidable, only_allowed, refused_options
+from mpsearch.errors import EstimatorError, nearest
+from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
+from mpsearch.metrics.choice import MetricChoice, check_metric, choose
+from mpsearch.metrics.comparisons import METRICS, Comparison, Metric, Own
+from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.models.data.batches import reading_of
+from mpsearch.models.data.splitting import few
+from mpsearch.models.determinism import PROBED, probed_output
+from mpsearch.models.modules.experts import without_tokens
+from mpsearch.models.peak_memory import peak_memory
+from mpsearch.models.running import (
+    Batch,
+    collect,
+    data_fingerprint,
+    device_of,
+    logits_of,
+    preserved,
+    state_fingerprint,
+    unchanged,
+)
+from mpsearch.quantizers.fake_quantization import Quantizer, checked_quantizer, input_ranges
+
+Differentiated = Comparison | TargetLoss | Loss
+
+
+class LayerKeywords(TypedDict, total=False):
+    """Which layers are decided on and what each may have, as single keywords of a door.
+
+    Attributes:
+        exclude: names or patterns of layers to leave alone, where the layers are found.
+        groups: as for `mps.layers`.
+        allow: options of single layers, as for `mps.layers`.
+        fixed: what is decided already: a plan, its file, or name or pattern -> one precision.
+    """
+
+    exclude: Sequence[str]
+    groups: Any
+    allow: Mapping[str, Options] | None
+    fixed: Any
+
+
+class CalibrationOptions(LayerKeywords, total=False):
+    """What `Calibration` may be told beside what is in its signature.
+
+    Attributes:
+        higher_is_better: direction of a metric of one's own.
+        whole: all data of the run, where `batches` are a part of it: it tells what metric fits, and a checkpoint is for it.
+        example: the batch that parameters and costs are found by, and that is run twice; by default the first.
+    """
+
+    higher_is_better: bool
+    whole: Iterable[Batch]
+    example: Batch
+
+
+def check_keywords(door: str, given: Mapping[str, Any], known: type) -> None:
+    """Refuse a keyword that a door does not have.
+
+    Args:
+        door: its name.
+        given: what it was called with.
+        known: the `TypedDict` of what it takes.
+
+    Raises:
+        TypeError: with the nearest name.
+
+    >>> check_keywords("profile", {"excluded": ["head"]}, LayerKeywords)
+    Traceback (most recent call last):
+    TypeError: profile() has no argument 'excluded'; did you mean 'exclude'?
+    """
+    names = get_type_hints(known)
+    for name in given:
+        if name not in names:
+            raise TypeError(f"{door}() has no argument {name!r}{nearest(name, names)}")
+
+
+class Calibration:
+    """A model made ready: `profile`, `evaluate`, `measure_plans` and `search` are a few lines on it.
+
+    Inside `with`, the model is in evaluation mode and taken apart, so that every weight that can be decided on lies in a layer of its
+    own. All that several calls need is made when it is first asked for, once: the decisions and their costs, the ranges of quantized
+    inputs, the output of the unquantized model (run twice, so that a random model is refused) and the metric that fits it. All weights
+    are hashed at the start, and again at the end; after `with` the model is bit for bit what it was, also after an exception.
+
+    Args:
+        model: any module.
+        batches: calibration data, read once; what `mpsearch.models.data.batches.arranged` reads.
+        precisions: the options, `mps.precisions("w2 w4 w8")`; without them plans can be measured, but no table be made.
+        layers: the decisions; by default all that `mps.layers` finds.
+        quantizer: the one that will ship; by default `RoundToNearest()`.
+        metric: what outputs are compared by: a name of `mpsearch.metrics.comparisons.METRICS`, a metric or a function; by default what
+            fits outputs and targets.
+        loss: `loss(model, batch) -> scalar` of one's own for estimators that differentiate and for `metric="loss"`; or `kl`,
+            `cross-entropy`.
+        resources: names of resources, or own functions by name.
+        checkpoint: a file that finished work goes to, and where it is found again; an open `Checkpoint` stays open.
+        progress: show bars on stderr where that is a terminal.
+        **options: `exclude`, `groups`, `allow`, `fixed`, `higher_is_better`, `whole`, `example` (`CalibrationOptions`).
+
+    Raises:
+        EstimatorError: for unusable data, a model whose output is random, or one that was changed inside.
+        TableError: for a model without quantizable layers, or a layer or resource that does not exist.
+
+    Attributes of use to a search; all but `fingerprint` are made at the first look:
+
+    - `fingerprint`, `data_fingerprint`: hashes of all weights, and of the whole data;
+    - `layers`, `precisions`, `decisions`: (L,) rows and (P,) columns of tables, and the (D,) groups of rows that share a precision;
+    - `base`: a `CostTable` with all costs, whose sensitivity is 0, `nan` where an option is not allowed;
+    - `output`, `choice`: of the unquantized model on the first samples of `example`, and the `MetricChoice` from it;
+    - `ranges`: layer -> least and greatest input over `batches`; empty where no option quantizes inputs;
+    - `identity(loss)`: what results depend on, for a `Checkpoint` of one's own, which `keep_in` takes;
+    - `context(loss)`: the `Context` that estimators are handed, here for all decisions; `quantized` of it keeps weights.
+
+    A second set of batches is measured with the same prepared model: `measure(plans, batches)`, `evaluate(plan, batches)`, or plan by plan
+    and batch by batch with `mpsearch.calibration.plan_runs.PlanRuns` on `context().model`. Ranges stay those of the calibration data.
+
+    >>> import torch
+    >>> from mpsearch import Budget, precisions, solve
+    >>> from mpsearch.sensitivity import KLDivergence, RelativeWeightError
+    >>> _ = torch.manual_seed(0)
+    >>> model, batches = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), [torch.randn(8, 4)]
+    >>> with Calibration(model, batches, precisions("w2 w8")) as calibration:
+    ...     measured, guessed = calibration.profile([KLDivergence(), RelativeWeightError()])
+    >>> measured.unit, guessed.unit, [layer.name for layer in calibration.layers]
+    ('nats', 'relative', ['0', '2'])
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Iterable[Batch],
+        precisions: Sequence[Precision] | None = None,
+        *,
+        layers: Sequence[Layer] | None = None,
+        quantizer: Quantizer | None = None,
+        metric: str | Metric | Callable[..., Any] | None = None,
+        loss: Loss | Literal["kl", "cross-entropy"] | None = None,
+        resources: Resources = ("memory_bytes", "bitops"),
+        checkpoint: str | Path | Checkpoint | None = None,
+        progress: bool = True,
+        **options: Unpack[CalibrationOptions],
+    ) -> None:
+        check_keywords("Calibration", options, CalibrationOptions)
+        self.model = model
+        self.batches = collect(batches, model)
+        self.quantizer = checked_quantizer(quantizer)
+        check_metric(metric)
+        self.fingerprint = ""
+        #: all data of the run
+        self.whole = collect(options["whole"], model) if "whole" in options else self.batches
+        #: the batch that stands for all where one is enough
+        self.example: Batch = options.get("example", self.batches[0])
+        self._offered = None if precisions is None else checked_precisions(precisions)
+        self._layers, self._options = layers, options
+        self._metric, self._loss = metric, loss
+        self._resources, self._progress = resources, progress
+        self._checkpoint = checkpoint
+        self._users: list[str] = []  # who may have changed the model
+        self._stack = contextlib.ExitStack()
+        self._inside = False
+
+    def __enter__(self) -> Self:
+        self.fingerprint = state_fingerprint(self.model)
+        self._stack.enter_context(preserved(self.model, self.example))
+        self._inside = True
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._inside = False
+        self._stack.__exit__(kind, error, trace)
+        if kind is None and state_fingerprint(self.model) != self.fingerprint:
+            users = ", ".join(dict.fromkeys(self._users)) or "what ran inside"
+            raise EstimatorError(f"{users} changed the model's parameters or buffers")
+
+    @functools.cached_property
+    def data_fingerprint(self) -> str:
+        """A hash of the whole data."""
+        return data_fingerprint(self.whole)
+
+    @functools.cached_property
+    def _rows_and_columns(self) -> tuple[list[Layer], tuple[Precision, ...]]:
+        """Layers and options before any of them is held against the others."""
+        if self._offered is None:
+            raise EstimatorError(
+                "no precisions given: plans can be measured, but no decisions be made; give precisions="
+            )
+        options = self._options
+        layers = self._layers
+        if layers is None:
+            layers = find_layers(
+                self.model,
+                self.batches[0],
+                exclude=options.get("exclude", ()),
+                groups=options.get("groups", "auto"),
+            )
+        return columns(with_options(layers, options.get("allow"), options.get("fixed")), self._offered)
+
+    @property
+    def precisions(self) -> tuple[Precision, ...]:
+        """(P,) the options, those that are named for single layers alone last."""
+        return self._rows_and_columns[1]
+
+    @functools.cached_property
+    def _decidable(self) -> tuple[tuple[Layer, ...], dict[str, str]]:
+        self._check_inside()
+        layers, options = self._rows_and_columns
+        check_layers(self.model, layers)
+        layers, without = decidable(layers, options)
+        return tuple(layers), without
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """(L,) the layers that an option fits."""
+        return self._decidable[0]
+
+    @functools.cached_property
+    def decisions(self) -> list[Decision]:
+        """(D,) layers by the precision that they share."""
+        return decisions_of(self.layers)
+
+    @functools.cached_property
+    def base(self) -> CostTable:
+        """What every option costs; the sensitivity is 0 where it is allowed."""
+        layers, without = self._decidable
+        usage = resource_columns(self.model, layers, self.precisions, self._resources, self.quantizer, self.example)
+        facts = left_undecided(self.model, layers, self._options.get("exclude", ()), without)
+        return unscored_table(layers, self.precisions, usage, facts)
+
+    @functools.cached_property
+    def output(self) -> Any:
+        """All that the unquantized model returns for the first samples of the example, where two runs agree."""
+        self._check_inside()
+        return probed_output(self.model, self.example)
+
+    @functools.cached_property
+    def choice(self) -> MetricChoice:
+        """What is measured, and why."""
+        loss = self._loss
+        metric = "kl" if loss == "kl" else None if loss == "cross-entropy" else self._metric
+        return choose(
+            self.model,
+            self.whole,
+            self.output,
+            few(self.example, PROBED),
+            metric,
+            loss=loss if callable(loss) else None,
+            higher_is_better=self._options.get("higher_is_better", False),
+        )
+
+    @functools.cached_property
+    def loss(self) -> Differentiated:
+        """What estimators compare outputs by, or differentiate.
+
+        Raises:
+            EstimatorError: for a metric that no table can be made of.
+        """
+        measured = self.choice.metric
+        if self._loss == "cross-entropy":
+            return TargetLoss(probabilities=self.choice.reading.softmax)
+        if callable(self._loss):
+            return self._loss
+        if isinstance(measured, Own) and measured.title == "loss":
+            return measured.function
+        if not isinstance(measured, Comparison | TargetLoss):
+            names = ", ".join(name for name, metric in METRICS.items() if metric.compares)
+            raise EstimatorError(
+                f"a table takes a metric that compares outputs ({names}) or 'loss', not {self._metric!r}; the estimator TaskMetric "
+                "measures others"
+            )
+        return measured
+
+    @functools.cached_property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Least and greatest input of each layer over the calibration data, where an option quantizes inputs."""
+        if not any(option.quantizes_activation for option in self.precisions):
+            return {}
+        return input_ranges(self.model, self.batches, [layer.name for layer in self.layers])
+
+    @functools.cached_property
+    def _unseen(self) -> set[str]:
+        """Layers of experts that no batch gives a token."""
+        return without_tokens(self.model, self.layers, self.batches)
+
+    def identity(self, loss: Differentiated) -> dict[str, str]:
+        """What results depend on (`mpsearch.calibration.identity`), for a checkpoint."""
+        return run_identity(
+            self.model,
+            logits_of(self.output),
+            self.fingerprint,
+            self.data_fingerprint,
+            self.layers,
+            self.precisions,
+            self.quantizer,
+            loss,
+        )
+
+    def keep_in(self, checkpoint: Checkpoint) -> None:
+        """Finished work goes to this open checkpoint from now on, and is looked for there."""
+        self._checkpoint = checkpoint
+
+    def _results(self, loss: Differentiated) -> Checkpoint | NoCheckpoint:
+        """Where finished work goes; a file is opened at the first use."""
+        if self._checkpoint is None:
+            return NoCheckpoint()
+        if not isinstance(self._checkpoint, Checkpoint):
+            self._checkpoint = self._stack.enter_context(Checkpoint(self._checkpoint, self.identity(loss)))
+        return self._checkpoint
+
+    def context(self, loss: Differentiated | None = None) -> Context:
+        """What estimators are handed, with all decisions.
+
+        Args:
+            loss: what outputs are compared by; by default `loss` of this calibration.
+        """
+        compared = self.loss if loss is None else loss
+        return Context(
+            self.model,
+            self.batches,
+            self.decisions,
+            self.precisions,
+            self.quantizer,
+            self.ranges,
+            compared,
+            _Bars(self._progress),
+            checkpoint=self._results(compared),
+            beside=self.choice.comparison if callable(compared) else None,
+        )
+
+    @overload
+    def profile(
+        self, estimator: Estimator, *, loss: Differentiated | None = None, members: bool = True
+    ) -> CostTable: ...
+
+    @overload
+    def profile(
+        self, estimator: Sequence[Estimator], *, loss: Differentiated | None = None, members: bool = True
+    ) -> list[CostTable]: ...
+
+    def profile(
+        self,
+        estimator: Estimator | Sequence[Estimator],
+        *,
+        loss: Differentiated | None = None,
+        members: bool = True,
+    ) -> CostTable | list[CostTable]:
+        """Fill a cost table with each estimator; those of one family share their runs. See `mps.profile`.
+
+        Args:
+            estimator: one, or several.
+            loss: what outputs are compared by, in place of what this calibration chose.
+            members: runs of the model may be spent on the layers of a tie alone.
+
+        Returns:
+            A table, or of several estimators a list of them.
+
+        Raises:
+            EstimatorError: for a score that is not finite, or an estimator that cannot score what is decided.
+        """
+        several = isinstance(estimator, Sequence)
+        estimators = checked_estimators(estimator if isinstance(estimator, Sequence) else [estimator])
+        check_caches(estimators, self.decisions)
+        base = self.base
+        compared = self.loss if loss is None else loss
+        context = self.context(compared)
+        tables: dict[int, CostTable] = {}
+        self._users += map(repr, estimators)
+        for places in families(estimators):
+            family = [estimators[place] for place in places]
+            alone = members_alone(family, self.decisions, runs=members)
+            passes = Passes()
+            results = Counted(self._results(compared), functools.partial(dataclasses.astuple, passes))
+            own = dataclasses.replace(
+                context,
+                decisions=[*self.decisions, *alone],
+                quantizer=self._allowed,
+                passes=passes,
+                checkpoint=results,
+            )
+            start = time.perf_counter()
+            with unchanged(self.model), peak_memory(device_of(self.model)) as peak:
+                estimates = estimates_of(own, family)
+            facts = {
+                "quantizer": repr(self.quantizer),
+                "loss": title(compared),
+                "measured": self.choice.sentence if loss is None else title(compared),
+                "batches": len(self.batches),
+                **reading_of(self.batches[0]),
+                "passes": dataclasses.asdict(passes + Passes(*results.earlier)),
+                "passes_in_this_run": dataclasses.asdict(passes),
+                "shared_with": len(places) - 1,
+                "seconds": round(time.perf_counter() - start, 3),
+                "peak_memory_bytes": peak.bytes,
+                "model_fingerprint": self.fingerprint,
+                "data_fingerprint": self._calibration_fingerprint,
+                **base.origin,
+            }
+            for place, estimate in zip(places, estimates, strict=True):
+                check_estimate(estimators[place], estimate, own)
+                origin = {"estimator": repr(estimators[place]), **facts, **estimate.facts}
+                tables[place] = scored_table(base, self.decisions, alone, estimate, origin, self._unseen)
+                warn_of_no_effect(own, estimate, self._unseen)
+        if loss is None:
+            self._warn_of_metric([(repr(estimators[place]), table) for place, table in tables.items()])
+        return [tables[place] for place in range(len(estimators))] if several else tables[0]
+
+    def forecast(self, estimator: Estimator) -> Passes | None:
+        """The passes over the data that `profile` will take with an estimator, at most; also outside `with`. See `mps.forecast`."""
+        layers, options = self._rows_and_columns
+        decisions = decisions_of(layers)
+        number = len(decisions) + len(members_alone([estimator], decisions, runs=True))
+        return planned_passes(estimator, len(self.batches), number, len(options))
+
+    @functools.cached_property
+    def _allowed(self) -> Any:
+        """The quantizer, kept from options that are refused."""
+        refused = refused_options(self.layers, self.precisions)
+        return only_allowed(self.quantizer, self.layers, self.precisions, refused)
+
+    @functools.cached_property
+    def _calibration_fingerprint(self) -> str:
+        return data_fingerprint(self.batches)
+
+    def _warn_of_metric(self, tables: Sequence[tuple[str, CostTable]]) -> None:
+        """Warn of what was assumed of the metric, and of tables, by their estimator, that do not see what it measures."""
+        if all(table.unit == "relative" for _, table in tables):
+            return
+        self.choice.warn(stacklevel=stacklevel())
+        blind = [estimator for estimator, table in tables if table.unit == "nats"]
+        if blind and self.choice.comparison.unit != "nats" and isinstance(self.loss, Comparison):
+            warnings.warn(
+                f"{', '.join(blind)} takes a KL over a softmax, which does not see what all outputs have in common; "
+                f"{self.choice.sentence}; the estimator OutputDamage measures that",
+                stacklevel=stacklevel(),
+            )
+
+    def _check_inside(self) -> None:
+        if not self._inside:
+            raise EstimatorError(
+                "the model is not prepared: write `with mps.Calibration(...) as calibration:` and call inside"
+            )
+
+
+class _Bars:
+    """`bars(iterable, total, label)`: tqdm on stderr, off where that is no terminal."""
+
+    def __init__(self, shown: bool) -> None:
+        self._disable = None if shown else True  # None: tqdm looks at the terminal
+
+    def __call__(self, iterable: Any, total: int, label: str) -> Any:
+        return tqdm(iterable, total=total, desc=label, disable=self._disable, leave=False)
