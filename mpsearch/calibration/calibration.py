@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,12 +36,12 @@ from mpsearch.calibration.identity import run_identity, title
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
 from mpsearch.checkpoints.checkpoint import Checkpoint, Counted, NoCheckpoint
 from mpsearch.core.layer import Layer
-from mpsearch.core.layer_options import Options, columns, with_options
+from mpsearch.core.layer_options import Groups, LayerOptions, Options, columns, layers_and_options, with_options
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.decisions.mask import decidable, only_allowed, refused_options
-from mpsearch.errors import EstimatorError, nearest
+from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
 from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
 from mpsearch.metrics.comparisons import METRICS, Comparison, Metric, Own
@@ -76,9 +77,9 @@ class LayerKeywords(TypedDict, total=False):
     """
 
     exclude: Sequence[str]
-    groups: Any
+    groups: Groups
     allow: Mapping[str, Options] | None
-    fixed: Any
+    fixed: Mapping[str, str | Precision] | str | os.PathLike[str] | None
 
 
 class CalibrationOptions(LayerKeywords, total=False):
@@ -128,7 +129,7 @@ class Calibration:
         model: any module.
         batches: calibration data, read once; what `mpsearch.models.data.batches.arranged` reads.
         precisions: the options, `mps.precisions("w2 w4 w8")`; without them plans can be measured, but no table be made.
-        layers: the decisions; by default all that `mps.layers` finds.
+        layers: the decisions, or `LayerOptions` to find them by; by default all that `mps.layers` finds.
         quantizer: the one that will ship; by default `RoundToNearest()`.
         metric: what outputs are compared by: a name of `mpsearch.metrics.comparisons.METRICS`, a metric or a function; by default what
             fits outputs and targets.
@@ -173,7 +174,7 @@ class Calibration:
         batches: Iterable[Batch],
         precisions: Sequence[Precision] | None = None,
         *,
-        layers: Sequence[Layer] | None = None,
+        layers: Sequence[Layer] | LayerOptions | None = None,
         quantizer: Quantizer | None = None,
         metric: str | Metric | Callable[..., Any] | None = None,
         loss: Loss | Literal["kl", "cross-entropy"] | None = None,
@@ -193,7 +194,14 @@ class Calibration:
         #: the batch that stands for all where one is enough
         self.example: Batch = options.get("example", self.batches[0])
         self._offered = None if precisions is None else checked_precisions(precisions)
-        self._layers, self._options = layers, options
+        self._layers, self._layer_options = layers_and_options(
+            layers,
+            exclude=options.get("exclude", ()),
+            groups=options.get("groups", "auto"),
+            allow=options.get("allow"),
+            fixed=options.get("fixed"),
+        )
+        self._higher_is_better = options.get("higher_is_better", False)
         self._metric, self._loss = metric, loss
         self._resources, self._progress = resources, progress
         self._checkpoint = checkpoint
@@ -228,16 +236,11 @@ class Calibration:
             raise EstimatorError(
                 "no precisions given: plans can be measured, but no decisions be made; give precisions="
             )
-        options = self._options
+        options = self._layer_options
         layers = self._layers
         if layers is None:
-            layers = find_layers(
-                self.model,
-                self.batches[0],
-                exclude=options.get("exclude", ()),
-                groups=options.get("groups", "auto"),
-            )
-        return columns(with_options(layers, options.get("allow"), options.get("fixed")), self._offered)
+            layers = find_layers(self.model, self.batches[0], **options.finding)
+        return columns(with_options(layers, options.allow, options.fixed), self._offered)
 
     @property
     def precisions(self) -> tuple[Precision, ...]:
@@ -267,7 +270,7 @@ class Calibration:
         """What every option costs; the sensitivity is 0 where it is allowed."""
         layers, without = self._decidable
         usage = resource_columns(self.model, layers, self.precisions, self._resources, self.quantizer, self.example)
-        facts = left_undecided(self.model, layers, self._options.get("exclude", ()), without)
+        facts = left_undecided(self.model, layers, self._layer_options.exclude, without)
         return unscored_table(layers, self.precisions, usage, facts)
 
     @functools.cached_property
@@ -288,7 +291,7 @@ class Calibration:
             few(self.example, PROBED),
             metric,
             loss=loss if callable(loss) else None,
-            higher_is_better=self._options.get("higher_is_better", False),
+            higher_is_better=self._higher_is_better,
         )
 
     @functools.cached_property
@@ -474,6 +477,7 @@ class Calibration:
             warnings.warn(
                 f"{', '.join(blind)} takes a KL over a softmax, which does not see what all outputs have in common; "
                 f"{self.choice.sentence}; the estimator OutputDamage measures that",
+                MpsearchWarning,
                 stacklevel=stacklevel(),
             )
 

@@ -11,6 +11,7 @@ from mpsearch.calibration.deciding import Resources
 from mpsearch.calibration.families import checked_estimators
 from mpsearch.checkpoints.checkpoint import Checkpoint
 from mpsearch.core.layer import Layer
+from mpsearch.core.layer_options import LayerOptions
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import EstimatorError
@@ -29,7 +30,7 @@ def profile(
     *,
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -47,7 +48,7 @@ def profile(
     *,
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -64,7 +65,7 @@ def profile(
     *,
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Checkpoint | None = None,
@@ -86,7 +87,7 @@ def profile(
             what fits the outputs and targets (`mpsearch.metrics.choice`); `origin["measured"]` tells, and a warning what was assumed.
         loss: `loss(model, batch) -> scalar` of your own for estimators that differentiate; or `kl`, `cross-entropy`, in place of
             `metric`.
-        layers: the decisions; by default all that `mps.layers` finds.
+        layers: the decisions, or `mps.LayerOptions` to find them by; by default all that `mps.layers` finds.
         quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
@@ -138,7 +139,7 @@ def forecast(
     estimator: Estimator,
     precisions: Sequence[Precision],
     *,
-    layers: Sequence[Layer] | None = None,
+    layers: Sequence[Layer] | LayerOptions | None = None,
     **options: Unpack[LayerKeywords],
 ) -> Passes | None:
     """The passes over the data that `profile` will take with an estimator, at most; no more than one is run to tell.

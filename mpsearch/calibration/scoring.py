@@ -12,7 +12,7 @@ from mpsearch.allocation.ties import in_proportion
 from mpsearch.calibration.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.table import CostTable, Interactions
-from mpsearch.errors import EstimatorError
+from mpsearch.errors import EstimatorError, MpsearchWarning
 from mpsearch.estimation.estimator import Context, Decision, Estimate
 from mpsearch.models.modules.experts import filled, report
 
@@ -101,6 +101,7 @@ def warn_of_no_effect(context: Context, estimate: Estimate, unseen: set[str]) ->
         warnings.warn(
             f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
             "if the model cuts their gradients off",
+            MpsearchWarning,
             stacklevel=stacklevel(),
         )
 
