@@ -73,9 +73,9 @@ def check_layers(model: nn.Module, decided: Sequence[Layer]) -> None:
 
 def decisions_of(decided: Sequence[Layer]) -> list[Decision]:
     """Layers by the precision that they share, in the order of the first of each."""
-    members: dict[tuple[bool, str], list[Layer]] = {}
+    members: dict[tuple[str, str], list[Layer]] = {}
     for layer in decided:
-        members.setdefault((bool(layer.group), layer.group or layer.name), []).append(layer)
+        members.setdefault(layer.decision, []).append(layer)
     return [Decision(name, tuple(layers)) for (_, name), layers in members.items()]
 
 
