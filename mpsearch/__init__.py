@@ -50,6 +50,9 @@ if TYPE_CHECKING:
     from mpsearch.evaluation.table_fitting import calibrate as calibrate
     from mpsearch.models.distilling import distill_data as distill_data
     from mpsearch.models.modules.kv_cache import KVCache as KVCache
+    from mpsearch.plan_search.goals import LeastResource as LeastResource
+    from mpsearch.plan_search.goals import WholeFront as WholeFront
+    from mpsearch.plan_search.goals import WithinBudget as WithinBudget
     from mpsearch.plan_search.proxy_search import ProxyTruth as ProxyTruth
     from mpsearch.plan_search.proxy_search import evolve_proxy as evolve_proxy
     from mpsearch.plan_search.result import SearchResult as SearchResult
@@ -70,6 +73,7 @@ __all__ = [
     "KVCache",
     "Layer",
     "LayerOptions",
+    "LeastResource",
     "MissingPackage",
     "MpsearchError",
     "MpsearchWarning",
@@ -87,6 +91,8 @@ __all__ = [
     "TableError",
     "Tie",
     "VerificationError",
+    "WholeFront",
+    "WithinBudget",
     "calibrate",
     "distill_data",
     "evaluate",
@@ -114,6 +120,9 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "KVCache": "mpsearch.models.modules.kv_cache",
     "ProxyEvolution": "mpsearch.estimation.proxies.evolution",
     "ProxyTruth": "mpsearch.plan_search.proxy_search",
+    "LeastResource": "mpsearch.plan_search.goals",
+    "WholeFront": "mpsearch.plan_search.goals",
+    "WithinBudget": "mpsearch.plan_search.goals",
     "layers": "mpsearch.decisions.finding",
     "forecast": "mpsearch.calibration.profiling",
     "measure_plans": "mpsearch.calibration.measuring",

@@ -13,7 +13,7 @@ from mpsearch.core.problem import Problem
 from mpsearch.core.solution import Status
 from mpsearch.solvers import Exact
 
-Options = NDArray[np.int64]
+Columns = NDArray[np.int64]
 
 _EXACT = Exact(time_limit_s=math.inf, max_states=50_000, max_nodes=2_000)  # no clock: the same answer on a busy machine
 
@@ -23,11 +23,11 @@ class EarlyEnd:
     """The plan that a search ends with before it spends a pass, and why.
 
     Attributes:
-        options: (G,) column of each row.
+        columns: (D,) column of each decision.
         reason: in words.
     """
 
-    options: Options
+    columns: Columns
     reason: str
 
 
@@ -40,55 +40,55 @@ def early_end(problem: Problem) -> EarlyEnd | None:
     >>> [getattr(early_end(Problem.of(table, mps.Budget(average_bits=limit))), "reason", None) for limit in (2, 3, 4)]
     ['only one plan fits the budget', None, 'the highest precision fits the budget, w4 in every layer']
     """
-    options = _widest(problem)
-    if options is not None and problem.feasible(options):
-        names = sorted({str(problem.table.precisions[p]) for p in options})
+    columns = _widest(problem)
+    if columns is not None and problem.feasible(columns):
+        names = sorted({str(problem.table.precisions[p]) for p in columns})
         each = f"{names[0]} in every layer" if len(names) == 1 else "every layer at its widest option"
-        return EarlyEnd(options, f"the highest precision fits the budget, {each}")
-    options = _only(problem)
-    return None if options is None else EarlyEnd(options, "only one plan fits the budget")
+        return EarlyEnd(columns, f"the highest precision fits the budget, {each}")
+    columns = _only(problem)
+    return None if columns is None else EarlyEnd(columns, "only one plan fits the budget")
 
 
-def _widest(problem: Problem) -> Options | None:
+def _widest(problem: Problem) -> Columns | None:
     """Each row at the option that is at least as fine as all others in every respect; None where a row has none."""
     precisions = problem.table.precisions
-    finer = np.array([[_as_fine(one, other) for other in precisions] for one in precisions])
+    finer = np.array([[_as_fine(first, other) for other in precisions] for first in precisions])
     allowed = ~np.isnan(problem.objective)
     best = allowed & (finer[None] | ~allowed[:, None, :]).all(axis=2)
     return np.asarray(best.argmax(axis=1)) if best.any(axis=1).all() else None
 
 
-def _as_fine(one: Precision, other: Precision) -> bool:
-    """True where a layer at `one` is surely no worse off than at `other`: as many bits, and of as many the same format."""
-    if one == other:
+def _as_fine(first: Precision, other: Precision) -> bool:
+    """True where a layer at `first` is surely no worse off than at `other`: as many bits, and of as many the same format."""
+    if first == other:
         return True
     parts: Sequence[tuple[str, int, str, int, bool]] = (
-        (one.weight, one.weight_bits, other.weight, other.weight_bits, one.quantizes_weight),
-        (one.activation, one.activation_bits, other.activation, other.activation_bits, one.quantizes_activation),
+        (first.weight, first.weight_bits, other.weight, other.weight_bits, first.quantizes_weight),
+        (first.activation, first.activation_bits, other.activation, other.activation_bits, first.quantizes_activation),
     )
     for mine, bits, others, other_bits, quantized in parts:
         if quantized and (bits < other_bits or (bits == other_bits and mine != others)):
             return False
-    same = one.weight == other.weight and one.quantizes_weight
+    same = first.weight == other.weight and first.quantizes_weight
     return (
         not same
-        or one.group_size == other.group_size
-        or (one.group_size is not None and (other.group_size is None or one.group_size <= other.group_size))
+        or first.group_size == other.group_size
+        or (first.group_size is not None and (other.group_size is None or first.group_size <= other.group_size))
     )
 
 
-def _only(problem: Problem) -> Options | None:
+def _only(problem: Problem) -> Columns | None:
     """The plan within the limits where there is no other, proven row by row."""
     free = replace(problem, objective=np.where(np.isnan(problem.objective), np.nan, 0.0), interactions=None)
-    options = choose(_EXACT, free).options
-    if options is None:
+    columns = choose(_EXACT, free).options
+    if columns is None:
         return None
-    for row, option in enumerate(options.tolist()):
+    for row, column in enumerate(columns.tolist()):
         objective = free.objective.copy()
-        objective[row, option] = np.nan
+        objective[row, column] = np.nan
         if np.isnan(objective[row]).all():
             continue
         other = choose(_EXACT, replace(free, objective=objective))
         if other.status is not Status.INFEASIBLE:
             return None
-    return options
+    return columns

@@ -7,33 +7,35 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from mpsearch.core.budget import inequality
+from mpsearch.errors import PlanError
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
-from mpsearch.plan_search.proposers import Posterior, Proposer, Record
-
-Options = NDArray[np.int64]
+from mpsearch.plan_search.proposers import Columns, Posterior, Proposer, Record
 
 #: A plan is dropped where it is worse than the best one by so many standard errors of the difference.
 DROPPED_AT = 3.0
 #: A plan that does more than so many times the damage of the best one beyond it tells nothing of plans near the best one.
 _FAR = 3.0
+#: Plans in a row that were measured before, after which a proposer counts as out of plans.
+_REPEATS = 8
 
 
 @dataclass(eq=False)
 class PlanSearch:
-    """One budget: measures what is proposed, and learns from it.
+    """The search for plans within one budget: it measures what is proposed, and learns from it.
 
     Attributes:
         record: limits, tables, measured plans.
-        prior: (U, P) damage that the posterior starts from, up to a factor.
-        meter: on the select part.
-        between: on vicinal samples; the first `drawn` of them count in what is made least.
+        prior: (D, P) damage that the posterior starts from, up to a factor.
+        evaluator: on the select part.
+        between: on samples between the samples; the first `drawn` of them count in what is to be least.
         drawn: as many as the select part has.
-        posterior: after the first measurement.
+        posterior: what is known of each cell by now.
     """
 
     record: Record
     prior: NDArray[np.float64]
-    meter: PlanEvaluator
+    evaluator: PlanEvaluator
     between: PlanEvaluator | None = None
     drawn: int = 0
     posterior: Posterior = field(init=False)
@@ -43,73 +45,92 @@ class PlanSearch:
 
     @property
     def least(self) -> float:
-        """Damage of the best plan so far."""
-        return self.record.measured[tuple(self.record.best.tolist())]
+        """What the best plan so far has made of what is to be least."""
+        best = self.record.best
+        assert best is not None, "no plan within the limits was measured yet"
+        return self.record.measured[tuple(best.tolist())]
 
-    def open(self, plans: Sequence[Options], enough: Callable[[], bool]) -> None:
+    def open(self, plans: Sequence[Columns], enough: Callable[[], bool]) -> None:
         """Measure the first plans, the very first whatever it costs, and set the scale of the prior by them."""
-        for options in plans:
-            if self.record.new(options) and self.record.fits(options) and not (self.record.measured and enough()):
-                self.measure(options)
+        for columns in plans:
+            if self.record.new(columns) and self.record.fits(columns) and not (self.record.measured and enough()):
+                self.measure(columns)
         self._learn()
 
-    def adopt(self, plans: Sequence[Options]) -> None:
+    def adopt(self, plans: Sequence[Columns]) -> None:
         """Take over plans that were measured within other limits; those on the whole part alone."""
-        for options in plans:
-            if self.meter.complete(options):
-                self._keep(options, self.meter.measure(options).value)
+        for columns in plans:
+            if self.evaluator.complete(columns):
+                self._write(columns, self.evaluator.measure(columns).value)
         self._learn()
 
-    def go(self, proposers: Sequence[Proposer], enough: Callable[[], bool], most: float = math.inf) -> None:
-        """Ask the proposers in turn and measure.
+    def run(self, proposers: Sequence[Proposer], enough: Callable[[], bool], most: float = math.inf) -> None:
+        """Ask the proposers in turn, measure what they propose, and learn from it.
 
         Args:
             proposers: asked in turn.
             enough: True ends it; so does a round in which none has anything to propose.
             most: plans to measure.
+
+        Raises:
+            PlanError: for a proposal that is no plan within the limits.
         """
-        idle = asked = 0
+        idle = turns = 0
         while idle < len(proposers):
             for proposer in proposers:
-                if asked >= most or enough():
+                if turns >= most or enough():
                     return
-                asked += 1
-                options = proposer.propose(self.record, self.posterior)
-                if options is None:
+                turns += 1
+                columns = self._proposal(proposer)
+                if columns is None:
                     idle += 1
                     continue
                 idle = 0
-                value = self.measure(options)
+                value = self.measure(columns)
                 if _near(value, self.least):
-                    self.posterior.add(options, value)
+                    self.posterior.add(columns, value)
 
-    def measure(self, options: Options) -> float:
-        """What is made least, of a plan; it is dropped as soon as it is clearly worse than the best one, and then estimated.
+    def measure(self, columns: Columns) -> float:
+        """Measure a plan; one that is clearly worse than the best one is dropped as soon as that shows, and then estimated.
 
-        The estimate is that of the best plan and the difference on the samples that both have seen.
+        The estimate is what the best plan has, and the difference on the samples that both have seen.
+
+        Returns:
+            what is to be least.
         """
-        record, meter = self.record, self.meter
-        best: Measurement | None = None
-        if any(record.fits(np.array(key)) for key in record.measured):
-            best = meter.known.get(tuple(record.best.tolist()))
+        record, evaluator = self.record, self.evaluator
+        incumbent = record.best
+        best = None if incumbent is None else evaluator.known.get(tuple(incumbent.tolist()))
 
-        def clearly_worse(found: Measurement) -> bool:
+        def clearly_worse(measurement: Measurement) -> bool:
             if best is None:
                 return False
-            difference, se = found.over(best)
+            difference, se = measurement.over(best)
             return difference > DROPPED_AT * se and difference > 0
 
-        found = meter.measure(options, clearly_worse)
-        if meter.complete(options) or best is None:
-            return self._keep(options, found.value)
-        return self._keep(options, best.value + found.over(best)[0], best.value)
+        measurement = evaluator.measure(columns, clearly_worse)
+        if evaluator.complete(columns) or best is None:
+            return self._write(columns, measurement.value)
+        return self._write(columns, best.value + measurement.over(best)[0], best.value)
 
-    def _keep(self, options: Options, damage: float, best: float | None = None) -> float:
-        """Write down the damage of a plan, and what is made least; estimated in proportion to the best plan's `best` if given."""
-        key, record = tuple(options.tolist()), self.record
+    def _proposal(self, proposer: Proposer) -> Columns | None:
+        """A plan that is new and keeps the limits; None where the proposer has none, or only names plans that were measured."""
+        for _ in range(_REPEATS):
+            columns = proposer.propose(self.record, self.posterior)
+            if columns is None:
+                return None
+            check_proposal(proposer, self.record, columns)
+            if self.record.new(columns):
+                return columns
+        return None
+
+    def _write(self, columns: Columns, damage: float, best: float | None = None) -> float:
+        """Write down the damage of a plan, and what is to be least; estimated in proportion to the best plan's `best` if given."""
+        key, record = tuple(columns.tolist()), self.record
         least = damage
         if self.between is not None and best is None:
-            least += self.between.measure(options, lambda found: len(found.sums) >= self.drawn).first(self.drawn).value
+            drawn = self.between.measure(columns, lambda measurement: len(measurement.sums) >= self.drawn)
+            least += drawn.first(self.drawn).value
         elif best is not None:
             least = self.least * damage / best if best > 0 else self.least + damage
         record.damage[key], record.measured[key] = damage, least
@@ -121,17 +142,41 @@ class PlanSearch:
             self.posterior = learned(self.prior, self.record.measured)
 
 
+def check_proposal(proposer: Proposer, record: Record, columns: Columns) -> None:
+    """Refuse a proposal that is no plan, takes an option that is refused, or breaks a limit.
+
+    Raises:
+        PlanError: with what is wrong.
+    """
+    shape = record.allowed.shape
+    what = f"{proposer!r} proposed"
+    if not (
+        isinstance(columns, np.ndarray) and columns.shape == shape[:1] and np.issubdtype(columns.dtype, np.integer)
+    ):
+        raise PlanError(f"{what} {columns!r}, expected the columns of {shape[0]} decisions, an array of whole numbers")
+    if columns.size and not (columns.min() >= 0 and columns.max() < shape[1]):
+        raise PlanError(f"{what} columns from {columns.min()} to {columns.max()}, expected 0 to {shape[1] - 1}")
+    if record.fits(columns):
+        return
+    refused = np.flatnonzero(~record.allowed[np.arange(shape[0]), columns])
+    if len(refused):
+        raise PlanError(f"{what} column {columns[refused[0]]} in decision {refused[0]}, which is not allowed there")
+    (name, used), *_ = record.problem.broken(columns)
+    limit = inequality(name, record.problem.limits[name])
+    raise PlanError(f"{what} a plan that breaks a limit: it uses {used:.6g}, expected {limit}")
+
+
 def learned(prior: NDArray[np.float64], measured: Mapping[tuple[int, ...], float]) -> Posterior:
     """The posterior of a prior that is right up to a factor, from measured plans; the best of them set the factor."""
     rows = np.arange(len(prior))
     least = min(measured.values())
     near = [(np.array(key), value) for key, value in measured.items() if _near(value, least)]
-    expected = [float(prior[rows, options].sum()) for options, _ in near]
-    ratios = [value / sum_ for (_, value), sum_ in zip(near, expected, strict=True) if value > 0 and sum_ > 0]
+    expected = [float(prior[rows, columns].sum()) for columns, _ in near]
+    ratios = [value / total for (_, value), total in zip(near, expected, strict=True) if value > 0 and total > 0]
     scale = float(np.exp(np.mean(np.log(ratios)))) if ratios else 1.0
     posterior = Posterior(prior * scale)
-    for options, value in near:
-        posterior.add(options, value)
+    for columns, value in near:
+        posterior.add(columns, value)
     return posterior
 
 

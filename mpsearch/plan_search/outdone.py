@@ -28,7 +28,7 @@ def finer(a: Precision, b: Precision) -> bool:
 
 
 def without_outdone(table: CostTable, goal: Goal) -> CostTable:
-    """The table without options that use no less than a finer one of all that the goal limits, or makes least.
+    """The table without options that use no less than a finer one of all that the goal limits or saves.
 
     Which were left out is told in a warning, and under `outdone` in the origin.
 
@@ -38,8 +38,8 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
     """
     problem = Problem.of(table, goal.budget or Budget())
     amounts = list(problem.usage)
-    if goal.tolerance is not None or goal.front:
-        amounts += [merged(cells, problem.row_of_layer)[0] for cells in total_of(table, goal.over).cells]
+    for resource in goal.saved:
+        amounts += [merged(cells, problem.row_of_layer)[0] for cells in total_of(table, resource).cells]
     if not amounts:
         return table
     used = np.stack(amounts)
@@ -55,12 +55,12 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
     if not by:
         return table
     coarse = {name for name, _ in by}
-    told = ", ".join(
+    pairs_text = ", ".join(
         f"{name} in {count} layers (no less than {better})"
         for (name, better), count in by.items()
         if better not in coarse
     )
-    text = f"options that use as much as a finer one are left out: {told}"
+    text = f"options that use as much as a finer one are left out: {pairs_text}"
     warnings.warn(text, MpsearchWarning, stacklevel=3)
     sensitivity = np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity)
     return replace(table, sensitivity=sensitivity, origin={**table.origin, "outdone": text})

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.plan_search.goals import Goal
 from mpsearch.plan_search.outdone import without_outdone
 
 OPTIONS = mps.precisions("w4g64 w5g64 w6g64 w8g64 w8a8g64")
@@ -26,13 +25,13 @@ def left(found):
 
 
 HQQ = table([4, 8, 8, 8, 8], bitops=[4, 5, 6, 8, 4])
-MEMORY = Goal(mps.Budget(memory_bytes=12), None, "memory_bytes", False)
+MEMORY = mps.WithinBudget(mps.Budget(memory_bytes=12))
 
 
 def test_what_counts_is_what_is_asked_for():
     told = r"w5g64 in 2 layers \(no less than w8g64\), w6g64 in 2 layers \(no less than w8g64\)"
-    goals = [MEMORY, Goal(None, 0.1, "memory_bytes", False), Goal(None, None, "memory_bytes", True)]
-    goals.append(Goal(mps.Budget(memory_bytes=(6, 16)), None, "memory_bytes", False))
+    goals = [MEMORY, mps.LeastResource("memory_bytes", tolerance=0.1), mps.WholeFront("memory_bytes")]
+    goals.append(mps.WithinBudget(mps.Budget(memory_bytes=(6, 16))))
     for goal in goals:
         with pytest.warns(UserWarning, match=told):
             found = without_outdone(HQQ, goal)
@@ -43,9 +42,9 @@ def test_what_counts_is_what_is_asked_for():
 @pytest.mark.parametrize(
     "goal",
     [
-        Goal(mps.Budget(average_bits=6), None, "memory_bytes", False),
-        Goal(mps.Budget(memory_bytes=12, bitops=12), None, "memory_bytes", False),
-        Goal(mps.Budget(bitops=12), 0.1, "memory_bytes", False),
+        mps.WithinBudget(mps.Budget(average_bits=6)),
+        mps.WithinBudget(mps.Budget(memory_bytes=12, bitops=12)),
+        mps.LeastResource("memory_bytes", tolerance=0.1, budget=mps.Budget(bitops=12)),
     ],
 )
 def test_what_is_cheaper_in_anything_stays(goal, recwarn):

@@ -20,8 +20,10 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.models.data.mixup import mixed
 from mpsearch.models.data.splitting import split
 from mpsearch.models.running import state_fingerprint
-from mpsearch.plan_search import strategies
+from mpsearch.plan_search import findings
 from mpsearch.plan_search.searching import SHARES
+from mpsearch.plan_search.strategies import budget as budget_strategy
+from mpsearch.plan_search.strategies import finalists as finalists_module
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import FisherProjection, OutputGradient
 
@@ -628,13 +630,13 @@ def test_the_report_part_is_not_touched_before_the_report(monkeypatch):
     model.register_forward_pre_hook(
         lambda _, args: touched.append(bool(reporting)) if bool((args[0] == 0.25).all()) else None
     )
-    real = strategies.report_on
+    real = findings.report_on
 
     def report_on(*args):
         reporting.append(True)
         return real(*args)
 
-    monkeypatch.setattr(strategies, "report_on", report_on)
+    monkeypatch.setattr(findings, "report_on", report_on)
     find(model, report=report)
     assert touched
     assert all(touched)
@@ -811,25 +813,26 @@ def test_killed_many_times(tmp_path):
 
 @pytest.fixture
 def runs(monkeypatch):
-    """The stages of every search, and the hunt that ended."""
-    found = []
-    final = strategies.Stages._final
+    """Of every search its evaluators, and the plan search that ended."""
+    ended = []
+    real = finalists_module.best_plan
 
-    def kept(self, hunt):
-        found.append((self, hunt))
-        return final(self, hunt)
+    def best_plan(context, search, uniform):
+        ended.append((context.evaluators, search))
+        return real(context, search, uniform)
 
-    monkeypatch.setattr(strategies.Stages, "_final", kept)
-    return found
+    monkeypatch.setattr(budget_strategy, "best_plan", best_plan)
+    return ended
 
 
 @pytest.mark.parametrize(("errors", "left"), [(1.0, 1), (100.0, 3)])
 def test_among_plans_as_good_as_the_best_the_one_that_is_best_between_the_samples_too(runs, monkeypatch, errors, left):
-    monkeypatch.setattr(strategies, "_AS_GOOD", errors)
+    monkeypatch.setattr(finalists_module, "_AS_GOOD", errors)
     result = find(max_passes=60.0)
-    ((run, hunt),) = runs
-    seen = [batch for part in (run.parts["select"], run.parts["score"]) for batch in part]
-    between = mixed(run.select.batches, 0, 3)
+    ((evaluators, search),) = runs
+    parts = split(data(), SHARES, 0)
+    seen = [*parts["select"], *parts["score"]]
+    between = mixed(evaluators.select.batches, 0, 3)
     assert sum(len(x) for x, _ in between) == 3 * sum(len(x) for x, _ in seen)
 
     def divergences(plan, batches):
@@ -850,7 +853,7 @@ def test_among_plans_as_good_as_the_best_the_one_that_is_best_between_the_sample
         worse = here[tuple(map(str, plan.values()))] - best
         if (
             tuple(map(PRECISIONS.split().index, map(str, plan.values())))
-            in hunt.record.measured  # between the samples too
+            in search.record.measured  # between the samples too
             and worse.mean() <= errors * worse.std(ddof=1) / len(worse) ** 0.5 + 1e-12
             and here[tuple(map(str, plan.values()))].mean() <= uniform + 1e-9
         ):

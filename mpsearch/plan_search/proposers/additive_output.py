@@ -4,38 +4,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpsearch.estimation.surrogate import Surrogate
 from mpsearch.plan_search.proposers.posterior import Posterior
-from mpsearch.plan_search.proposers.record import Options, Record, changed
+from mpsearch.plan_search.proposers.record import Columns, Record, changed
 
 _MOST = 256  # neighbours looked at in one step
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class AdditiveOutput:
-    """Descends on the additive-output surrogate, from the best plan so far.
+    """Descent from the best plan on the sum of the shifts that single perturbations make at the output (`mpsearch.estimation.surrogate`).
+
+    It has nothing to propose in a search that made no runs of one perturbation at a time, where passes are few.
 
     Attributes:
-        surrogate: damage from the summed shifts of the logits.
         steps: at most.
     """
 
-    surrogate: Surrogate
     steps: int = 100
 
-    def propose(self, record: Record, posterior: Posterior) -> Options | None:
+    def propose(self, record: Record, posterior: Posterior) -> Columns | None:
         """See `Proposer.propose`."""
-        options = record.best
-        value = self.surrogate.damage(options)
+        surrogate, columns = record.surrogate, record.best
+        if surrogate is None or columns is None:
+            return None
+        damage = surrogate.damage(columns)
         for _ in range(self.steps):
-            moves = record.neighbours(options)
+            moves = record.neighbours(columns)
             if len(moves) > _MOST:
                 moves = [moves[i] for i in record.generator.choice(len(moves), _MOST, replace=False)]
             if not moves:
                 break
-            values = self.surrogate.damage_of_changes(options, moves)
-            least = int(np.argmin(values))
-            if values[least] >= value:
+            damages = surrogate.damage_of_changes(columns, moves)
+            least = int(np.argmin(damages))
+            if damages[least] >= damage:
                 break
-            options, value = changed(options, moves[least]), float(values[least])
-        return options if record.new(options) else None
+            columns, damage = changed(columns, moves[least]), float(damages[least])
+        return columns if record.new(columns) and record.fits(columns) else None

@@ -5,21 +5,25 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpsearch.plan_search.proposers.posterior import Posterior
-from mpsearch.plan_search.proposers.record import Options, Record, changed
+from mpsearch.plan_search.proposers.record import Columns, Record, changed
 
 
 @dataclass(frozen=True)
 class Moves:
-    """The neighbour of the best plan (one unit changed, or two where one pays for the other) that the posterior likes best."""
+    """The neighbour of the best plan that the posterior likes best: one decision changed, or two where one pays for the other."""
 
-    def propose(self, record: Record, posterior: Posterior) -> Options | None:
+    def propose(self, record: Record, posterior: Posterior) -> Columns | None:
         """See `Proposer.propose`."""
         best = record.best
+        if best is None:
+            return None
         expected = posterior.expected()
         moves = record.neighbours(best)
-        gains = np.array([sum(expected[u, p] - expected[u, best[u]] for u, p in move) for move in moves])
+        gains = np.array(
+            [sum(expected[row, column] - expected[row, best[row]] for row, column in move) for move in moves]
+        )
         for number in np.argsort(gains, kind="stable"):
-            found = changed(best, moves[number])
-            if record.new(found):
-                return found
+            neighbour = changed(best, moves[number])
+            if record.new(neighbour) and record.fits(neighbour):
+                return neighbour
         return None

@@ -7,29 +7,29 @@ from numpy.typing import NDArray
 from scipy.linalg import cho_solve, solve_triangular
 
 Floats = NDArray[np.float64]
-Options = NDArray[np.int64]
+Columns = NDArray[np.int64]
 
 
 @dataclass(eq=False)
 class Posterior:
     """Damage of a plan = sum of the damage of its cells + misfit, with a Gaussian belief about every cell.
 
-    A table is the prior mean m[u, p]; cells of one unit err together: their covariance is m[u, p] m[u, q] (row^2 + [p = q] cell^2).
+    A table is the prior mean m[d, p]; cells of one decision err together: their covariance is m[d, p] m[d, q] (row^2 + [p = q] cell^2).
     Each measured plan is one equation with a misfit of a stated share of its damage (errors of layers add
     and cancel). Samples are drawn by Matheron's rule, a draw of the prior corrected by what was measured, so nothing larger than
     plans x plans is ever solved, by a Cholesky factor that grows by a row a plan. Optimal plans of samples are Thompson's proposals
     (Biometrika 25 (1933) 285-294; for linear models: Agrawal and Goyal, ICML 2013).
 
     Attributes:
-        mean: (U, P) prior; nan = not allowed.
-        row: relative error that a unit's cells share.
+        mean: (D, P) prior; nan = not allowed.
+        row: relative error that the cells of a decision share.
         cell: relative error of each cell.
         misfit: standard deviation of a measurement about the sum, as a share of the damage.
 
     >>> posterior = Posterior(np.array([[4.0, 1.0], [4.0, 1.0]]), misfit=1e-6)
     >>> posterior.add(np.array([0, 1]), 9.0)             # not 5: the cells that it chose do more damage
-    >>> found = posterior.expected()
-    >>> round(float(found[0, 0] + found[1, 1]), 6), bool(found[0, 0] > 4), bool(found[0, 1] > 1)
+    >>> damage = posterior.expected()
+    >>> round(float(damage[0, 0] + damage[1, 1]), 6), bool(damage[0, 0] > 4), bool(damage[0, 1] > 1)
     (9.0, True, True)
     """
 
@@ -37,7 +37,7 @@ class Posterior:
     row: float = 0.5
     cell: float = 0.35
     misfit: float = 0.1
-    plans: Options = field(init=False)
+    plans: Columns = field(init=False)
     damage: list[float] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
@@ -47,46 +47,45 @@ class Posterior:
         self._factor = np.zeros((0, 0))  # Cholesky, of the covariance of what was measured
         self._expected: Floats | None = None
 
-    def add(self, options: Options, damage: float) -> None:
-        """A plan (U,) was measured; one that does no damage, as was known, teaches nothing."""
-        noise = self.misfit * max(damage, self.predict(options))
+    def add(self, columns: Columns, damage: float) -> None:
+        """A plan (D,) was measured; one that does no damage, as was known, teaches nothing."""
+        noise = self.misfit * max(damage, self.predict(columns))
         if noise == 0:
             return
         size = len(self.plans)
-        below = solve_triangular(self._factor, self._overlap(options), lower=True, check_finite=False)
-        own = self._values(options)
+        below = solve_triangular(self._factor, self._overlap(columns), lower=True, check_finite=False)
+        own = self._values(columns)
         variance = (self.row**2 + self.cell**2) * float(own @ own) + noise**2
         grown = np.zeros((size + 1, size + 1))
         grown[:size, :size] = self._factor
         grown[size, :size] = below
         grown[size, size] = max(variance - float(below @ below), noise**2) ** 0.5
         self._factor = grown
-        self.plans = np.vstack([self.plans, options])
+        self.plans = np.vstack([self.plans, columns])
         self.damage.append(damage)
         self.noise.append(noise)
         self._expected = None
 
-    def predict(self, options: Options) -> float:
+    def predict(self, columns: Columns) -> float:
         """Expected damage of a plan."""
-        return float(self.expected()[self._rows, options].sum())
+        return float(self.expected()[self._rows, columns].sum())
 
     def expected(self) -> Floats:
-        """(U, P) posterior mean, at least 0."""
+        """(D, P) posterior mean, at least 0."""
         if self._expected is None:
             self._expected = self._corrected(self.mean, np.zeros(len(self.plans)))
         return self._expected
 
     def sample(self, generator: np.random.Generator, spread: float = 1.0) -> Floats:
-        """(U, P) a draw of the posterior, at least 0.
+        """(D, P) a draw of the posterior, at least 0.
 
         Args:
             generator: of the draw.
             spread: factor on the standard deviations.
         """
-        units, options = self.mean.shape
-        error = self.row * generator.standard_normal((units, 1)) + self.cell * generator.standard_normal(
-            (units, options)
-        )
+        decisions, precisions = self.mean.shape
+        error = self.row * generator.standard_normal((decisions, 1))
+        error = error + self.cell * generator.standard_normal((decisions, precisions))
         misfit = generator.standard_normal(len(self.plans)) * np.array(self.noise)
         return self._corrected(self.mean * (1 + spread * error), spread * misfit)
 
@@ -96,19 +95,19 @@ class Posterior:
             return np.maximum(prior, 0.0)
         residual = np.array(self.damage) - prior[self._rows, self.plans].sum(1) - misfit
         weights = cho_solve((self._factor, True), residual, check_finite=False)
-        values = self.mean[self._rows, self.plans] * weights[:, None]  # (N, U)
+        values = self.mean[self._rows, self.plans] * weights[:, None]  # (N, D)
         cells = self._rows * self.mean.shape[1] + self.plans
         sums = np.bincount(cells.ravel(), values.ravel(), self.mean.size).reshape(self.mean.shape)
         shift = self.cell**2 * sums + self.row**2 * values.sum(0)[:, None]
-        found: Floats = np.maximum(prior + self.mean * shift, 0.0)
-        return found
+        draw: Floats = np.maximum(prior + self.mean * shift, 0.0)
+        return draw
 
-    def _values(self, options: Options) -> Floats:
-        found: Floats = self.mean[self._rows, options]
-        return found
+    def _values(self, columns: Columns) -> Floats:
+        values: Floats = self.mean[self._rows, columns]
+        return values
 
-    def _overlap(self, options: Options) -> Floats:
+    def _overlap(self, columns: Columns) -> Floats:
         """(N,) prior covariance of a plan's damage with that of each measured plan."""
-        same = self.row**2 + self.cell**2 * (self.plans == options)
-        found: Floats = (self.mean[self._rows, self.plans] * same) @ self._values(options)
-        return found
+        same = self.row**2 + self.cell**2 * (self.plans == columns)
+        covariance: Floats = (self.mean[self._rows, self.plans] * same) @ self._values(columns)
+        return covariance

@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from mpsearch.allocation.solving import choose
 from mpsearch.core.problem import Problem
+from mpsearch.estimation.surrogate import Surrogate
 from mpsearch.solvers import Exact
 
 Floats = NDArray[np.float64]
-Options = NDArray[np.int64]
+#: (D,) a plan: the column of a table that each decision takes.
+Columns = NDArray[np.int64]
 
 #: Ended by counts and not by a clock, so that the same seed gives the same search on a busy machine.
 _EXACT = Exact(time_limit_s=math.inf, gap=1e-6, max_states=50_000, max_nodes=2_000)
@@ -20,14 +22,15 @@ _EXACT = Exact(time_limit_s=math.inf, gap=1e-6, max_states=50_000, max_nodes=2_0
 
 @dataclass(eq=False)
 class Record:
-    """Shared by the proposers of a search.
+    """What proposers know.
 
     Attributes:
-        problem: rows (units), options, limits; its objective says by nan what is not allowed.
-        tables: name of a signal -> (U, P) damage in nats, at least 0.
+        problem: rows (decisions), columns (precisions), limits; its objective says by nan what is not allowed.
+        tables: name of a signal -> (D, P) damage, at least 0.
         generator: of all random draws.
-        measured: plan -> what is made least: its damage, with that between the samples where it is measured there too.
+        measured: plan -> what is to be least: its damage, with that between the samples where it is measured there too.
         damage: plan -> damage on the whole part, measured or, for a plan that was dropped early, estimated.
+        surrogate: damage from the summed shifts of the output, where one-at-a-time runs were made.
     """
 
     problem: Problem
@@ -35,57 +38,62 @@ class Record:
     generator: np.random.Generator
     measured: dict[tuple[int, ...], float] = field(default_factory=dict)
     damage: dict[tuple[int, ...], float] = field(default_factory=dict)
+    surrogate: Surrogate | None = None
 
     def __post_init__(self) -> None:
         self.allowed = ~np.isnan(self.problem.objective)
         self._rows = np.arange(len(self.problem.objective))
         self._fits: dict[tuple[int, ...], bool] = {}
 
-    def exact(self, costs: Floats) -> Options | None:
-        """The plan within the limits with the least sum of costs (U, P); None where the solver finds none."""
+    def exact(self, costs: Floats) -> Columns | None:
+        """The plan within the limits with the least sum of costs (D, P); None where the solver finds none."""
         problem = replace(self.problem, objective=np.where(self.allowed, costs, np.nan), interactions=None)
         return choose(_EXACT, problem).options
 
-    def fits(self, options: Options) -> bool:
+    def fits(self, columns: Columns) -> bool:
         """True where a plan is allowed and keeps the limits."""
-        key = tuple(options.tolist())
+        key = tuple(columns.tolist())
         if key not in self._fits:  # asked of every measured plan, again and again
-            self._fits[key] = bool(self.allowed[self._rows, options].all()) and self.problem.feasible(options)
+            self._fits[key] = bool(self.allowed[self._rows, columns].all()) and self.problem.feasible(columns)
         return self._fits[key]
 
-    def new(self, options: Options) -> bool:
+    def new(self, columns: Columns) -> bool:
         """True for a plan that nobody has measured."""
-        return tuple(options.tolist()) not in self.measured
+        return tuple(columns.tolist()) not in self.measured
 
     @property
-    def best(self) -> Options:
-        """The plan with the least measured damage among those that fit."""
+    def best(self) -> Columns | None:
+        """The plan with the least measured damage among those that fit; None before there is one."""
         fitting = [key for key in self.measured if self.fits(np.array(key))]
-        return np.array(min(fitting, key=self.measured.__getitem__))
+        return np.array(min(fitting, key=self.measured.__getitem__)) if fitting else None
 
-    def neighbours(self, options: Options) -> list[tuple[tuple[int, int], ...]]:
-        """All changes of one unit, or of two where the second pays for the first, that keep the limits.
+    def neighbours(self, columns: Columns) -> list[tuple[tuple[int, int], ...]]:
+        """All changes of one decision, or of two where the second pays for the first, that keep the limits as solvers see them.
 
         Returns:
-            of each neighbour its changes, (unit, new column).
+            of each neighbour its changes, (decision, new column).
         """
         usage, free = self.problem.usage, self.problem.free
-        used = usage[:, self._rows, options].sum(1)
-        units, columns = np.nonzero(self.allowed & (np.arange(self.allowed.shape[1]) != options[:, None]))
-        change = usage[:, units, columns] - usage[:, units, options[units]]  # (R, M)
+        used = usage[:, self._rows, columns].sum(1)
+        rows, others = np.nonzero(self.allowed & (np.arange(self.allowed.shape[1]) != columns[:, None]))
+        change = usage[:, rows, others] - usage[:, rows, columns[rows]]  # (R, M)
         room = (free - used)[:, None]
         alone = (change <= room).all(0)
-        found: list[tuple[tuple[int, int], ...]] = [((int(units[m]), int(columns[m])),) for m in np.flatnonzero(alone)]
+        moves: list[tuple[tuple[int, int], ...]] = [((int(rows[m]), int(others[m])),) for m in np.flatnonzero(alone)]
         grows, shrinks = np.flatnonzero(~alone), np.flatnonzero((change <= 0).all(0) & (change < 0).any(0))
         for m in grows:
-            paid = shrinks[(change[:, m, None] + change[:, shrinks] <= room).all(0) & (units[shrinks] != units[m])]
-            found += [((int(units[m]), int(columns[m])), (int(units[k]), int(columns[k]))) for k in paid]
-        return found
+            paid = shrinks[(change[:, m, None] + change[:, shrinks] <= room).all(0) & (rows[shrinks] != rows[m])]
+            moves += [((int(rows[m]), int(others[m])), (int(rows[k]), int(others[k]))) for k in paid]
+        return moves
 
 
-def changed(options: Options, changes: tuple[tuple[int, int], ...]) -> Options:
-    """A plan after some changes."""
-    found = options.copy()
-    for unit, column in changes:
-        found[unit] = column
-    return found
+def changed(columns: Columns, changes: tuple[tuple[int, int], ...]) -> Columns:
+    """A plan after some changes.
+
+    >>> changed(np.array([0, 0, 0]), ((1, 2),)).tolist()
+    [0, 2, 0]
+    """
+    plan = columns.copy()
+    for row, column in changes:
+        plan[row] = column
+    return plan

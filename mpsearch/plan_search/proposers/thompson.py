@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mpsearch.plan_search.proposers.posterior import Posterior
-from mpsearch.plan_search.proposers.record import Options, Record
+from mpsearch.plan_search.proposers.record import Columns, Record
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,14 @@ class Thompson:
     tries: int = 8
     wider: float = 0.3
 
-    def propose(self, record: Record, posterior: Posterior) -> Options | None:
+    def propose(self, record: Record, posterior: Posterior) -> Columns | None:
         """See `Proposer.propose`."""
         for attempt in range(self.tries):
             if attempt == 0 and len(record.measured) % self.every == 0:
                 costs = posterior.expected()
             else:
                 costs = posterior.sample(record.generator, 1 + self.wider * attempt)
-            found = record.exact(costs)
-            if found is not None and record.new(found):
-                return found
+            optimum = record.exact(costs)
+            if optimum is not None and record.new(optimum):
+                return optimum
         return None
