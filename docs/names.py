@@ -8,7 +8,7 @@ from typing import Any
 
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
-from mpsearch.resources import DEVICES, KINDS
+from mpsearch.resources import DEVICES, RESOURCES
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
 from mpsearch.targets.rules import Target
@@ -97,7 +97,7 @@ def page() -> str:
     return PAGE.format(
         estimators=_rows(ESTIMATORS.items(), lambda name: _fields(ESTIMATORS[name])),
         solvers=_rows(SOLVERS.items(), lambda name: _fields(SOLVERS[name])),
-        resources=_rows(KINDS.items(), lambda name: _fields(KINDS[name])),
+        resources=_rows(RESOURCES.items(), lambda name: _fields(RESOURCES[name])),
         devices=", ".join(f"`{name}`" for name in DEVICES),
         exporters=exporters,
         packed=PACKED.text,

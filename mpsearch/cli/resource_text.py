@@ -18,10 +18,10 @@ def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
     >>> resource_functions("bitops,latency_s=roofline:device=t4")["latency_s"].device
     't4'
     """
-    from mpsearch.quantizers.rounding import RoundToNearest
-    from mpsearch.resources import KINDS, RESOURCES
+    from mpsearch.resources import RESOURCES
+    from mpsearch.resources.columns import usual_resources
 
-    usual = {column: type(make(RoundToNearest())) for column, make in RESOURCES.items()}
+    usual = usual_resources(RESOURCES)
     found: dict[str, Callable[..., Any]] = {}
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         name, *settings = item.split(":")
@@ -31,5 +31,5 @@ def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
         if "." in kind:
             found[column] = load(item.partition("=")[2], "resource")
         else:
-            found[column] = part(kind or column, KINDS if kind else usual, "resource", settings)
+            found[column] = part(kind or column, RESOURCES if kind else usual, "resource", settings)
     return found

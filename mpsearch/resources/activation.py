@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import Batch, call, preserved, samples
 from mpsearch.resources.arithmetic import stored_bits
-from mpsearch.resources.resource import Array, Resource
+from mpsearch.resources.resource import Array, Resource, ResourceCapabilities
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,10 @@ class ActivationBytes:
     >>> found.usage.tolist(), found.fixed.tolist(), found.reference
     ([[[4.0, 16.0], [8.0, 32.0]]], [8.0], 56.0)
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="bytes", column="activation_bytes", example=True, peak=True, monotone=True, reference="plan"
+    )
 
     def __call__(
         self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch

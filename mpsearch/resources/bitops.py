@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.models.running import Batch, call, preserved, samples
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,10 @@ class BitOps:
     >>> found.usage.tolist(), found.reference
     ([[2048.0, 1024.0]], 8192.0)
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="bit operations", column="bitops", example=True, monotone=True, reference="bit operations"
+    )
 
     def __call__(
         self,

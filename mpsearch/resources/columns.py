@@ -14,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.settings import check_kind
 from mpsearch.core.table import Peak
 from mpsearch.errors import TableError, nearest
-from mpsearch.resources.resource import Resource, example_for
+from mpsearch.resources.resource import DeclaredResource, Resource, example_for
 
 #: A resource of one's own: `function(model, layers, precisions)` returns (L, P) numbers, or a `Resource`; one that has a
 #: parameter `example` is given the first batch by that keyword.
@@ -34,12 +34,12 @@ def measure_resources(
         TableError: for a wrong shape, an infinite number, or a layer without an option that a resource allows.
 
     >>> from mpsearch import precisions
-    >>> one = lambda model, layers, precisions: [[1.0, math.nan]]
-    >>> found = measure_resources(nn.Identity(), [Layer("fc")], precisions("w4 w8"), {"coins": one}, None)
-    >>> found["coins"].usage, refused_cells(found)
+    >>> coins = lambda model, layers, precisions: [[1.0, math.nan]]
+    >>> resources = measure_resources(nn.Identity(), [Layer("fc")], precisions("w4 w8"), {"coins": coins}, None)
+    >>> resources["coins"].usage, refused_cells(resources)
     (array([[ 1., nan]]), array([[False,  True]]))
     """
-    found = {}
+    resources = {}
     shape = (len(layers), len(precisions))
     for name, function in functions.items():
         try:
@@ -61,24 +61,29 @@ def measure_resources(
                 f"{name} of layer {layers[row].name!r} at {precisions[column]} is infinite, expected a number, or nan = "
                 "not allowed"
             )
-        found[name] = result
-    blocked = refused_cells(found).all(axis=1) if found else np.zeros(len(layers), bool)
+        resources[name] = result
+    blocked = refused_cells(resources).all(axis=1) if resources else np.zeros(len(layers), bool)
     if blocked.any():
         row = int(np.argmax(blocked))
-        names = [name for name, one in found.items() if np.isnan(one.usage).any()]
+        names = [name for name, resource in resources.items() if np.isnan(resource.usage).any()]
         raise TableError(
             f"no precision of layer {layers[row].name!r} is allowed by {', '.join(names)}: each of "
             f"{', '.join(map(str, precisions))} is nan; add one that is allowed, such as w16, or exclude the layer"
         )
-    return found
+    return resources
 
 
 def named_functions(
     resources: Sequence[str] | Mapping[str, ResourceFunction],
-    known: Mapping[str, Callable[[Any], ResourceFunction]],
+    known: Mapping[str, type[DeclaredResource]],
     quantizer: Any,
 ) -> dict[str, ResourceFunction]:
-    """Resource functions by name.
+    """Resource functions by column.
+
+    Args:
+        resources: names of columns, or functions by column.
+        known: the registry.
+        quantizer: for those that declare to take it.
 
     Raises:
         TableError: for a name that is not known.
@@ -88,30 +93,50 @@ def named_functions(
         for name, function in resources.items():
             check_kind(function, callable, f"a function of (model, layers, precisions) for resource {name}", TableError)
         return dict(resources)
+    usual = usual_resources(known)
     for name in resources:
         check_kind(name, str, "names of resources as text", TableError)
-        if name not in known:
-            raise TableError(f"unknown resource {name!r}{nearest(name, known)}")
-    return {name: known[name](quantizer) for name in resources}
+        if name not in usual:
+            raise TableError(f"unknown resource {name!r}{nearest(name, usual)}")
+    return {name: _made_with(usual[name], quantizer) for name in resources}
 
 
-def refused_cells(found: Mapping[str, Resource]) -> NDArray[np.bool_]:
+def usual_resources(known: Mapping[str, type[DeclaredResource]]) -> dict[str, type[DeclaredResource]]:
+    """Column -> the resource that fills it where nothing but the column is named.
+
+    >>> from mpsearch.resources import RESOURCES
+    >>> usual_resources(RESOURCES)["latency_s"].__name__
+    'MeasuredLatency'
+    """
+    columns = {name: resource.capabilities.column for name, resource in known.items()}  # type: ignore[attr-defined]
+    return {column: known[name] for name, column in columns.items() if column}
+
+
+def _made_with(resource: type[DeclaredResource], quantizer: Any) -> ResourceFunction:
+    takes: bool = resource.capabilities.quantizer  # type: ignore[attr-defined]
+    return resource(quantizer=quantizer) if takes else resource()  # type: ignore[call-arg]
+
+
+def refused_cells(resources: Mapping[str, Resource]) -> NDArray[np.bool_]:
     """(L, P) True where a resource is nan: the option is not allowed."""
-    refused = [np.isnan(one.usage).any(axis=0) if one.is_peak else np.isnan(one.usage) for one in found.values()]
+    refused = [np.isnan(r.usage).any(axis=0) if r.is_peak else np.isnan(r.usage) for r in resources.values()]
     return np.logical_or.reduce(refused) if refused else np.zeros((1, 1), bool)
 
 
-def counted(found: Mapping[str, Resource]) -> dict[str, str]:
+def counted(resources: Mapping[str, Resource]) -> dict[str, str]:
     """How resources are counted, in words, where they say."""
-    return {name: one.counted for name, one in found.items() if one.counted}
+    return {name: resource.counted for name, resource in resources.items() if resource.counted}
 
 
-def table_fields(found: Mapping[str, Resource]) -> dict[str, Any]:
+def table_fields(resources: Mapping[str, Resource]) -> dict[str, Any]:
     """`usage`, `fixed_usage`, `reference_usage` and `peaks` of a `CostTable`."""
-    sums = {name: one for name, one in found.items() if not one.is_peak}
+    sums = {name: resource for name, resource in resources.items() if not resource.is_peak}
+    peaks = {name: resource for name, resource in resources.items() if resource.is_peak}
     return {
-        "usage": {name: one.usage for name, one in sums.items()},
-        "fixed_usage": {name: one.fixed for name, one in sums.items()},
-        "reference_usage": {name: one.reference for name, one in found.items() if math.isfinite(one.reference)},
-        "peaks": {name: Peak(one.usage, np.asarray(one.fixed)) for name, one in found.items() if one.is_peak},
+        "usage": {name: resource.usage for name, resource in sums.items()},
+        "fixed_usage": {name: resource.fixed for name, resource in sums.items()},
+        "reference_usage": {
+            name: resource.reference for name, resource in resources.items() if math.isfinite(resource.reference)
+        },
+        "peaks": {name: Peak(resource.usage, np.asarray(resource.fixed)) for name, resource in peaks.items()},
     }

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
@@ -13,7 +14,7 @@ from mpsearch.models.running import Batch, samples
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import Number, number
 from mpsearch.resources.calls import bytes_moved, calls_of
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,10 @@ class Energy:
     >>> round(float(found.usage[0, 0]) * 1e12, 3)
     5218.4
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="J", column="energy_j", example=True, quantizer=True, reference="plan"
+    )
 
     operations: OperationEnergy = OperationEnergy()
     quantizer: object = RoundToNearest()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from mpsearch.errors import EstimatorError, TableError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.running import Batch, call, preserved
 from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,15 @@ class KVCacheBytes:
     >>> KVCacheBytes(100)(model, [Layer("0", "kv_cache")], precisions("w16 w4"), example=keys).usage
     array([[6400., 1600.]])
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="bytes",
+        column="kv_cache_bytes",
+        example=True,
+        quantizer=True,
+        monotone=True,
+        reference="plan",
+    )
 
     context: int = 4096
     batch: int = 1

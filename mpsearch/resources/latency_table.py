@@ -5,6 +5,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
@@ -12,7 +13,7 @@ from torch import nn
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError, TableError, nearest
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 _BY_LAYER = ("layer", "precision", "latency_s")
 _BY_SHAPE = ("kind", "weight_shape", "macs", "precision", "latency_s")
@@ -39,6 +40,8 @@ class LatencyTable:
     ...     LatencyTable(file.name)(nn.Identity(), [Layer("fc")], precisions("w4 w8")).usage
     array([[0.5, nan]])
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(unit="s", on_meta=True)
 
     path: str | Path
     interpolate: bool = False

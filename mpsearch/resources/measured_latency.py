@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from mpsearch.models.running import Batch, call, device_of, preserved, samples
 from mpsearch.resources.calls import Call, calls_of
 from mpsearch.resources.kernels import Kernel, NoKernel
 from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 from mpsearch.resources.torch_kernels import torch_kernel
 from mpsearch.resources.torchao_kernels import torchao_kernel
 
@@ -73,6 +73,10 @@ class MeasuredLatency:
     >>> bool(np.isnan(found.usage[0, 0])), bool(found.usage[0, 1] > 0)
     (True, True)
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="s", column="latency_s", example=True, measured=True, reference="plan"
+    )
 
     engine: Literal["torch", "torchao", "onnxruntime"] = "torch"
     threads: int = 1

@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from torch import nn
@@ -13,7 +13,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
 from mpsearch.errors import EstimatorError, MpsearchWarning
 from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 from mpsearch.targets.rules import TARGETS
 from mpsearch.targets.storage import PACKED, Storage
 
@@ -45,6 +45,10 @@ class MemoryBytes:
     >>> MemoryBytes()(model, [Layer("0", "linear", (8, 4), target="torchao")], precisions("w4 w16")).usage.tolist()
     [[72.0, 128.0]]
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="bytes", column="memory_bytes", quantizer=True, monotone=True, on_meta=True, reference="stored bytes"
+    )
 
     quantizer: Any = RoundToNearest()  # noqa: RUF009 frozen
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from torch import nn
@@ -15,7 +16,7 @@ from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import number
 from mpsearch.resources.calls import Call, bytes_moved, calls_of
 from mpsearch.resources.devices import DEVICES, Device
-from mpsearch.resources.resource import Resource
+from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Roofline:
     >>> Roofline(slow)(model, layers(model, row), precisions("w16"), example=row).usage   # 4096 MACs; 16896 bytes
     array([[4096.5]])
     """
+
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(unit="s", example=True, reference="plan")
 
     device: str | Device = "a100"
     quantizer: object = RoundToNearest()

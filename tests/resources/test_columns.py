@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.resources import RESOURCES, ActivationBytes, Energy, Resource, Roofline
+from mpsearch.resources import ActivationBytes, BitOps, Energy, MemoryBytes, Resource, Roofline
 from mpsearch.sensitivity import KLDivergence
 
 OPTIONS = mps.precisions("w2 w4a4 w8a8 w16")
@@ -90,7 +90,7 @@ def test_an_unknown_name_is_refused():
 
 def test_five_budgets_at_once_against_enumeration(tmp_path):
     """Peaks and sums together: no plan of all 64 that keeps the limits is better."""
-    functions = {"memory_bytes": RESOURCES["memory_bytes"](None), "bitops": RESOURCES["bitops"](None)}
+    functions = {"memory_bytes": MemoryBytes(None), "bitops": BitOps()}
     functions |= {"latency_s": Roofline("cortex-m"), "energy_j": Energy(), "activation_bytes": ActivationBytes()}
     table = profile(functions)
     assert set(table.resources) == set(functions)
