@@ -129,7 +129,7 @@ def backwards(answer, *_, **__):
 
 
 def writes(answer, model, *_, **__):
-    next(iter(model.parameters())).data.mul_(1.0)
+    next(iter(model.parameters())).data.add_(1.0)
     return answer
 
 
