@@ -4,73 +4,12 @@ import functools
 import re
 from dataclasses import dataclass
 
+from mpsearch.core.formats import NUMBER_FORMATS, PATTERNS, number_format
 from mpsearch.core.settings import check_kind
 from mpsearch.errors import PlanError
 
-#: Named formats and their nominal bits an element; `int16` has a name since `16` means left alone. `fp<n>_e<e>m<m>` is any split
-#: with 1 + e + m = n, `bfp<n>` block floating point with n bits an element; the last rows are the types of GGUF files.
-NAMED_BITS = {
-    "bf16": 16,
-    "fp16": 16,
-    "fp32": 32,
-    "int16": 16,
-    "mxfp4": 4,
-    "mxfp6_e2m3": 6,
-    "mxfp6_e3m2": 6,
-    "mxfp8": 8,
-    "mxfp8_e5m2": 8,
-    "mxint8": 8,
-    "nvfp4": 4,
-    "nf4": 4,
-    "q4_0": 4,
-    "q4_1": 4,
-    "q5_0": 5,
-    "q5_1": 5,
-    "q8_0": 8,
-    "q2_k": 2,
-    "q3_k": 3,
-    "q4_k": 4,
-    "q5_k": 5,
-    "q6_k": 6,
-    "iq4_nl": 4,
-    "iq4_xs": 4,
-    "tq1_0": 2,
-    "tq2_0": 2,
-}
-_MINIFLOAT = re.compile(r"fp(\d)_e(\d)m(\d)")
-_SHARED_EXPONENT = re.compile(r"bfp(\d+)")
-_FORMAT = r"\d+|fp\d_e\d+m\d+|bfp\d+|" + "|".join(sorted(NAMED_BITS, key=len, reverse=True))
+_FORMAT = "|".join([*PATTERNS, *sorted(NUMBER_FORMATS, key=len, reverse=True)])
 _GRAMMAR = re.compile(rf"w(?P<w>{_FORMAT})(?:a(?P<a>{_FORMAT}))?(?:g(?P<g>\d+))?")
-
-
-def format_bits(name: str) -> int:
-    """Nominal bits of one element of a format.
-
-    Raises:
-        PlanError: for a format that is neither an integer of 1 to 16 bits nor a known name.
-
-    >>> format_bits("4"), format_bits("fp8_e4m3"), format_bits("bf16")
-    (4, 8, 16)
-    """
-    if name.isdecimal():
-        digits = name.lstrip("0")[:20]  # Python reads 4,300 at most
-        if digits and 1 <= int(digits) <= 16:
-            return int(digits)
-        raise PlanError(f"an integer format of {digits or 0} bits, expected 1 to 16")
-    if name in NAMED_BITS:
-        return NAMED_BITS[name]
-    match = _MINIFLOAT.fullmatch(name)
-    if match:
-        bits, exponent, mantissa = map(int, match.groups())
-        if 3 <= bits <= 8 and 1 + exponent + mantissa == bits and exponent >= 1:
-            return bits
-    match = _SHARED_EXPONENT.fullmatch(name)
-    if match and 2 <= int(match[1]) <= 16:
-        return int(match[1])
-    raise PlanError(
-        f"unknown number format {name!r}; known: integers 1 to 16, fp3..fp8 as fp<n>_e<e>m<m> with "
-        f"1 + e + m = n, bfp2..bfp16, {', '.join(sorted(NAMED_BITS))}"
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +36,7 @@ class Precision:
     def __post_init__(self) -> None:
         for name in (self.weight, self.activation):
             check_kind(name, str, "the name of a number format, '4' or 'fp8_e4m3'", PlanError)
-            format_bits(name)
+            number_format(name)
         if self.group_size is not None:
             check_kind(self.group_size, int, "a group size, a whole number or None", PlanError)
             if self.group_size < 1:
@@ -116,12 +55,12 @@ class Precision:
     @property
     def weight_bits(self) -> int:
         """Nominal bits of a weight."""
-        return format_bits(self.weight)
+        return number_format(self.weight).bits
 
     @property
     def activation_bits(self) -> int:
         """Nominal bits of an input element."""
-        return format_bits(self.activation)
+        return number_format(self.activation).bits
 
     @property
     def quantizes_weight(self) -> bool:
@@ -160,10 +99,10 @@ def precisions(text: str) -> tuple[Precision, ...]:
     ['w2', 'w4a8', 'w16']
     """
     check_kind(text, str, "a list of precisions as text, 'w2 w4 w8'", PlanError)
-    found = tuple(Precision.parse(part) for part in re.split(r"[\s,]+", text.strip()) if part)
-    if not found:
+    options = tuple(Precision.parse(part) for part in re.split(r"[\s,]+", text.strip()) if part)
+    if not options:
         raise PlanError("an empty list of precisions; write one such as 'w2 w4 w8'")
-    for place, precision in enumerate(found):
-        if precision in found[:place]:
+    for place, precision in enumerate(options):
+        if precision in options[:place]:
             raise PlanError(f"precision {precision} occurs twice in {text!r}")
-    return found
+    return options

@@ -13,7 +13,8 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.undecided import without_option
 from mpsearch.errors import MpsearchWarning, TableError
-from mpsearch.quantizers.rounding import row_misfit, stored_bytes
+from mpsearch.quantizers.packing import row_misfit
+from mpsearch.quantizers.rounding import stored_bytes
 from mpsearch.targets.rules import TARGETS
 
 

@@ -57,7 +57,7 @@ from mpsearch.export.verification import Verification as Verification
 from mpsearch.export.verification import verified as _verified
 from mpsearch.models.unwrapping import unwrapped as _unwrapped
 from mpsearch.quantizers.min_max import MinMax as MinMax
-from mpsearch.quantizers.rounding import is_symmetric as _is_symmetric
+from mpsearch.quantizers.packing import is_symmetric as _is_symmetric
 from mpsearch.targets.rules import TARGETS as TARGETS
 
 #: Target -> `export(plan, model=None, *, snap=False, path=None, **options)`.

@@ -19,7 +19,8 @@ from mpsearch.models.modules.decomposing import unfused
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, storage_of, weight_of
 from mpsearch.quantizers import ggml
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.targets.rules import TARGETS, Fused, Target, fused_groups, rules
 
 #: Share by which bytes that are told and bytes that are stored may differ: constants of a graph, a header.

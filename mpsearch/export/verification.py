@@ -17,7 +17,8 @@ from mpsearch.errors import VerificationError
 from mpsearch.export.fitting import counted_for, differing
 from mpsearch.models.modules.decomposing import unfused
 from mpsearch.models.modules.weights import canonical, storage_of
-from mpsearch.quantizers.rounding import RoundToNearest, is_symmetric
+from mpsearch.quantizers.packing import is_symmetric
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.targets.rules import Target
 
 #: The quantizer that `evaluate` measures with by default.

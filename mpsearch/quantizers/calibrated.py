@@ -23,7 +23,7 @@ from mpsearch.models.modules.weights import (
 )
 from mpsearch.models.running import Batch, call, collect, preserved
 from mpsearch.quantizers.fake_quantization import Quantizer, inputs
-from mpsearch.quantizers.formats import Grid, round_to_grid
+from mpsearch.quantizers.formats import Grid
 from mpsearch.quantizers.rounding import RoundToNearest
 
 #: Columns of a weight that GPTQ rounds before it updates all that follow.
@@ -364,7 +364,7 @@ def _compensated(rows: Tensor, upper: Tensor, steps: Tensor, zeros: Tensor, grid
         errors = torch.empty_like(rows[..., start:end])
         for j in range(start, end):
             column = slice(j, j + 1)
-            found[..., column] = round_to_grid(left[..., column], steps[..., column], zeros[..., column], grid)
+            found[..., column] = grid.round(left[..., column], steps[..., column], zeros[..., column])
             error = (left[..., column] - found[..., column]) / upper[:, j, j, None, None]
             left[..., j:end] -= error * upper[:, column, j:end]
             errors[..., j - start : j - start + 1] = error

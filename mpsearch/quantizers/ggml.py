@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsearch.core.formats import NUMBER_FORMATS
 from mpsearch.errors import EstimatorError
 
 #: Weights worked on at once.
@@ -469,20 +470,25 @@ def _decode_tq1_0(data: Tensor) -> Tensor:
     return _float(data[:, 52:]) * (torch.cat(found, 1) - 1).float()
 
 
-#: Name, in lower case -> block type. Sizes are those of ggml-common.h.
+_CODECS = {
+    "q4_0": (_encode_q4_0, _decode_q4_0),
+    "q4_1": (_encode_q4_1, _decode_q4_1),
+    "q5_0": (_encode_q5_0, _decode_q5_0),
+    "q5_1": (_encode_q5_1, _decode_q5_1),
+    "q8_0": (_encode_q8_0, _decode_q8_0),
+    "q2_k": (_encode_q2_k, _decode_q2_k),
+    "q3_k": (_encode_q3_k, _decode_q3_k),
+    "q4_k": (_encode_q4_k, _decode_q4_k),
+    "q5_k": (_encode_q5_k, _decode_q5_k),
+    "q6_k": (_encode_q6_k, _decode_q6_k),
+    "iq4_nl": (_encode_iq4_nl, _decode_iq4_nl),
+    "iq4_xs": (_encode_iq4_xs, _decode_iq4_xs),
+    "tq1_0": (_encode_tq1_0, _decode_tq1_0),
+    "tq2_0": (_encode_tq2_0, _decode_tq2_0),
+}
+#: Name, in lower case -> block type; the sizes are those of `core.formats`.
 TYPES: dict[str, BlockType] = {
-    "q4_0": BlockType(32, 18, _encode_q4_0, _decode_q4_0),
-    "q4_1": BlockType(32, 20, _encode_q4_1, _decode_q4_1),
-    "q5_0": BlockType(32, 22, _encode_q5_0, _decode_q5_0),
-    "q5_1": BlockType(32, 24, _encode_q5_1, _decode_q5_1),
-    "q8_0": BlockType(32, 34, _encode_q8_0, _decode_q8_0),
-    "q2_k": BlockType(256, 84, _encode_q2_k, _decode_q2_k),
-    "q3_k": BlockType(256, 110, _encode_q3_k, _decode_q3_k),
-    "q4_k": BlockType(256, 144, _encode_q4_k, _decode_q4_k),
-    "q5_k": BlockType(256, 176, _encode_q5_k, _decode_q5_k),
-    "q6_k": BlockType(256, 210, _encode_q6_k, _decode_q6_k),
-    "iq4_nl": BlockType(32, 18, _encode_iq4_nl, _decode_iq4_nl),
-    "iq4_xs": BlockType(256, 136, _encode_iq4_xs, _decode_iq4_xs),
-    "tq1_0": BlockType(256, 54, _encode_tq1_0, _decode_tq1_0),
-    "tq2_0": BlockType(256, 66, _encode_tq2_0, _decode_tq2_0),
+    name: BlockType(facts.block or 0, facts.block_bytes or 0, *_CODECS[name])
+    for name, facts in NUMBER_FORMATS.items()
+    if facts.family == "gguf block"
 }

@@ -13,7 +13,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import Batch, call, first_tensor, preserved
-from mpsearch.quantizers.rounding import packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
 from mpsearch.resources.arithmetic import stored_bits
 
 

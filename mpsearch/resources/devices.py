@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from mpsearch.resources.arithmetic import Number, number
+from mpsearch.core.formats import Number
+from mpsearch.resources.arithmetic import number
 
 
 class Device(Protocol):

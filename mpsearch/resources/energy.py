@@ -8,11 +8,12 @@ from typing import ClassVar
 import numpy as np
 from torch import nn
 
+from mpsearch.core.formats import Number
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.models.running import Batch, samples
 from mpsearch.quantizers.rounding import RoundToNearest
-from mpsearch.resources.arithmetic import Number, number
+from mpsearch.resources.arithmetic import number
 from mpsearch.resources.calls import bytes_moved, calls_of
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 

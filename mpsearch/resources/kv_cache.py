@@ -14,7 +14,8 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.running import Batch, call, preserved
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 

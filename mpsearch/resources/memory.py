@@ -12,7 +12,8 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
 from mpsearch.errors import EstimatorError, MpsearchWarning
-from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, is_symmetric, row_misfit, stored_bytes
+from mpsearch.quantizers.packing import is_symmetric, row_misfit
+from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, stored_bytes
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 from mpsearch.targets.rules import TARGETS
 from mpsearch.targets.storage import PACKED, Storage

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpsearch.core.precision import Precision
 from mpsearch.models.modules.weights import canonical, kind_of
-from mpsearch.quantizers.formats import CASTS
+from mpsearch.quantizers.formats.casts import CASTS
 from mpsearch.resources.kernels import Kernel, NoKernel, bias_of, unsigned_range
 
 

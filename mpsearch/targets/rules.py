@@ -5,6 +5,7 @@ from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from mpsearch.core.formats import NUMBER_FORMATS
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.models.modules.experts import place_of, without_number
@@ -288,11 +289,14 @@ _AUTO_ROUND = (
     Scheme(integers(2, 8), group_sizes=_GPTQ_GROUPS, columns=32, rows=32, experts=False),
     Scheme(("4", "8"), group_sizes=_GPTQ_GROUPS, columns=32, rows=32),
 )
-_BLOCKS_OF_32 = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "iq4_nl")
-_BLOCKS_OF_256 = ("q2_k", "q3_k", "q4_k", "q5_k", "q6_k", "iq4_xs", "tq1_0", "tq2_0")
+_GGUF_TYPES = [entry for entry in NUMBER_FORMATS.values() if entry.family in ("gguf block", "cast")]
 _GGUF = tuple(
-    Scheme(types, kinds=("linear", "embedding"), columns=columns)
-    for types, columns in ((_BLOCKS_OF_256, 256), (_BLOCKS_OF_32, 32), (("bf16", "fp16", "fp32"), 1))
+    Scheme(
+        tuple(entry.name for entry in _GGUF_TYPES if (entry.block or 1) == columns),
+        kinds=("linear", "embedding"),
+        columns=columns,
+    )
+    for columns in (256, 32, 1)
 )
 _MLX = Scheme(
     ("2", "3", "4", "5", "6", "8"), per_channel=False, group_sizes=(32, 64, 128), kinds=("linear", "embedding")

@@ -4,14 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mpsearch.core.formats import number_format
 from mpsearch.core.layer import DTYPE_BYTES
 from mpsearch.core.precision import Precision
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 #: A GGUF file starts each tensor at a multiple of it.
 _GGUF_ALIGNMENT = 32
-#: Bytes of the values of GGUF's types that are no blocks.
-_CASTS = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -164,9 +164,7 @@ def _qdq(m: Matrix) -> int:
 
 
 def _ggml(m: Matrix) -> int:
-    if m.precision.weight in _CASTS:
-        return m.numel * _CASTS[m.precision.weight]
-    return _packed(m)  # blocks, whose scales are inside
+    return _packed(m)  # casts, or blocks whose scales are inside
 
 
 def _hqq(m: Matrix) -> int:
@@ -210,7 +208,7 @@ def _quanto(m: Matrix) -> int:
 
 
 def _bitsandbytes(m: Matrix) -> int:
-    if m.precision.weight == "nf4":
+    if number_format(m.precision.weight).family == "codebook":
         return -(-m.numel // 2) + 4 * -(-m.numel // 64)
     return m.numel + 4 * m.rows
 

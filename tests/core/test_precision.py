@@ -1,7 +1,7 @@
 import pytest
 
 from mpsearch import PlanError, Precision, precisions
-from mpsearch.core.precision import format_bits
+from mpsearch.core.formats import number_format
 
 
 @pytest.mark.parametrize(
@@ -43,4 +43,4 @@ def test_lists():
 
 def test_nominal_bits():
     named = {"mxfp4": 4, "nvfp4": 4, "fp6_e2m3": 6, "fp8_e5m2": 8, "bf16": 16, "3": 3}
-    assert {name: format_bits(name) for name in named} == named
+    assert {name: number_format(name).bits for name in named} == named

@@ -22,7 +22,7 @@ import pytest
 import mpsearch
 from mpsearch import CostTable, Plan, Precision
 from mpsearch.cli.parser import parser
-from mpsearch.core.precision import NAMED_BITS
+from mpsearch.core.formats import NUMBER_FORMATS
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.resources import DEVICES, RESOURCES
@@ -182,8 +182,9 @@ def test_devices_and_formats_are_listed():
         in (ROOT / "docs" / "names.md").read_text()
     )
     named = {name for row in rows("files.md", "Precision") for name in re.findall(r"`([^`]+)`", row[0])}
-    k_types = {name for name in NAMED_BITS if re.fullmatch(r"q\d_k", name)}  # as a range
-    assert set(NAMED_BITS) - {"int16"} <= named | k_types
+    formats = {name for name, facts in NUMBER_FORMATS.items() if not facts.parametric}
+    k_types = {name for name in formats if re.fullmatch(r"q\d_k", name)}  # as a range
+    assert formats - {"int16"} <= named | k_types
     assert {"q2_k", "q6_k"} <= named
 
 

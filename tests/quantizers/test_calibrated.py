@@ -10,7 +10,8 @@ from mpsearch import Precision
 from mpsearch.models.modules.weights import canonical
 from mpsearch.quantizers import calibrated
 from mpsearch.quantizers.calibrated import GPTQ, ActivationAware, InputStatistics, SmoothQuant, input_statistics
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 
 def normal(*shape, seed=0):

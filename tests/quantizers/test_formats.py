@@ -8,23 +8,24 @@ import pytest
 import torch
 
 from mpsearch import PlanError, Precision
-from mpsearch.quantizers.formats import (
-    block_scales,
-    block_size,
-    element_of,
-    enumerate_minifloat,
-    grid_of,
-    minifloat_max,
-    quantize_blocks,
-    round_minifloat,
-)
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.core.formats import number_format
+from mpsearch.quantizers.formats import FORMATS, grid_of
+from mpsearch.quantizers.formats.minifloats import enumerate_minifloat, minifloat_max, round_minifloat
+from mpsearch.quantizers.formats.shared_scales import SharedScaleFormat
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 MINIFLOATS = [f"fp{1 + e + m}_e{e}m{m}" for e, m in itertools.product(range(1, 8), range(7)) if 3 <= 1 + e + m <= 8]
 
 
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def quantize_blocks(blocks, name):
+    form = FORMATS[name]
+    assert isinstance(form, SharedScaleFormat)
+    return form.round_blocks(blocks)
 
 
 def value_of(code, exponent, mantissa):
@@ -168,7 +169,7 @@ def test_microscaling_bit_for_bit_as_torchao(name):
         kernels.unpack_uint4(data.view(torch.uint8).reshape(len(x), -1)) if name == "mxfp4" else data.view(torch.uint8)
     )
     values, stored, _ = quantize_blocks(x.reshape(-1, 32), name)
-    codes = grid_of(element_of(name), True).encode(values / block_scales(stored, None, name, torch.float32))
+    codes = grid_of(name, True).encode(values / FORMATS[name].steps(stored, None, torch.float32))
     assert torch.equal(stored.reshape(-1), scales.view(torch.uint8).reshape(-1))
     assert torch.equal(codes.reshape(-1), data.reshape(-1).long())
 
@@ -180,7 +181,7 @@ def test_nvfp4_bit_for_bit_as_torchao(size):
     x = normal(40, 64) * size
     scales, data = torchao.nvfp4_quantize(x, 16, x.abs().max() / (6 * 448))
     values, stored, whole = quantize_blocks(x.reshape(-1, 16), "nvfp4")
-    codes = grid_of("fp4_e2m1", True).encode(values / block_scales(stored, whole, "nvfp4", torch.float32))
+    codes = grid_of("fp4_e2m1", True).encode(values / FORMATS["nvfp4"].steps(stored, whole, torch.float32))
     assert torch.equal(stored.reshape(-1), scales.view(torch.uint8).reshape(-1))
     assert torch.equal(codes.reshape(-1), kernels.unpack_uint4(data.view(torch.uint8)).reshape(-1).long())
 
@@ -190,7 +191,7 @@ def test_stored_scales_are_all_that_is_needed():
         blocks = normal(6, 16)
         values, stored, whole = quantize_blocks(blocks, name)
         element = grid_of({"mxfp4": "fp4_e2m1", "mxint8": "8", "bfp5": "5", "nvfp4": "fp4_e2m1"}[name], True)
-        steps = block_scales(stored, whole, name, torch.float32)
+        steps = FORMATS[name].steps(stored, whole, torch.float32)
         assert torch.equal(element.decode(element.encode(values / steps), torch.float32) * steps, values)
 
 
@@ -236,7 +237,7 @@ def test_what_any_format_does(text):
         assert torch.equal(quantizer(w * 0, precision), w * 0)
     if text in SYMMETRIC:
         assert torch.equal(quantizer(-w, precision), -found)
-    size = precision.group_size or SHARED.get(precision.weight, block_size(precision.weight) or 512)
+    size = precision.group_size or SHARED.get(precision.weight, number_format(precision.weight).block or 512)
     for x, y in zip(w.reshape(-1, size), found.reshape(-1, size), strict=True):
         assert (y[x.argsort()].diff() >= 0).all()  # the order of what shares a scale is kept
         assert len(y.unique()) <= 2**precision.weight_bits

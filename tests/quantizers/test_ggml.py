@@ -10,7 +10,8 @@ import torch
 import mpsearch as mps
 from mpsearch import Precision
 from mpsearch.quantizers import ggml
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 #: Bits a weight, from llama.cpp's table of types.
 BITS = {

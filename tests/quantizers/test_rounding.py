@@ -8,8 +8,9 @@ import torch
 
 import mpsearch as mps
 from mpsearch import Precision
-from mpsearch.quantizers.formats import grid_of, round_to_grid
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.formats import grid_of
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 
 def weight(seed=0, shape=(6, 40), dtype=torch.float32):
@@ -137,7 +138,7 @@ def test_the_search_finds_the_best_of_all_80_factors(dtype, symmetric, text):
                 scale, _ = grid.fit((row.min() * factor).reshape(1, 1), (row.max() * factor).reshape(1, 1))
                 scale = scale.to(dtype).float()
                 zero = grid.zero_point(row.min() * factor, scale) if grid.asymmetric else torch.zeros(1, 1)
-                values = round_to_grid(row[None], scale, zero, grid).to(dtype).float()
+                values = grid.round(row[None], scale, zero).to(dtype).float()
                 errors.append(float((values - row).double().square().sum()))
             assert float((ours - row).double().square().sum()) == min(errors)
 

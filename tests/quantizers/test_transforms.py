@@ -10,7 +10,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import Precision
-from mpsearch.quantizers.rounding import RoundToNearest, packed_bytes
+from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.quantizers.transforms import HadamardRotation, PercentileClip
 
 

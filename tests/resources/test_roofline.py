@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.quantizers.formats import CASTS, enumerate_minifloat, round_minifloat
+from mpsearch.quantizers.formats.casts import CASTS
+from mpsearch.quantizers.formats.minifloats import enumerate_minifloat, round_minifloat
 from mpsearch.resources import DEVICES, Fpga, Processor, Roofline
 from mpsearch.resources.arithmetic import number
 

@@ -20,7 +20,8 @@ from mpsearch.models.modules.weights import weight_of
 from mpsearch.models.running import Batch
 from mpsearch.models.unwrapping import unwrapped
 from mpsearch.quantizers.int8_products import warn_of_saturation
-from mpsearch.quantizers.rounding import Codes, RoundToNearest
+from mpsearch.quantizers.packing import Codes
+from mpsearch.quantizers.rounding import RoundToNearest
 
 _EXTRA = "onnxruntime"
 
