@@ -223,13 +223,14 @@ def _bytes_of(tensor: Tensor) -> bytes:
 
 
 #: Widths of codes that are whole words of memory, lowest byte first.
-_WORDS = {8: np.dtype("<u1"), 16: np.dtype("<u2"), 32: np.dtype("<u4")}
+_WORDS = {8: "<u1", 16: "<u2", 32: "<u4"}
 
 
 def _pack_bits(values: Tensor, bits: int) -> bytes:
     """Codes one after the other, lowest bit first."""
     if bits in _WORDS:
-        return values.cpu().numpy().astype(_WORDS[bits]).tobytes()
+        words: bytes = values.cpu().numpy().astype(_WORDS[bits]).tobytes()
+        return words
     stream = (values.cpu()[:, None] >> torch.arange(bits)) & 1
     return np.packbits(stream.to(torch.uint8).numpy().reshape(-1), bitorder="little").tobytes()
 
