@@ -60,4 +60,4 @@ class Evaluation:
         return [kind for kind in every if getattr(self, kind[0]) is not None]
 
     def _repr_html_(self) -> str:
-        return shown.html().evaluation(self)  # type: ignore[no-any-return]
+        return shown.html().evaluation(self)

@@ -146,10 +146,10 @@ class Front(Sequence[Solution]):
             title: above the picture.
         """
         figures = shown.figures()
-        return figures.written(figures.front_figure(self, mark=mark, measured=measured, title=title), path)  # type: ignore[no-any-return]
+        return figures.written(figures.front_figure(self, mark=mark, measured=measured, title=title), path)
 
     def _repr_html_(self) -> str:
-        return shown.html().front(self)  # type: ignore[no-any-return]
+        return shown.html().front(self)
 
     def _rows(self) -> Iterator[list[Any]]:
         yield [self.over, *self.also, "sensitivity", "gap", *(layer.name for layer in self.table.layers)]

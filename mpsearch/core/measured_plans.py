@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from mpsearch.core import shown
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
-from mpsearch.core.table import UNITS, Array, CostTable, numbers
+from mpsearch.core.table import CostTable
+from mpsearch.core.table_fields import UNITS, Array, numbers
 from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.files.schema import checked, parse_json
 from mpsearch.files.writing import comment_lines, csv_rows, csv_text, write_atomically
@@ -163,7 +164,7 @@ class MeasuredPlans:
             raise PlanError(f"{path}: {error}") from None
 
     def _repr_html_(self) -> str:
-        return shown.html().measured_plans(self)  # type: ignore[no-any-return]
+        return shown.html().measured_plans(self)
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -99,7 +99,7 @@ class Plan(Mapping[str, Precision]):
             title: above the picture.
         """
         figures = shown.figures()
-        return figures.written(figures.plan_figure(self, layers, title=title), path)  # type: ignore[no-any-return]
+        return figures.written(figures.plan_figure(self, layers, title=title), path)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
@@ -123,7 +123,7 @@ class Plan(Mapping[str, Precision]):
         return hash_of(json.dumps(sorted((name, str(precision)) for name, precision in self.layers.items())).encode())
 
     def _repr_html_(self) -> str:
-        return shown.html().plan(self)  # type: ignore[no-any-return]
+        return shown.html().plan(self)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Plan":

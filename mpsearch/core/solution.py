@@ -166,7 +166,7 @@ class Solution:
     stats: Mapping[str, Any] = field(default_factory=dict)
 
     def _repr_html_(self) -> str:
-        return shown.html().solution(self)  # type: ignore[no-any-return]
+        return shown.html().solution(self)
 
 
 def relative_gap(value: float, bound: float) -> float:

@@ -1,18 +1,23 @@
 """The cost table: every option of every layer, what it costs and what it damages."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core import shown
+from mpsearch.core import shown, table_files
 from mpsearch.core.layer import Layer
-from mpsearch.core.precision import Precision
+from mpsearch.core.table_fields import UNITS as UNITS
+from mpsearch.core.table_fields import Array as Array
+from mpsearch.core.table_fields import Interactions as Interactions
+from mpsearch.core.table_fields import Peak as Peak
+from mpsearch.core.table_fields import TableFields, numbers, unique
 from mpsearch.errors import PlanError, TableError, nearest
 from mpsearch.files.writing import write_atomically
 
@@ -20,80 +25,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Array = NDArray[np.float64]
-
-#: Of damages: nats, a ranking without a unit, and those of the metrics (`mpsearch.metrics.comparisons`).
-UNITS = (
-    "nats", "relative", "mse", "relative error", "mse / peak^2", "cosine distance", "loss",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, eq=False)
-class Interactions:
-    """Extra damage of pairs of cells, added once where both cells are chosen (CLADO, 2307.05657).
-
-    Attributes:
-        first: (N, 2) int64, [layer, precision] indices of one cell.
-        second: (N, 2) int64, of the other; the two layers differ, and each unordered pair is listed once.
-        value: (N,) float64, in the unit of the table.
-    """
-
-    first: NDArray[np.int64]
-    second: NDArray[np.int64]
-    value: Array
-
-    def __post_init__(self) -> None:
-        for name in ("first", "second"):
-            cells = numbers(getattr(self, name), f"interactions: {name}")
-            if not ((cells == np.floor(cells)) & (np.abs(cells) < 2**53)).all():
-                raise TableError(f"interactions: {name} has a place that is no whole number")
-            object.__setattr__(self, name, cells.astype(np.int64))
-        object.__setattr__(self, "value", numbers(self.value, "interactions: value"))
-        count = len(self.value)
-        if self.first.shape != (count, 2) or self.second.shape != (count, 2):
-            raise TableError(
-                f"interactions of shapes {self.first.shape}, {self.second.shape}, {self.value.shape}, "
-                "expected (N, 2), (N, 2), (N,)"
-            )
-        if not np.isfinite(self.value).all():
-            raise TableError(f"interaction {int(np.argmin(np.isfinite(self.value)))} is not finite")
-        if (self.first[:, 0] == self.second[:, 0]).any():
-            raise TableError("an interaction of a layer with itself; put it into the sensitivity")
-
-    def chosen(self, options: NDArray[np.int64]) -> Array:
-        """Values of the pairs that `options` (L,) chooses."""
-        both = (options[self.first[:, 0]] == self.first[:, 1]) & (options[self.second[:, 0]] == self.second[:, 1])
-        values: Array = self.value[both]
-        return values
-
-    def total(self, options: NDArray[np.int64]) -> float:
-        """Their sum."""
-        return math.fsum(self.chosen(options))
-
-
-@dataclass(frozen=True, eq=False)
-class Peak:
-    """A resource that is the maximum over steps, such as activation memory: at each step the live tensors.
-
-    Attributes:
-        usage: (T, L, P) float64, what each cell adds at each step.
-        fixed: (T,) float64, what no decision touches at each step.
-    """
-
-    usage: Array
-    fixed: Array
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "usage", numbers(self.usage, "usage of a peak"))
-        object.__setattr__(self, "fixed", numbers(self.fixed, "fixed part of a peak"))
-        if self.usage.ndim != 3 or self.fixed.shape != self.usage.shape[:1] or not len(self.fixed):
-            raise TableError(
-                f"a peak of shapes {self.usage.shape} and {self.fixed.shape}, expected (T, L, P) and (T,), T >= 1"
-            )
-
-
-@dataclass(frozen=True, eq=False)
-class CostTable:
+class CostTable(TableFields):
     """Every option of every layer.
 
     Attributes:
@@ -118,18 +52,6 @@ class CostTable:
     >>> table.sensitivity.shape, table.resources
     ((1, 2), ('memory_bytes',))
     """
-
-    layers: tuple[Layer, ...]
-    precisions: tuple[Precision, ...]
-    sensitivity: Array
-    sensitivity_se: Array | None = None
-    usage: Mapping[str, Array] = field(default_factory=dict)
-    fixed_usage: Mapping[str, float] = field(default_factory=dict)
-    reference_usage: Mapping[str, float] = field(default_factory=dict)
-    unit: str = "relative"
-    origin: Mapping[str, Any] = field(default_factory=dict)
-    interactions: Interactions | None = None
-    peaks: Mapping[str, Peak] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -206,11 +128,6 @@ class CostTable:
             )
 
     @property
-    def allowed(self) -> NDArray[np.bool_]:
-        """(L, P) True where the option is allowed."""
-        return ~np.isnan(self.sensitivity)
-
-    @property
     def resources(self) -> tuple[str, ...]:
         """Names of all resources, sums first."""
         return (*self.usage, *self.peaks)
@@ -231,8 +148,6 @@ class CostTable:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as long CSV, or as NPZ where the name ends in `.npz`; atomic, and exact to the last bit."""
-        from mpsearch.core import table_files
-
         write = table_files.to_npz if Path(path).suffix == ".npz" else table_files.to_csv
         write_atomically(path, write(self))
 
@@ -244,12 +159,11 @@ class CostTable:
             TableError: with the place in the file.
             OSError: where the file cannot be read.
         """
-        from mpsearch.core import table_files
-
         path = Path(path)
         data = path.read_bytes()
+        read = table_files.from_npz if path.suffix == ".npz" else table_files.from_csv
         try:
-            return table_files.from_npz(data) if path.suffix == ".npz" else table_files.from_csv(data)
+            return cls(**vars(read(data)))
         except (TableError, PlanError) as error:
             raise TableError(f"{path}: {error}") from None
 
@@ -257,9 +171,7 @@ class CostTable:
         """The table as a long data frame, one row for each layer and allowed precision, columns as in the CSV."""
         import pandas as pd
 
-        from mpsearch.core.table_files import columns_and_rows
-
-        columns, rows = columns_and_rows(self)
+        columns, rows = table_files.columns_and_rows(self)
         return pd.DataFrame(list(rows), columns=columns)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "") -> "Figure":
@@ -270,17 +182,37 @@ class CostTable:
             title: above the picture.
         """
         figures = shown.figures()
-        return figures.written(figures.sensitivity_figure(self, title=title), path)  # type: ignore[no-any-return]
+        return figures.written(figures.sensitivity_figure(self, title=title), path)
 
     def _repr_html_(self) -> str:
-        return shown.html().cost_table(self)  # type: ignore[no-any-return]
+        return shown.html().cost_table(self)
 
     def __eq__(self, other: object) -> bool:
+        """True where a file of one is a file of the other: what is not allowed, or only tells a target, does not count."""
         if not isinstance(other, CostTable):
             return NotImplemented
-        from mpsearch.core.table_files import to_npz
+        return (
+            all(getattr(self, name) == getattr(other, name) for name in ("precisions", "unit"))
+            and [_facts(layer) for layer in self.layers] == [_facts(layer) for layer in other.layers]
+            and all(
+                _json(getattr(self, n)) == _json(getattr(other, n))
+                for n in ("origin", "fixed_usage", "reference_usage")
+            )
+            and self._numbers() == other._numbers()
+        )
 
-        return to_npz(self) == to_npz(other)
+    def _numbers(self) -> dict[str, tuple[tuple[int, ...], bytes]]:
+        """All numbers by name and to the last bit, without those of cells that are not allowed."""
+        allowed = self.allowed
+        arrays: dict[str, NDArray[Any]] = {"sensitivity": self.sensitivity}
+        if self.sensitivity_se is not None:
+            arrays["sensitivity_se"] = np.where(allowed, self.sensitivity_se, np.nan)
+        arrays |= {f"usage of {name}": np.where(allowed, values, np.nan) for name, values in self.usage.items()}
+        for name, peak in self.peaks.items():
+            arrays |= {f"peak of {name}": np.where(allowed, peak.usage, 0.0), f"fixed part of {name}": peak.fixed}
+        if self.interactions is not None:
+            arrays |= {f"interactions: {name}": values for name, values in vars(self.interactions).items()}
+        return {name: _bits(values) for name, values in arrays.items()}
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -291,35 +223,16 @@ def _frozen(values: Any, what: str) -> Array:
     return array
 
 
-def numbers(values: Any, what: str) -> Array:
-    """Real numbers as an array of float64.
-
-    Raises:
-        TableError: for anything else: text, complex numbers, rows of different length.
-
-    >>> numbers([[1, 2], [3]], "sensitivity")
-    Traceback (most recent call last):
-    mpsearch.errors.TableError: sensitivity: expected numbers in rows of one length, got a list
-    """
-    try:
-        array = np.asarray(values)
-        if array.dtype.kind in "biufO":
-            return array.astype(np.float64)
-    except (ValueError, TypeError, OverflowError, RuntimeError):  # the last: of a tensor with a gradient
-        pass
-    got = values.dtype if isinstance(values, np.ndarray) else f"a {type(values).__name__}"
-    raise TableError(f"{what}: expected numbers in rows of one length, got {got}")
+def _facts(layer: Layer) -> tuple[Any, ...]:
+    """What a file tells of a layer."""
+    return layer.name, layer.kind, tuple(layer.weight_shape), layer.macs, layer.group, layer.dtype
 
 
-def unique(what: str, names: list[str]) -> None:
-    """Refuse a name that occurs twice.
+def _json(values: Mapping[str, Any]) -> str:
+    """Text that is the same before a file and after it, in whatever order the keys are."""
+    return json.dumps(json.loads(json.dumps(values)), sort_keys=True)
 
-    Raises:
-        TableError: with the name.
-    """
-    if len(set(names)) != len(names):
-        seen: set[str] = set()
-        for name in names:
-            if name in seen:
-                raise TableError(f"{what} {name!r} occurs twice")
-            seen.add(name)
+
+def _bits(values: NDArray[Any]) -> tuple[tuple[int, ...], bytes]:
+    """Shape and content, every nan the same."""
+    return values.shape, (np.where(np.isnan(values), np.nan, values) if values.dtype.kind == "f" else values).tobytes()

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.core.table import Array, CostTable, Interactions, Peak, numbers, unique
+from mpsearch.core.table_fields import Array, Interactions, Peak, TableFields, numbers, unique
 from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.files.schema import checked, parse_json
 from mpsearch.files.writing import comment_lines, csv_rows, csv_text
@@ -61,7 +61,7 @@ class _ArraysHeader(TypedDict):
     precisions: list[str]
 
 
-def _header(table: CostTable, *, arrays_apart: bool) -> dict[str, Any]:
+def _header(table: TableFields, *, arrays_apart: bool) -> dict[str, Any]:
     header: dict[str, Any] = {
         "unit": table.unit,
         "origin": table.origin,
@@ -97,7 +97,7 @@ def _header(table: CostTable, *, arrays_apart: bool) -> dict[str, Any]:
     return header
 
 
-def columns_and_rows(table: CostTable) -> tuple[list[str], Iterable[list[Any]]]:
+def columns_and_rows(table: TableFields) -> tuple[list[str], Iterable[list[Any]]]:
     """Columns of the long form, and one row for each layer and allowed precision."""
     sizes = any(layer.numel for layer in table.layers)
     optional = {
@@ -130,7 +130,7 @@ def columns_and_rows(table: CostTable) -> tuple[list[str], Iterable[list[Any]]]:
     return columns, rows()
 
 
-def to_csv(table: CostTable) -> str:
+def to_csv(table: TableFields) -> str:
     """The table as long CSV; every number survives to the last bit, and every name.
 
     Raises:
@@ -146,7 +146,7 @@ def to_csv(table: CostTable) -> str:
     return f"{_FIRST_LINE}\n# {header}\n{csv_text(itertools.chain([columns], rows))}"
 
 
-def to_npz(table: CostTable) -> bytes:
+def to_npz(table: TableFields) -> bytes:
     """The table as NPZ; equal tables give equal bytes."""
     arrays: dict[str, Any] = {
         "header": np.array(json.dumps({"mpsearch_table": _VERSION, **_header(table, arrays_apart=True)})),
@@ -181,7 +181,7 @@ def _plain(value: float) -> float | int:
     )
 
 
-def from_csv(data: bytes) -> CostTable:
+def from_csv(data: bytes) -> TableFields:
     """Read long CSV, with or without the two comment lines.
 
     Raises:
@@ -219,7 +219,7 @@ def from_csv(data: bytes) -> CostTable:
     return _assemble(header, columns, rows[1:])
 
 
-def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[str]]]) -> CostTable:
+def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[str]]]) -> TableFields:
     place = {name: index for index, name in enumerate(columns)}
     resources = [name for name in columns if name not in _KNOWN_COLUMNS]
     measures = [name for name in ("sensitivity", "sensitivity_se", *resources) if name in place]
@@ -270,7 +270,7 @@ def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[st
     for (i, j), values in cells.items():
         for name, value in zip(measures, values, strict=True):
             arrays[name][i, j] = value
-    return CostTable(
+    return TableFields(
         tuple(made),
         tuple(options),
         arrays["sensitivity"],
@@ -332,7 +332,7 @@ def _integer(text: str, name: str, layer: str) -> int:
     return int(value)
 
 
-def from_npz(data: bytes) -> CostTable:
+def from_npz(data: bytes) -> TableFields:
     """Read NPZ.
 
     Raises:
@@ -368,7 +368,7 @@ def from_npz(data: bytes) -> CostTable:
     peaks, fixed = named("peak:"), named("peak_fixed:")
     if peaks.keys() != fixed.keys():
         raise TableError(f"peaks {', '.join(peaks) or 'none'} with the fixed parts of {', '.join(fixed) or 'none'}")
-    return CostTable(
+    return TableFields(
         layers,
         tuple(Precision.parse(text) for text in header["precisions"]),
         arrays["sensitivity"],

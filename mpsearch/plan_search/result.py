@@ -120,10 +120,10 @@ class MeasuredFront:
             title: above the picture.
         """
         figures = shown.figures()
-        return figures.written(figures.measured_front_figure(self, mark=mark, title=title), path)  # type: ignore[no-any-return]
+        return figures.written(figures.measured_front_figure(self, mark=mark, title=title), path)
 
     def _repr_html_(self) -> str:
-        return shown.html().measured_front(self)  # type: ignore[no-any-return]
+        return shown.html().measured_front(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -252,7 +252,7 @@ class SearchResult:
         }
         if kind not in kinds:
             raise PlanError(f"no picture of kind {kind!r}{nearest(kind, kinds)}")
-        return figures.written(kinds[kind](), path)  # type: ignore[no-any-return]
+        return figures.written(kinds[kind](), path)
 
     def report(self, path: str | os.PathLike[str]) -> None:
         """Write one HTML page that needs no network: verdict, plan, comparison, curve, layers, proof, passes, settings.
@@ -263,7 +263,7 @@ class SearchResult:
         shown.page().write(self, path)
 
     def _repr_html_(self) -> str:
-        return shown.html().search_result(self)  # type: ignore[no-any-return]
+        return shown.html().search_result(self)
 
     def summary(self) -> dict[str, Any]:
         """All but the plans and tables, as JSON values."""

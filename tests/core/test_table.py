@@ -1,3 +1,6 @@
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -176,3 +179,36 @@ def test_to_frame_has_the_columns_of_the_file():
     frame = full().to_frame()
     assert len(frame) == 11
     assert list(frame.columns[:3]) == ["layer", "precision", "sensitivity"]
+
+
+def test_tables_are_equal_where_their_files_are() -> None:
+    """What is not allowed does not count, nor the order of names, nor what no file keeps; every number counts to its last bit."""
+
+    def table(**more: Any) -> CostTable:
+        layers = (Layer("a", weight_shape=(4,)), Layer("b", weight_shape=(2, 2)))
+        fields: dict[str, Any] = {
+            "sensitivity": [[0.5, np.nan], [0.1, 0.2]],
+            "usage": {"x": [[1, 2], [3, 4]], "y": [[1, 1], [1, 1]]},
+            "origin": {"seeds": (1, 2), "by": "hand"},
+        }
+        return CostTable(layers, precisions("w4 w8"), **{**fields, **more})
+
+    one = table()
+    assert one == table(usage={"y": [[1, 7], [1, 1]], "x": [[1, 9], [3, 4]]}, origin={"by": "hand", "seeds": [1, 2]})
+    assert one == dataclasses.replace(one, layers=(dataclasses.replace(one.layers[0], target="gguf"), one.layers[1]))
+    others = [
+        table(sensitivity=[[0.5, np.nan], [0.1, np.nextafter(0.2, 1)]]),
+        table(sensitivity=[[0.5, 0.5], [0.1, 0.2]]),
+        table(sensitivity_se=[[0.5, 0.5], [0.1, 0.2]]),
+        table(usage={"x": [[1, 2], [3, 4]]}),
+        table(usage={"x": [[1, 2], [3, 5]], "y": [[1, 1], [1, 1]]}),
+        table(origin={}),
+        table(unit="nats"),
+        table(fixed_usage={"x": 1.0}),
+        table(peaks={"z": Peak(np.zeros((1, 2, 2)), np.zeros(1))}),
+        table(interactions=Interactions(np.array([[0, 0]]), np.array([[1, 0]]), np.array([1.0]))),
+        dataclasses.replace(one, layers=(one.layers[1], one.layers[0])),
+        dataclasses.replace(one, precisions=precisions("w4 w6")),
+    ]
+    for other in others:
+        assert one != other

@@ -10,7 +10,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import export
-from mpsearch.export.yaml_text import yaml_text
+from mpsearch.files.yaml_writing import yaml_text
 
 PLAN = mps.Plan(
     {
@@ -55,3 +55,20 @@ VALUES = [{}, [], "a", {"a": {}}, [[1, [2]], {"x": None}], {"a": [{"b": 1}]}, {"
 @pytest.mark.parametrize("value", VALUES)
 def test_yaml_reads_back(value):
     assert yaml.safe_load(yaml_text(value)) == value
+
+
+@pytest.mark.parametrize(
+    "name", ["no", "y", "1e5", "0x1f", "~", "null", "1:2", "a: b", "# a", "-", "ü\u2028\U0001f600", "x " * 90]
+)
+def test_no_name_of_a_layer_is_read_as_anything_else(name):
+    text = yaml_text({"layers": {name: name}})
+    assert yaml.safe_load(text) == {"layers": {name: name}}
+    assert "\\\n" not in text  # no line is folded
+    assert text.count('"') >= 6  # readers of YAML 1.2 take more words for numbers
+
+
+def test_small_numbers_stay_numbers_and_what_occurs_twice_is_written_twice():
+    part = [1, 2]
+    text = yaml_text({"a": 1e-7, "b": part, "c": part})
+    assert yaml.safe_load(text) == {"a": 1e-7, "b": part, "c": part}
+    assert "&" not in text

@@ -19,6 +19,7 @@ DISTRIBUTIONS = {
     "optimum": "optimum-quanto",
     "sklearn": "scikit-learn",
     "tokenizers": "transformers",  # which brings it
+    "yaml": "pyyaml",
 }
 
 

@@ -8,8 +8,8 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
-from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files.writing import write_atomically
+from mpsearch.files.yaml_writing import yaml_text
 from mpsearch.models.unwrapping import unwrapped
 
 

@@ -16,8 +16,8 @@ from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
 from mpsearch.export.tools.compressed_tensors import config_groups
 from mpsearch.export.verification import Stored, StoredModel
-from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files.writing import write_atomically
+from mpsearch.files.yaml_writing import yaml_text
 from mpsearch.models.unwrapping import unwrapped
 from mpsearch.targets.rules import rules
 

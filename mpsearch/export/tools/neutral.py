@@ -11,8 +11,8 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import described, named_in
-from mpsearch.export.yaml_text import yaml_text
 from mpsearch.files.writing import csv_text, write_atomically
+from mpsearch.files.yaml_writing import yaml_text
 from mpsearch.models.unwrapping import unwrapped
 
 _COLUMNS = ("weight_format", "weight_bits", "activation_format", "activation_bits", "group_size")
