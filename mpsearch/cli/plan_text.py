@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import mpsearch as mps
 from mpsearch.cli.screen import Screen
 from mpsearch.core import amounts, printing
-from mpsearch.core.blocks import MOST, blocks
+from mpsearch.display.blocks import MOST, blocks
 
 
 def plan_text(plan: mps.Plan, screen: Screen) -> str:

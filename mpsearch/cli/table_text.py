@@ -7,10 +7,10 @@ import numpy as np
 import mpsearch as mps
 from mpsearch.cli.screen import Screen
 from mpsearch.core import amounts, printing
-from mpsearch.core.blocks import blocks
 from mpsearch.core.problem import attainable
 from mpsearch.core.table import Array
 from mpsearch.core.undecided import sentence
+from mpsearch.display.blocks import blocks
 
 #: Groups that are named, and layers of each.
 _GROUPS, _MEMBERS = 8, 6

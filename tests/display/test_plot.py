@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import mpsearch as mps
-from mpsearch.core.blocks import blocks
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.display import figures
+from mpsearch.display.blocks import blocks
 from mpsearch.display.figures.figure import COLOURS, empty, styles
 from mpsearch.display.figures.pareto import certified
 from mpsearch.plan_search.result import measured_front

@@ -14,9 +14,9 @@ from mpsearch.cli.plan_text import plan_text, usage_text
 from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import groups_text, range_text, table_text
 from mpsearch.core import printing
-from mpsearch.core.blocks import MOST, blocks
 from mpsearch.core.problem import attainable, uniform
 from mpsearch.core.undecided import sentence
+from mpsearch.display.blocks import MOST, blocks
 from mpsearch.models.loading import UsageError
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from mpsearch.core import amounts
-from mpsearch.core.blocks import Block, blocks
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
 from mpsearch.core.table import Array
+from mpsearch.display.blocks import Block, blocks
 from mpsearch.display.figures.depth import label_height, layer_axis, width
 from mpsearch.display.figures.figure import BLACK, GREY, empty, kinds, legend, styles, tidy
 from mpsearch.errors import PlanError, nearest

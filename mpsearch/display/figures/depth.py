@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from matplotlib.axes import Axes
 
 from mpsearch.core import printing
-from mpsearch.core.blocks import Block
+from mpsearch.display.blocks import Block
 
 
 def width(ticks: int) -> float:

@@ -6,9 +6,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mpsearch.core.blocks import Block, blocks
 from mpsearch.core.layer import Layer
 from mpsearch.core.table import Array, CostTable
+from mpsearch.display.blocks import Block, blocks
 from mpsearch.display.figures.depth import label_height, layer_axis, width
 from mpsearch.display.figures.figure import GREY, damage_axis, empty, legend, styles, tidy, whiskers
 

@@ -7,11 +7,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mpsearch.core import amounts
-from mpsearch.core.blocks import blocks
 from mpsearch.core.budget import Budget
 from mpsearch.core.plan import Plan
 from mpsearch.core.table import Array, CostTable
 from mpsearch.core.totals import DERIVED, total_of
+from mpsearch.display.blocks import blocks
 from mpsearch.display.figures.depth import label_height, layer_axis, width
 from mpsearch.display.figures.figure import BLACK, GREY, Style, empty, kinds, legend, resource_axis, styles, tidy
 from mpsearch.errors import BudgetError, PlanError, nearest

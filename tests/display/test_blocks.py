@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpsearch.core.blocks import MOST, blocks
+from mpsearch.display.blocks import MOST, blocks
 
 LLAMA = [f"model.layers.{i}.{part}" for i in range(126) for part in ("attn.q", "attn.k", "mlp.up", "mlp.down")]
 FAMILIES = {
