@@ -8,7 +8,7 @@ from torch import Tensor
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate
 from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
-from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import Mean
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.gradients.hessian import require_gradients
-from mpsearch.metrics.comparisons import Comparison
+from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.running import Batch
 from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, quantized_weights, weights

@@ -44,8 +44,10 @@ from mpsearch.decisions.mask import decidable, only_allowed, refused_options
 from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
 from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
-from mpsearch.metrics.comparisons import METRICS, Comparison, Metric, Own
-from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.metrics.metric import Comparison, Metric
+from mpsearch.metrics.own import Own
+from mpsearch.metrics.registry import METRICS
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few
 from mpsearch.models.determinism import PROBED, probed_output
@@ -131,7 +133,7 @@ class Calibration:
         precisions: the options, `mps.precisions("w2 w4 w8")`; without them plans can be measured, but no table be made.
         layers: the decisions, or `LayerOptions` to find them by; by default all that `mps.layers` finds.
         quantizer: the one that will ship; by default `RoundToNearest()`.
-        metric: what outputs are compared by: a name of `mpsearch.metrics.comparisons.METRICS`, a metric or a function; by default what
+        metric: what outputs are compared by: a name of `mpsearch.metrics.registry.METRICS`, a metric or a function; by default what
             fits outputs and targets.
         loss: `loss(model, batch) -> scalar` of one's own for estimators that differentiate and for `metric="loss"`; or `kl`,
             `cross-entropy`.

@@ -17,9 +17,12 @@ from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.errors import EstimatorError, PlanError, nearest
 from mpsearch.estimation.estimator import Loss
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
-from mpsearch.metrics.comparisons import KL, Floats, Metric, Own, Run, run
-from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.metrics.divergences import KL
+from mpsearch.metrics.metric import Floats, Metric
+from mpsearch.metrics.own import Own
+from mpsearch.metrics.runs import Run, run
 from mpsearch.metrics.statistics import Mean
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.splitting import few
 from mpsearch.models.determinism import PROBED, probed_output
 from mpsearch.models.modules.weights import holds_weight, layer_of, named_layers, operands_of, weight_of
@@ -52,7 +55,7 @@ def evaluate(
         model: any module; it comes back bit for bit as it went in, also after an exception.
         batches: held-out data, read once.
         plan: layer name -> precision; layers that it does not name are left alone.
-        metric: a name (`mpsearch.metrics.comparisons.METRICS`); or a function `metric(model, batch)`, or `metric(output, reference,
+        metric: a name (`mpsearch.metrics.registry.METRICS`); or a function `metric(model, batch)`, or `metric(output, reference,
             batch)` with all that the quantized and the unquantized model return, told apart by the number of parameters without a
             default; it gives the mean over the samples of the batch, or of the second form also (B,) numbers. By default what fits
             outputs and targets: `kl`, `bernoulli-kl` or `relative-error`; `measured` of the result tells which and why.

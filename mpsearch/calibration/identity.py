@@ -9,8 +9,9 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.wrapped_names import plain
 from mpsearch.decisions.mask import only_allowed, refused_options
-from mpsearch.metrics.comparisons import KL, Comparison
-from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.metrics.divergences import KL
+from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.fingerprints import described, digest, output_identity
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import fingerprint

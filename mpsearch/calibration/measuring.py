@@ -18,7 +18,8 @@ from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.errors import EstimatorError, PlanError
 from mpsearch.estimation.estimator import Loss
 from mpsearch.metrics.choice import check_metric, choose
-from mpsearch.metrics.comparisons import Metric, run
+from mpsearch.metrics.metric import Metric
+from mpsearch.metrics.runs import run
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.data.splitting import few
 from mpsearch.models.determinism import PROBED, probed_output

@@ -16,7 +16,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Estimator, Loss, Passes
-from mpsearch.metrics.comparisons import Metric
+from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch
 from mpsearch.quantizers.fake_quantization import Quantizer
 

@@ -14,7 +14,7 @@ from mpsearch.errors import TableError
 
 Array = NDArray[np.float64]
 
-#: Of damages: nats, a ranking without a unit, and those of the metrics (`mpsearch.metrics.comparisons`).
+#: Of damages: nats, a ranking without a unit, and those of the metrics (`mpsearch.metrics.registry`).
 UNITS = (
     "nats", "relative", "mse", "relative error", "mse / peak^2", "cosine distance", "loss",
 )  # fmt: skip

@@ -13,8 +13,9 @@ from mpsearch.checkpoints.checkpoint import NoCheckpoint, Results
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, MpsearchError
-from mpsearch.metrics.comparisons import Comparison, Run, run
-from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.runs import Run, run
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import given_of, missing_labels
 from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import Batch, predictions, targets_of

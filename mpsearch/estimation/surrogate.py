@@ -14,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
-from mpsearch.metrics.comparisons import KL
+from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.models.running import fingerprint
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import scipy.optimize
 
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.problem import usage_of
@@ -113,45 +114,10 @@ def _fit(features: Array, damage: Array, se: Array) -> tuple[Array, Array]:
         return np.zeros(scales), np.zeros(scales)
     sigma = float(np.linalg.norm(b - common * together)) / np.sqrt(count - 1)
     prior = np.eye(scales) * (sigma / common if scales > 1 else 0.0)
-    found = nonnegative_least_squares(np.vstack([a, prior]), np.append(b, common * prior.sum(axis=1)))
-    return found, sigma * np.sqrt(np.diag(np.linalg.pinv(a.T @ a + prior.T @ prior)))
-
-
-def nonnegative_least_squares(a: Array, b: Array) -> Array:
-    """The x >= 0 that minimizes ||a x - b||, by active sets (Lawson and Hanson 1974, chapter 23).
-
-    Args:
-        a: (N, K).
-        b: (N,).
-
-    Returns:
-        (K,); 0 for a column of zeros.
-
-    >>> nonnegative_least_squares(np.array([[1.0, 1.0], [0.0, 1.0]]), np.array([1.0, -1.0])).tolist()
-    [1.0, 0.0]
-    """
-    norms = np.sqrt(np.square(a).sum(axis=0))
-    norms[norms == 0] = 1.0
-    a = a / norms
-    x = np.zeros(a.shape[1])
-    free = np.zeros(a.shape[1], bool)
-    for _ in range(3 * len(x)):
-        gradient = np.where(free, -np.inf, a.T @ (b - a @ x))
-        if gradient.max() <= 1e-12 * np.linalg.norm(b):
-            break
-        free[np.argmax(gradient)] = True
-        while True:
-            target = np.zeros_like(x)
-            target[free] = np.linalg.lstsq(a[:, free], b, rcond=None)[0]
-            below = free & (target <= 0)
-            if not below.any():
-                x = target
-                break
-            steps = x[below] / np.maximum(x[below] - target[below], 1e-300)
-            x = x + steps.min() * (target - x)
-            free &= ~(below & (x <= 1e-14 * x.max(initial=0.0)))
-            x[~free] = 0.0
-    return np.asarray(x / norms)
+    fitted, _ = scipy.optimize.nnls(
+        np.vstack([a, prior]), np.append(b, common * prior.sum(axis=1)), maxiter=100 * scales
+    )
+    return fitted, sigma * np.sqrt(np.diag(np.linalg.pinv(a.T @ a + prior.T @ prior)))
 
 
 def _scaled(

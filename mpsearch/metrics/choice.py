@@ -9,22 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
-from mpsearch.metrics.comparisons import (
-    KL,
-    METRICS,
-    MSE,
-    PSNR,
-    Accuracy,
-    BernoulliKL,
-    Comparison,
-    Kind,
-    Loss,
-    Metric,
-    Own,
-    RelativeError,
-    fits,
-    model_loss,
-)
+from mpsearch.metrics.divergences import KL, BernoulliKL, Divergence
+from mpsearch.metrics.metric import Comparison, Kind, Metric
+from mpsearch.metrics.own import Own
+from mpsearch.metrics.registry import METRICS
+from mpsearch.metrics.runs import fits
+from mpsearch.metrics.squared_errors import MSE, PSNR, RelativeError
+from mpsearch.metrics.targets import Accuracy, Loss, model_loss
 from mpsearch.models.data.batches import missing_labels
 from mpsearch.models.running import Batch, first_tensor, inputs_of, logits_of, predictions, shifts_labels, targets_of
 
@@ -221,9 +212,8 @@ def _sentence(asked: Any, measured: Metric, comparison: Comparison, reading: Rea
     if measured is not comparison:
         why = f"{'assumed ' if reading.assumed else ''}since {reading.reason}"
         parts.append(f"tables by {comparison.name} [{comparison.unit}], {why}")
-    taken = {"kl": "logarithms", "bernoulli-kl": "logits"}.get(comparison.name)
-    if taken and getattr(comparison, "probabilities", False):
-        parts.append(f"the output is probabilities already, so their {taken} are taken")
+    if isinstance(comparison, Divergence) and comparison.probabilities:
+        parts.append(f"the output is probabilities already, so their {comparison.taken} are taken")
     if reading.unmeasured:
         parts.append(f"other parts of the output are not measured: {', '.join(reading.unmeasured)}")
     return "; ".join(parts)

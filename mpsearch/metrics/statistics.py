@@ -2,11 +2,16 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
+
+Floats = NDArray[np.float64]
 
 
 def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
@@ -66,12 +71,65 @@ def log_softmax(logits: Tensor) -> Tensor:
     return torch.log_softmax(wide(logits), -1)
 
 
+def ratio_of_samples(s: Floats, c: Floats) -> tuple[float, float]:
+    """Mean of a quantity over predictions, and a standard error that treats the predictions of one sample as one draw.
+
+    With sums s_i and counts c_i of the predictions of sample i (ratio estimator; Cochran 1977, section 6.3)
+
+        mean = sum s / sum c,   se = sqrt(n / (n - 1) sum (s_i - mean c_i)^2) / sum c
+
+    Args:
+        s: (n,).
+        c: (n,); a sample without a prediction and with a sum of 0 does not count.
+
+    Returns:
+        The mean, nan without any prediction; and its standard error, nan with fewer than two samples.
+
+    >>> ratio_of_samples(np.array([1.0, 3.0]), np.array([1.0, 1.0]))
+    (2.0, 1.0)
+    """
+    if not c.any():
+        return math.nan, math.nan
+    total = c.sum()
+    mean = s.sum() / total
+    used = (c > 0) | (s != 0)
+    squares = ((s - mean * c)[used] ** 2).sum()
+    return float(mean), float(_ratio_se(int(used.sum()), squares, total))
+
+
+def ratio_of_sums(samples: int, s: Any, ss: Any, sc: Any, c: Any, cc: Any) -> tuple[Floats, Floats]:
+    """`ratio_of_samples` from sums over the samples, where these are not kept; of many quantities at once where the sums are arrays.
+
+    sum (s_i - mean c_i)^2 = sum s^2 - 2 mean sum s c + mean^2 sum c^2, which loses digits where samples are nearly alike.
+
+    Args:
+        samples: n, those with a prediction.
+        s: sum of s_i, a number or an array.
+        ss: sum of s_i^2.
+        sc: sum of s_i c_i.
+        c: sum of c_i.
+        cc: sum of c_i^2.
+
+    >>> mean, se = ratio_of_sums(2, 4.0, 10.0, 4.0, 2.0, 2.0)     # of the samples 1 and 3
+    >>> float(mean), float(se)
+    (2.0, 1.0)
+    """
+    s, c = np.asarray(s, np.float64), np.asarray(c, np.float64)
+    mean = np.divide(s, c, out=np.full(s.shape, math.nan), where=c != 0)
+    squares = np.maximum(ss - 2 * mean * sc + mean * mean * cc, 0.0)
+    return mean, np.asarray(_ratio_se(samples, squares, c))
+
+
+def _ratio_se(samples: int, squares: Any, count: Any) -> Any:
+    """Standard error from the sum of squared residuals."""
+    if samples < 2:
+        return np.full(np.shape(squares), math.nan)
+    return np.sqrt(samples / (samples - 1) * squares) / count
+
+
 @dataclass
 class Mean:
-    """Mean of a quantity over predictions, with a standard error that treats the predictions of one sample as one draw.
-
-    For sums s_i and counts c_i of the predictions of sample i: mean = sum s / sum c; standard error =
-    sqrt(n / (n - 1) * sum (s_i - mean c_i)^2) / sum c (ratio estimator; Cochran 1977, section 6.3).
+    """Mean of a quantity over predictions, added up batch by batch, with its standard error: see `ratio_of_samples`.
 
     >>> m = Mean()
     >>> m.add(torch.tensor([1.0, 3.0]), torch.tensor([0, 1]), 2)
@@ -113,18 +171,18 @@ class Mean:
     @property
     def value(self) -> float:
         """The mean over all predictions; nan without any."""
-        s, _, _, c, _ = self._sums
-        return s / c if c else math.nan
+        return self._ratio()[0]
 
     @property
     def se(self) -> float:
         """Standard error of the mean; nan with fewer than two samples."""
-        if self.samples < 2:
-            return math.nan
-        _, ss, sc, c, cc = self._sums
-        mean = self.value
-        residual = max(ss - 2 * mean * sc + mean * mean * cc, 0.0)
-        return math.sqrt(self.samples / (self.samples - 1) * residual) / c
+        return self._ratio()[1]
+
+    def _ratio(self) -> tuple[float, float]:
+        if not self._sums[3]:
+            return math.nan, math.nan
+        mean, se = ratio_of_sums(self.samples, *self._sums)
+        return float(mean), float(se)
 
     def state(self) -> list[float]:
         """The sums, to write to a file and read back by `restored`."""

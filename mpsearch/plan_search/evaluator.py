@@ -1,6 +1,5 @@
 """Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,7 +10,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
-from mpsearch.metrics.comparisons import Metric, Run, run
+from mpsearch.metrics.metric import Metric
+from mpsearch.metrics.runs import Run, run
+from mpsearch.metrics.statistics import ratio_of_samples
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.passes import PassBudget
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, weights
@@ -37,12 +38,12 @@ class Measurement:
     @property
     def value(self) -> float:
         """Mean damage a prediction; nan without any."""
-        return _ratio(self.sums, self.counts)
+        return ratio_of_samples(self.sums, self.counts)[0]
 
     @property
     def se(self) -> float:
         """Its standard error over samples; nan with fewer than two."""
-        return _ratio_se(self.sums, self.counts)
+        return ratio_of_samples(self.sums, self.counts)[1]
 
     def over(self, other: "Measurement") -> tuple[float, float]:
         """By how much this plan is worse than another one on the samples that both have seen, and the standard error.
@@ -51,25 +52,11 @@ class Measurement:
         """
         size = min(len(self.sums), len(other.sums))
         sums, counts = self.sums[:size] - other.sums[:size], self.counts[:size]
-        return _ratio(sums, counts), _ratio_se(sums, counts)
+        return ratio_of_samples(sums, counts)
 
     def first(self, size: int) -> "Measurement":
         """The part over the first samples."""
         return Measurement(self.sums[:size], self.counts[:size])
-
-
-def _ratio(sums: Floats, counts: Floats) -> float:
-    return float(sums.sum() / counts.sum()) if counts.any() else math.nan
-
-
-def _ratio_se(sums: Floats, counts: Floats) -> float:
-    """Standard error of a ratio of sums (Cochran 1977, section 6.3), as in `measure.Mean`."""
-    used = (counts > 0) | (sums != 0)
-    size = int(used.sum())
-    if size < 2:
-        return math.nan
-    residual = (sums - sums.sum() / counts.sum() * counts)[used]
-    return float(math.sqrt(size / (size - 1) * (residual**2).sum()) / counts.sum())
 
 
 @dataclass(eq=False)

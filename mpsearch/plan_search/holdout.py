@@ -11,7 +11,7 @@ from mpsearch.calibration.evaluating import Tally
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.choice import MetricChoice
-from mpsearch.metrics.comparisons import run
+from mpsearch.metrics.runs import run
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
 from mpsearch.quantizers.fake_quantization import inputs, weights

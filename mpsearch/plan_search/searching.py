@@ -32,7 +32,8 @@ from mpsearch.decisions.mask import decidable, refused_options
 from mpsearch.errors import EstimatorError, nearest
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.choice import check_metric, choose
-from mpsearch.metrics.comparisons import METRICS, Metric
+from mpsearch.metrics.metric import Metric
+from mpsearch.metrics.registry import METRICS
 from mpsearch.models.data.batches import missing_labels, reading_of
 from mpsearch.models.data.splitting import check_sizes, few, split
 from mpsearch.models.determinism import PROBED, probed_output
@@ -109,7 +110,7 @@ def search(
             `relative-error` (noise over signal), `psnr`, `cosine`. Rise of the `loss` (cross-entropy of integer labels, binary
             cross-entropy of 0/1 labels, squared error of numbers, a model's own), or drop of the `accuracy`. Or a function
             `metric(model, batch)` or `metric(output, reference, batch)`, told apart by the number of parameters without a default
-            (`mpsearch.metrics.comparisons.Own`). By default what fits: `relative-error` for numbers (targets that are floats, images,
+            (`mpsearch.metrics.own.Own`). By default what fits: `relative-error` for numbers (targets that are floats, images,
             signals, embeddings, one output a sample), `bernoulli-kl` for 0/1 labels, else `kl`; the result tells which and why, and a
             warning what was assumed. Tables compare outputs by the metric, or where it does not by the default one.
         layers: the decisions; or which there are to be, `mps.LayerOptions(...)`; by default all that `mps.layers` finds.

@@ -13,7 +13,7 @@ from mpsearch.core.table import Array, CostTable
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimator
 from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
-from mpsearch.metrics.comparisons import KL
+from mpsearch.metrics.divergences import KL
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import record
 from mpsearch.plan_search.passes import PassBudget

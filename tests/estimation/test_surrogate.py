@@ -12,7 +12,7 @@ from mpsearch.calibration.deciding import decisions_of
 from mpsearch.checkpoints.checkpoint import Checkpoint
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
-from mpsearch.metrics.comparisons import KL
+from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.statistics import kl_divergence
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import KLDivergence

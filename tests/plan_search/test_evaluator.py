@@ -11,7 +11,10 @@ import mpsearch as mps
 from mpsearch.calibration.deciding import decisions_of
 from mpsearch.checkpoints.checkpoint import Checkpoint
 from mpsearch.estimation.estimator import Context
-from mpsearch.metrics.comparisons import KL, METRICS, Accuracy, Loss, Own
+from mpsearch.metrics.divergences import KL
+from mpsearch.metrics.own import Own
+from mpsearch.metrics.registry import METRICS
+from mpsearch.metrics.targets import Accuracy, Loss
 from mpsearch.models.running import samples, state_fingerprint
 from mpsearch.plan_search import evaluator
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator

@@ -1,6 +1,5 @@
 """What estimators have in common that read gradients at the unquantized model."""
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -14,8 +13,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, sweep
 from mpsearch.estimation.gradients.targets import Source, TokenWeights
-from mpsearch.metrics.comparisons import Comparison
-from mpsearch.metrics.statistics import wide
+from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.statistics import ratio_of_sums, wide
 
 
 class GradientEstimator:
@@ -120,10 +119,5 @@ class Averages:
         self.samples, self.sums = state["samples"], state["sums"]
 
     def finish(self) -> Estimate:
-        """Mean and standard error of the ratio of sums (Cochran 1977, section 6.3)."""
-        s, ss, sc, c, cc = self.sums.numpy()
-        mean = s / c
-        if self.samples < 2:
-            return self.conclude(mean, np.full_like(mean, math.nan))
-        residual = np.maximum(ss - 2 * mean * sc + mean**2 * cc, 0.0)
-        return self.conclude(mean, np.sqrt(self.samples / (self.samples - 1) * residual) / c)
+        """The estimate from means and standard errors: see `mpsearch.metrics.statistics.ratio_of_samples`."""
+        return self.conclude(*ratio_of_sums(self.samples, *self.sums.numpy()))

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
-from mpsearch.metrics.comparisons import Comparison, Loss
+from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax, wide
+from mpsearch.metrics.targets import Loss
 from mpsearch.models.data.batches import mapped
 from mpsearch.models.running import Batch, inputs_of, samples
 

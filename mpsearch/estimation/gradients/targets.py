@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
-from mpsearch.metrics.comparisons import Comparison, Loss, by_sample
+from mpsearch.metrics.metric import Comparison, by_sample
 from mpsearch.metrics.statistics import wide
+from mpsearch.metrics.targets import Loss
 from mpsearch.models.data.batches import given_of
 from mpsearch.models.running import Batch, samples
 

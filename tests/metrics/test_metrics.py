@@ -11,7 +11,10 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.metrics.comparisons import METRICS, Comparison, Own, run
+from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.own import Own
+from mpsearch.metrics.registry import METRICS
+from mpsearch.metrics.runs import run
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputMSE, TaskMetric
 

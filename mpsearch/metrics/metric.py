@@ -1,0 +1,183 @@
+"""What a metric is: the numbers that it makes of the samples of a batch, and for a comparison its curvature."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mpsearch.metrics.runs import Run
+from mpsearch.metrics.seeds import seeded_generator
+from mpsearch.metrics.statistics import wide
+from mpsearch.models.running import Batch
+
+Floats = NDArray[np.float64]
+#: What a row of the output is: scores of classes that exclude each other, logits of 0/1 labels, or numbers.
+Kind = Literal["classes", "labels", "numbers"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number for each sample of a batch, larger = worse, as a sum over a weight: the mean of all is sum / sum.
+
+    Attributes:
+        name: in `mpsearch.metrics.registry.METRICS`.
+        unit: of the damage, `nats`, `mse`, ..., of `mpsearch.core.table.UNITS`.
+        compares: the metric compares with the unquantized output, so that the unquantized model has 0; of the others the rise
+            over the unquantized model is the damage.
+        reads_output: the metric is given all that the model returns.
+        runs_model: the metric runs the model itself.
+    """
+
+    name: ClassVar[str]
+    unit: ClassVar[str]
+    compares: ClassVar[bool] = False
+    reads_output: ClassVar[bool] = False
+    runs_model: ClassVar[bool] = False
+
+    def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
+        """What the model, as it stands, does on one batch.
+
+        Args:
+            model: run again by a metric that does so itself.
+            batch: the batch.
+            run: what the model makes of it; None for a metric that runs the model.
+            reference: the same of the unquantized model; None where this is it.
+
+        Returns:
+            (n,) sums and (n,) weights of the samples. What is one number for the batch counts as one sample, the first.
+
+        Raises:
+            EstimatorError: where targets are needed and missing.
+        """
+        raise NotImplementedError
+
+    @property
+    def title(self) -> str:
+        """What it is called."""
+        return self.name
+
+    @property
+    def shown_unit(self) -> str:
+        """Unit of what is shown."""
+        return self.unit
+
+    @property
+    def counted_in(self) -> str:
+        """What a difference of damages is told in."""
+        return self.shown_unit if self.unit == "relative" else self.unit
+
+    def damage(self, sums: Floats, unquantized: Floats) -> Floats:
+        """(n,) the rise over the unquantized model, from the sums of both."""
+        return sums if self.compares else sums - unquantized
+
+    def shown(self, value: float) -> float:
+        """A mean as people write it."""
+        return value
+
+    def shown_se(self, value: float, se: float) -> float:
+        """The standard error of `shown`, to first order."""
+        return se
+
+
+def by_sample(values: Tensor, index: Tensor, count: int) -> Tensor:
+    """(count,) sums of (N,) values over the rows of each sample.
+
+    >>> by_sample(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([0, 0, 1]), 2)
+    tensor([3., 4.])
+    """
+    return values.new_zeros(count).index_add(0, index, values)
+
+
+def summed(values: Tensor, weights: Tensor, index: Tensor, count: int) -> tuple[Floats, Floats]:
+    """(count,) sums of the values and of the weights of predictions (N,) over the rows of each sample, float64 on the CPU."""
+    rows = index.cpu().numpy()
+    sums, counts = (
+        np.bincount(rows, part.detach().to("cpu", torch.float64).numpy(), count) for part in (values, weights)
+    )
+    return sums.astype(np.float64), counts.astype(np.float64)
+
+
+class Comparison(Metric):
+    """A metric that compares the output with the unquantized one, and so has a curvature there, for signals from gradients.
+
+    Attributes:
+        kind: of the rows that it is made for.
+    """
+
+    compares: ClassVar[bool] = True
+    kind: ClassVar[Kind] = "numbers"
+
+    def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
+        """See `Metric.of`."""
+        assert run is not None
+        before = run if reference is None else reference
+        values, weights = self.terms(self.rows(before.rows), self.rows(run.rows), run.index, run.samples)
+        return summed(values, weights, run.index, run.samples)
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """(N, C) the rows as this metric reads them: logits where the output is probabilities."""
+        return rows
+
+    def terms(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """What each prediction adds; both can be differentiated.
+
+        Args:
+            reference: (N, C) of the unquantized model.
+            rows: (N, C) to compare.
+            index: (N,) sample of each.
+            count: of samples.
+
+        Returns:
+            (N,) damages and (N,) weights, in the widest float of the device; the weights come from the reference alone.
+        """
+        raise NotImplementedError
+
+    def mean(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> Tensor:
+        """The mean of a batch, a scalar."""
+        values, weights = self.terms(reference, rows, index, count)
+        return values.sum() / weights.sum()
+
+    def root(self, reference: Tensor, values: Tensor, index: Tensor, count: int) -> Tensor:
+        """H^(1/2) times values (N, C), H the Hessian of the summed damages at the unquantized output."""
+        raise NotImplementedError
+
+    def random_output(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+        """(N, C) random u of covariance H, so that E[<u, change>^2] / 2 is the damage of a small change of the output.
+
+        u = H^(1/2) z with random signs z, which the draws of one seed multiply by the rows of a Hadamard matrix: a power of two
+        of draws, of no less than the numbers of a sample, gives the expectation exactly.
+
+        Args:
+            rows: (N, C) of the unquantized model, without gradient.
+            index: (N,) sample of each, in order.
+            count: of samples.
+            seed: of the source, and number of the batch.
+            draw: number of the draw.
+        """
+        signs = 2 * torch.randint(0, 2, rows.shape, generator=seeded_generator(*seed, 0)) - 1
+        first = torch.searchsorted(index.cpu(), index.cpu())  # the first row of the same sample
+        width = rows.shape[1]
+        place = ((torch.arange(len(rows)) - first) * width)[:, None] + torch.arange(width)
+        odd = torch.zeros_like(place)
+        for bit in range(draw.bit_length()):
+            if draw >> bit & 1:
+                odd ^= place >> bit & 1
+        return self.root(rows, (signs * (1 - 2 * odd)).to(wide(rows)), index, count)
+
+    def drawn(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+        """A scalar whose gradient has mean 0 and covariance H, summed over predictions: -log p of an output that is drawn."""
+        return (self.random_output(rows.detach(), index, count, seed, draw) * wide(rows)).sum()
+
+
+def drawn_by(seed: tuple[int, int], draw: int) -> torch.Generator:
+    """The generator of one draw.
+
+    Args:
+        seed: of the estimator, and number of the batch.
+        draw: its number.
+    """
+    estimator, batch = seed
+    return seeded_generator(estimator, draw, batch)
