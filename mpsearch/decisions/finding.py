@@ -4,7 +4,7 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -88,90 +88,123 @@ def layers(
     >>> [(layer.name, layer.kind, layer.macs) for layer in layers(nn.Sequential(nn.Linear(3, 2)), torch.ones(5, 3))]
     [('0', 'linear', 6)]
     """
+    _check_words(target, groups, experts)
+    # attention reads the weight of its out_proj itself: a module that takes its place is never called
+    own = {n for n, m in model.named_modules() if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
+    with preserved(model, example):
+        every = named_layers(model)
+        candidates, caches = _candidates(model, every, kv_cache)
+        asked = {name for pattern in exclude for name in grouping.matching(pattern, [*candidates, *caches], "exclude")}
+        excluded = asked if decide_routers else asked.union(routers(model, candidates))
+        if target is not None:
+            excluded |= _without_a_name(target, candidates, own, excluded)
+        if excluded >= set(candidates):
+            raise TableError(f"exclude={list(exclude)} leaves no layer")
+        tied = grouping.shared_weights(candidates)
+        _refuse_partial(tied, excluded)
+        run = _run(model, candidates, example, caches)
+        if kv_cache and not run.cache_dtypes:
+            raise TableError(
+                f"kv_cache=True, but the example fills no cache: {type(model).__name__} has neither attention of transformers that "
+                "keeps keys and values, nor modules mpsearch.KVCache that they go through"
+            )
+        excluded |= run.other_tables
+        called = _called(candidates, excluded, run.macs, tied)
+        cache_dtypes = {name: dtype for name, dtype in run.cache_dtypes.items() if name not in excluded}
+        if groups == "none":
+            _refuse_shared(tied, called)
+            joined: list[grouping.Group] = []
+        else:
+            joined = list(tied)
+            if groups == "fused":
+                joined += grouping.same_input(candidates, run.flow)
+            if target is not None:
+                joined += grouping.joined_by(target, TARGETS[target].fused, candidates)
+            if tie_residuals:
+                joined += grouping.residual_operands(run.flow)
+            if experts == "block":
+                joined += grouping.whole_blocks(called)
+            joined = grouping.without(joined, cut, candidates)
+            _refuse_partial(joined, excluded)
+        joined = [
+            grouping.Group(members, group.reason, group.binding)
+            for group in joined
+            if len(members := _of(group, called)) > 1
+        ]
+        names = [name for name in every if name in called or name in cache_dtypes]
+        titles = grouping.named(joined, groups if isinstance(groups, Mapping) else {}, names)
+        _tell_undecided(model, every, candidates, [name for name in names if name not in cache_dtypes], sorted(asked))
+        decisions = [
+            _layer(name, every[name], run.macs[name], titles[name], cache_dtypes.get(name), target) for name in names
+        ]
+    return with_options(decisions, allow, fixed)
+
+
+def _check_words(target: str | None, groups: object, experts: str) -> None:
     if target is not None and target not in TARGETS:
         raise TableError(f"unknown target {target!r}{nearest(target, TARGETS)}")
     if isinstance(groups, str) and groups not in ("auto", "fused", "none"):
         raise TableError(f"groups={groups!r}, expected 'auto', 'fused', 'none' or name -> layers")
     if experts not in ("each", "block"):
         raise TableError(f"experts={experts!r}, expected 'each' or 'block'")
-    # attention reads the weight of its out_proj itself: a module that takes its place is never called
-    own = {n for n, m in model.named_modules() if not isinstance(m, nn.modules.linear.NonDynamicallyQuantizableLinear)}
-    with preserved(model, example):
-        every = named_layers(model)
-        found = {name: module for name, module in every.items() if holds_weight(module) and weight_of(module).numel()}
-        caches = {name: module for name, module in every.items() if not holds_weight(module)} if kv_cache else {}
-        if "" in every:
-            raise TableError(
-                f"the model itself is a {type(model).__name__}: put it into nn.Sequential, so that the layer has a name"
-            )
-        if not found:
-            raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
-        excluded = {name for pattern in exclude for name in grouping.matching(pattern, [*found, *caches], "exclude")}
-        if not decide_routers:
-            excluded.update(routers(model, found))
-        if target is not None:
-            stacked = TARGETS[target].stacked
-            # caches are refused by the options of the target
-            unnamed = {n for n, one in found.items() if n not in own or isinstance(one, Operand)}
-            hidden = sorted(n for n in unnamed - excluded if not (stacked and place_of(n)))
-            excluded.update(hidden)
-            if hidden:
-                warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=2)
-        if excluded >= set(found):
-            raise TableError(f"exclude={list(exclude)} leaves no layer")
-        tied = grouping.shared_weights(found)
-        _refuse_partial(tied, excluded)
-        macs, flow, tables, filled = _run(model, found, example, caches)
-        if kv_cache and not filled:
-            raise TableError(
-                f"kv_cache=True, but the example fills no cache: {type(model).__name__} has neither attention of transformers that "
-                "keeps keys and values, nor modules mpsearch.KVCache that they go through"
-            )
-        excluded |= tables
-        called = _called(found, excluded, macs, tied)
-        kept_caches = {name: dtype for name, dtype in filled.items() if name not in excluded}
-        if groups == "none":
-            for group in tied:
-                if len(_of(group, called)) > 1:
-                    raise TableError(
-                        f"the layers {', '.join(_of(group, called))} share a weight, so they must share a precision"
-                    )
-            joined: list[grouping.Group] = []
-        else:
-            joined = list(tied)
-            if groups == "fused":
-                joined += grouping.same_input(found, flow)
-            if target is not None:
-                joined += grouping.joined_by(target, TARGETS[target].fused, found)
-            if tie_residuals:
-                joined += grouping.residual_operands(flow)
-            if experts == "block":
-                joined += grouping.whole_blocks(called)
-            joined = grouping.without(joined, cut, found)
-            _refuse_partial(joined, excluded)
-        kept = [grouping.Group(names, g.reason, g.binding) for g in joined if len(names := _of(g, called)) > 1]
-        decided = [name for name in every if name in called or name in kept_caches]
-        titles = grouping.named(kept, groups if isinstance(groups, Mapping) else {}, decided)
-        weights = [weight_of(every[name]) for name in decided if name not in kept_caches]
-        asked = [name for pattern in exclude for name in grouping.matching(pattern, [*found, *caches], "exclude")]
-        heard = [weight_of(module) for name, module in found.items() if name not in asked and name not in called]
-        left = undecided(model, weights, asked, heard)
-        if left["untold"] >= WORTH_A_WORD:
-            warnings.warn(sentence(left), MpsearchWarning, stacklevel=2)
-        made = []
-        for name in decided:
-            module = every[name]
-            kind = kind_of(module)
-            assert kind is not None
-            weight = canonical(module).data
-            if type(weight) is not Tensor:
-                raise TableError(f"the weight of {name!r} is a {type(weight).__name__}, quantized already? exclude it")
-            shape = () if name in kept_caches else tuple(weight.shape)
-            dtype = kept_caches.get(name, weight.dtype)
-            made.append(
-                Layer(name, kind, shape, macs[name], titles[name], str(dtype).removeprefix("torch."), target or "")
-            )
-    return with_options(made, allow, fixed)
+
+
+def _candidates(
+    model: nn.Module, every: Mapping[str, nn.Module], kv_cache: bool
+) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+    """Layers that hold a weight, and caches where they are asked for."""
+    candidates = {name: module for name, module in every.items() if holds_weight(module) and weight_of(module).numel()}
+    caches = {name: module for name, module in every.items() if not holds_weight(module)} if kv_cache else {}
+    if "" in every:
+        raise TableError(
+            f"the model itself is a {type(model).__name__}: put it into nn.Sequential, so that the layer has a name"
+        )
+    if not candidates:
+        raise TableError("the model has no quantizable layer (Linear, Conv, ConvTranspose or Embedding)")
+    return candidates, caches
+
+
+def _without_a_name(target: str, candidates: Mapping[str, nn.Module], own: set[str], excluded: set[str]) -> set[str]:
+    """Layers inside a module that the target sees as one, told in a warning; caches are refused by its options."""
+    inside = {name for name, module in candidates.items() if name not in own or isinstance(module, Operand)}
+    hidden = sorted(name for name in inside - excluded if not (TARGETS[target].stacked and place_of(name)))
+    if hidden:
+        warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=3)
+    return set(hidden)
+
+
+def _refuse_shared(tied: Sequence[grouping.Group], called: Mapping[str, nn.Module]) -> None:
+    for group in tied:
+        members = _of(group, called)
+        if len(members) > 1:
+            raise TableError(f"the layers {', '.join(members)} share a weight, so they must share a precision")
+
+
+def _tell_undecided(
+    model: nn.Module,
+    every: Mapping[str, nn.Module],
+    candidates: Mapping[str, nn.Module],
+    decided: Sequence[str],
+    asked: Sequence[str],
+) -> None:
+    """Warn of the largest matrices that nobody decides on, but for those that another warning has told, or the user left out."""
+    heard = [weight_of(module) for name, module in candidates.items() if name not in asked and name not in decided]
+    facts = undecided(model, [weight_of(every[name]) for name in decided], asked, heard)
+    if facts["untold"] >= WORTH_A_WORD:
+        warnings.warn(sentence(facts), MpsearchWarning, stacklevel=3)
+
+
+def _layer(
+    name: str, module: nn.Module, macs: int, group: str, cache_dtype: torch.dtype | None, target: str | None
+) -> Layer:
+    kind = kind_of(module)
+    assert kind is not None
+    weight = canonical(module).data
+    if type(weight) is not Tensor:
+        raise TableError(f"the weight of {name!r} is a {type(weight).__name__}, quantized already? exclude it")
+    shape = tuple(weight.shape) if cache_dtype is None else ()
+    dtype = str(cache_dtype or weight.dtype).removeprefix("torch.")
+    return Layer(name, kind, shape, macs, group, dtype, target or "")
 
 
 def _of(group: grouping.Group, called: Mapping[str, nn.Module]) -> tuple[str, ...]:
@@ -200,11 +233,11 @@ def _refuse_partial(groups: Sequence[grouping.Group], excluded: set[str]) -> Non
 
 
 def _called(
-    found: Mapping[str, nn.Module], excluded: set[str], macs: Mapping[str, int], tied: Sequence[grouping.Group]
+    candidates: Mapping[str, nn.Module], excluded: set[str], macs: Mapping[str, int], tied: Sequence[grouping.Group]
 ) -> dict[str, nn.Module]:
     """The decisions: what the example calls, and experts of a block of which it calls some."""
     blocks = {place.block for name in macs if (place := place_of(name))}
-    wanted = {name: module for name, module in found.items() if name not in excluded}
+    wanted = {name: module for name, module in candidates.items() if name not in excluded}
     idle = [name for name in wanted if name not in macs]
     waiting = {name for name in idle if (place := place_of(name)) and place.block in blocks}
     elsewhere = {name for group in tied if any(other in macs for other in group.members) for name in group.members}
@@ -219,37 +252,53 @@ def _called(
     return called
 
 
+class _Run(NamedTuple):
+    """What a run of the example shows.
+
+    Attributes:
+        macs: of one sample of each layer that is called, 0 for others.
+        flow: which layer reads what.
+        other_tables: embeddings that return something else than a row for each number.
+        cache_dtypes: of the caches that are filled.
+    """
+
+    macs: Counter[str]
+    flow: DataFlow
+    other_tables: set[str]
+    cache_dtypes: dict[str, torch.dtype]
+
+
 def _run(
-    model: nn.Module, found: Mapping[str, nn.Module], example: Batch, caches: Mapping[str, nn.Module]
-) -> tuple[Counter[str], DataFlow, set[str], dict[str, torch.dtype]]:
-    """MACs of one sample of each layer that the example calls, 0 for others; the flow; embeddings of something else; dtypes of caches."""
+    model: nn.Module, candidates: Mapping[str, nn.Module], example: Batch, caches: Mapping[str, nn.Module]
+) -> _Run:
     totals: Counter[str] = Counter()
-    tables: set[str] = set()
-    filled: dict[str, torch.dtype] = {}
+    other_tables: set[str] = set()
+    cache_dtypes: dict[str, torch.dtype] = {}
 
-    def see(name: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
+    def observe(name: str, module: nn.Module, argument: Tensor, output: Tensor) -> None:
         if name in caches:
-            filled[name] = given.dtype
+            cache_dtypes[name] = argument.dtype
             return
-        totals[name] += _macs(module, given, output)
+        totals[name] += _macs(module, argument, output)
         if isinstance(module, nn.Embedding) and (
-            output.shape[: given.ndim] != given.shape or not torch.equal(module.forward(given), output)
+            output.shape[: argument.ndim] != argument.shape or not torch.equal(module.forward(argument), output)
         ):
-            tables.add(name)
+            other_tables.add(name)
 
-    flow = trace(model, found, example, see, caches)
-    count = samples(example)
+    flow = trace(model, candidates, example, observe, caches)
     totals.update(flow.cached_macs)
-    return Counter({name: round(total / count) for name, total in totals.items()}), flow, tables, filled
+    number = samples(example)
+    macs = Counter({name: round(total / number) for name, total in totals.items()})
+    return _Run(macs, flow, other_tables, cache_dtypes)
 
 
-def _macs(module: nn.Module, given: Tensor, output: Tensor) -> int:
+def _macs(module: nn.Module, argument: Tensor, output: Tensor) -> int:
     """Multiply-accumulates of one call: each output element sums over the weights that reach it."""
     if kind_of(module) == "embedding":
         return 0
     if isinstance(module, Operand) and not module.kind.startswith("conv"):
-        return output.numel() * given.shape[-1]
+        return output.numel() * argument.shape[-1]
     if isinstance(module, nn.modules.conv._ConvTransposeNd):  # each input element meets the kernels of its channel
-        return int(given.numel() * (module.weight.numel() // module.weight.shape[0]))
+        return int(argument.numel() * (module.weight.numel() // module.weight.shape[0]))
     weight = canonical(module)
     return output.numel() * (weight.numel() // weight.shape[0])

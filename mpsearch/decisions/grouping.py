@@ -53,27 +53,27 @@ def same_input(layers: Mapping[str, nn.Module], flow: DataFlow) -> list[Group]:
     for name, reads in flow.reads.items():
         if kind_of(layers[name]) == "linear":
             readers.setdefault(tuple(reads), []).append(name)
-    found: dict[tuple[str, ...], str] = {}
+    reasons: dict[tuple[str, ...], str] = {}
     done: set[tuple[str, tuple[str, ...]]] = set()
     for names in readers.values():
         met = connected(names, flow.multiplied)
-        found |= dict.fromkeys(met, "same input")
+        reasons |= dict.fromkeys(met, "same input")
         for part in fused_groups(names, FUSED).values():
             if len(part) > 1 and not any(set(part) <= set(members) for members in met):
-                found[part] = "same input, by name"
+                reasons[part] = "same input, by name"
     blocks: dict[str, dict[int, dict[str, str]]] = {}  # block -> number -> part -> name
     for name in layers:
         if place := place_of(name):
             blocks.setdefault(place.block, {}).setdefault(place.number, {})[place.part] = name
-    for part, reason in list(found.items()):
+    for part, reason in list(reasons.items()):
         places = [place for place in map(place_of, part) if place is not None]
         if len(places) == len(part) and len({(place.block, place.number) for place in places}) == 1:
             experts = blocks[places[0].block]
             wanted = tuple(place.part for place in places)
             if (key := (places[0].block, wanted)) not in done:
                 done.add(key)
-                found |= dict.fromkeys(_of_idle_experts(wanted, experts, flow), reason)
-    return [Group(members, reason) for members, reason in found.items()]
+                reasons |= dict.fromkeys(_of_idle_experts(wanted, experts, flow), reason)
+    return [Group(members, reason) for members, reason in reasons.items()]
 
 
 def connected(names: Sequence[str], pairs: Iterable[frozenset[str]]) -> list[tuple[str, ...]]:
@@ -133,19 +133,19 @@ def without(groups: Iterable[Group], patterns: Sequence[str], names: Iterable[st
     cut: set[str] = set()
     for pattern in patterns:
         cut.update(matching(pattern, names, "cut"))
-    found = []
+    remaining = []
     for group in groups:
-        left = tuple(name for name in group.members if name not in cut)
+        members = tuple(name for name in group.members if name not in cut)
         if group.binding:
-            found.append(group)
-        elif len(left) > 1:
-            found.append(Group(left, group.reason))
+            remaining.append(group)
+        elif len(members) > 1:
+            remaining.append(Group(members, group.reason))
     bound = [(name, group) for group in groups if group.binding for name in group.members if name in cut]
     for name, group in bound:
         if name in patterns:
             rest = ", ".join(other for other in group.members if other != name)
             raise TableError(f"{name!r} cannot be cut from {rest}: {group.reason}")
-    return found
+    return remaining
 
 
 def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
@@ -155,10 +155,10 @@ def matching(pattern: str, names: Iterable[str], what: str) -> list[str]:
         TableError: where there is none.
     """
     names = list(names)
-    found = fnmatch.filter(names, pattern)
-    if not found:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
         raise TableError(f"{what}={pattern!r} matches no layer{nearest(pattern, names)}")
-    return found
+    return matches
 
 
 def named(groups: Sequence[Group], own: Mapping[str, Sequence[str]], names: Sequence[str]) -> dict[str, str]:
@@ -180,14 +180,14 @@ def named(groups: Sequence[Group], own: Mapping[str, Sequence[str]], names: Sequ
     for members in connected(names, links):
         reasons = dict.fromkeys(group.reason for group in groups if set(group.members) <= set(members))
         title.update(dict.fromkeys(members, f"{members[0]} ({', '.join(reasons)})"))
-    given: dict[str, str] = {}
+    own_titles: dict[str, str] = {}
     for own_title, patterns in own.items():
         members_of = [name for pattern in patterns for name in fnmatch.filter(names, pattern) or [pattern]]
         for name in members_of:
             if name not in title:
                 raise TableError(f"group {own_title!r} names {name!r}, which is no layer{nearest(name, names)}")
-            if given.setdefault(name, own_title) != own_title:
-                raise TableError(f"{name!r} is in two groups, {given[name]!r} and {own_title!r}")
+            if own_titles.setdefault(name, own_title) != own_title:
+                raise TableError(f"{name!r} is in two groups, {own_titles[name]!r} and {own_title!r}")
         for group in groups:
             inside = set(group.members) & set(members_of)
             if inside and not set(group.members) <= set(members_of):
@@ -195,4 +195,4 @@ def named(groups: Sequence[Group], own: Mapping[str, Sequence[str]], names: Sequ
                     f"group {own_title!r} splits the layers {', '.join(group.members)} ({group.reason})"
                     + ("" if group.binding else f"; cut={sorted(inside)} takes them out of that group")
                 )
-    return title | given
+    return title | own_titles
