@@ -11,10 +11,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypedDict, Unpack, get_type_hints, overload
 
+import numpy as np
+import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from mpsearch.calibration.callers_line import stacklevel
 from mpsearch.calibration.deciding import (
     Resources,
     check_layers,
@@ -33,21 +34,35 @@ from mpsearch.calibration.families import (
     planned_passes,
 )
 from mpsearch.calibration.identity import run_identity, title
+from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
+from mpsearch.calibration.plan_runs import Cells, PlanInModel, plan_runs
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
+from mpsearch.calibration.tally import Tally
 from mpsearch.checkpoints.checkpoint import Checkpoint, Counted, NoCheckpoint
+from mpsearch.core.callers_line import stacklevel
+from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Groups, LayerOptions, Options, columns, layers_and_options, with_options
+from mpsearch.core.measured_plans import MeasuredPlans
+from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
+from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.decisions.mask import decidable, only_allowed, refused_options
-from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
+from mpsearch.errors import EstimatorError, MpsearchWarning, PlanError, nearest
 from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
+<<<<<<< HEAD
 from mpsearch.metrics.metric import Comparison, Metric
 from mpsearch.metrics.own import Own
 from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.targets import Loss as TargetLoss
+=======
+from mpsearch.metrics.comparisons import METRICS, Comparison, Metric, Own
+from mpsearch.metrics.comparisons import Loss as TargetLoss
+from mpsearch.metrics.statistics import Mean
+>>>>>>> 8be8c38 (One loop measures plans: evaluate, measure_plans and the report of a search)
 from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few
 from mpsearch.models.determinism import PROBED, probed_output
@@ -60,6 +75,7 @@ from mpsearch.models.running import (
     device_of,
     logits_of,
     preserved,
+    samples,
     state_fingerprint,
     unchanged,
 )
@@ -156,8 +172,9 @@ class Calibration:
     - `identity(loss)`: what results depend on, for a `Checkpoint` of one's own, which `keep_in` takes;
     - `context(loss)`: the `Context` that estimators are handed, here for all decisions; `quantized` of it keeps weights.
 
-    A second set of batches is measured with the same prepared model: `measure(plans, batches)`, `evaluate(plan, batches)`, or plan by plan
-    and batch by batch with `mpsearch.calibration.plan_runs.PlanRuns` on `context().model`. Ranges stay those of the calibration data.
+    A second set of batches is measured with the same prepared model: `measure(plans, batches)`, `evaluate(plan, batches)`, or plan by
+    plan and batch by batch with the loop itself, `unquantized_run` and `plan_run` of `mpsearch.calibration.plan_runs`. Ranges stay those
+    of the calibration data.
 
     >>> import torch
     >>> from mpsearch import Budget, precisions, solve
@@ -207,6 +224,7 @@ class Calibration:
         self._metric, self._loss = metric, loss
         self._resources, self._progress = resources, progress
         self._checkpoint = checkpoint
+        self._known_ranges: dict[str, tuple[float, float]] = {}
         self._users: list[str] = []  # who may have changed the model
         self._stack = contextlib.ExitStack()
         self._inside = False
@@ -323,7 +341,14 @@ class Calibration:
         """Least and greatest input of each layer over the calibration data, where an option quantizes inputs."""
         if not any(option.quantizes_activation for option in self.precisions):
             return {}
-        return input_ranges(self.model, self.batches, [layer.name for layer in self.layers])
+        return self._ranges_of([layer.name for layer in self.layers])
+
+    def _ranges_of(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+        """Ranges of these layers; one pass for those that are not known yet."""
+        new = [name for name in names if name not in self._known_ranges]
+        if new:
+            self._known_ranges |= input_ranges(self.model, self.batches, new)
+        return {name: self._known_ranges[name] for name in names if name in self._known_ranges}
 
     @functools.cached_property
     def _unseen(self) -> set[str]:
@@ -451,6 +476,82 @@ class Calibration:
         if loss is None:
             self._warn_of_metric([(repr(estimators[place]), table) for place, table in tables.items()])
         return [tables[place] for place in range(len(estimators))] if several else tables[0]
+
+    def evaluate(self, plan: Plan, batches: Iterable[Batch] | None = None) -> Evaluation:
+        """Measure what a plan does to the model, in all that fits the data. See `mps.evaluate`.
+
+        Args:
+            plan: layer name -> precision; layers that it does not name are left alone.
+            batches: data, read once; by default that of this calibration.
+
+        Raises:
+            PlanError: where the plan does not fit the model.
+            EstimatorError: for unusable data, or an output that is not finite.
+        """
+        self._check_inside()
+        data = self.batches if batches is None else collect(batches, self.model)
+        plan = named_in(self.model, plan)
+        check_plan(self.model, plan)
+        tell_unnamed(self.model, named_weights(self.model, plan), len(plan))
+        choice, loss = self.choice, self._loss if callable(self._loss) else None
+        (in_model,) = self._in_model([plan])
+        plain, quantized = Tally(choice, loss), Tally(choice, loss)
+        self._users.append("the metric or the loss")
+        with _Bars(self._progress)(None, len(data), "evaluate") as bar:
+            for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized]):
+                bar.update(number is not None)
+        choice.warn(stacklevel=stacklevel())
+        return quantized.result(plain.result(None))
+
+    def measure(self, plans: Sequence[Plan], batches: Iterable[Batch] | None = None) -> MeasuredPlans:
+        """Measure by how much each of many plans is worse than the unquantized model, on common data. See `mps.measure_plans`.
+
+        Args:
+            plans: over the same layers.
+            batches: data, read once; by default that of this calibration.
+
+        Raises:
+            PlanError: for no plans, plans over different layers, or one that does not fit the model.
+            EstimatorError: for unusable data, or an output that is not finite.
+        """
+        self._check_inside()
+        data = self.batches if batches is None else collect(batches, self.model)
+        plans = [named_in(self.model, plan) for plan in plans]
+        unmeasured = MeasuredPlans(tuple(plans), np.zeros(len(plans)))
+        for number, plan in enumerate(plans):
+            try:
+                check_plan(self.model, plan)
+            except PlanError as error:
+                raise PlanError(f"plan {number}: {error}") from None
+        tell_unnamed(self.model, named_weights(self.model, plans[0]), len(plans[0]))
+        choice = self.choice
+        in_model = self._in_model(plans)
+        means = [Mean() for _ in plans]
+        self._users.append("the metric or the loss")
+        with _Bars(self._progress)(None, len(data) * len(plans), "measure plans") as bar:
+            for _, plan_number, damage in plan_runs(
+                self.model, data, in_model, choice.metric, [choice.metric] * len(plans)
+            ):
+                if plan_number is not None and damage is not None:
+                    means[plan_number].add_samples(torch.from_numpy(damage.sums), torch.from_numpy(damage.counts))
+                    bar.update()
+        choice.warn(stacklevel=stacklevel())
+        origin = {
+            "metric": choice.metric.name,
+            "measured": choice.sentence,
+            "quantizer": repr(self.quantizer),
+            "samples": sum(samples(batch) for batch in data),
+            "model_fingerprint": self.fingerprint,
+            "data_fingerprint": data_fingerprint(data),
+        }
+        values, ses = np.array([(mean.value, mean.se) for mean in means]).T
+        return dataclasses.replace(unmeasured, damage=values, damage_se=ses, unit=choice.metric.unit, origin=origin)
+
+    def _in_model(self, plans: Sequence[Plan]) -> list[PlanInModel]:
+        """Plans as they are put into the model, each weight quantized once for each precision."""
+        names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
+        cells = Cells(self.model, self.quantizer, self._ranges_of(names))
+        return [cells.plan(plan, f"plan {number}") for number, plan in enumerate(plans)]
 
     def forecast(self, estimator: Estimator) -> Passes | None:
         """The passes over the data that `profile` will take with an estimator, at most; also outside `with`. See `mps.forecast`."""

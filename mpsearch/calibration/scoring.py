@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from mpsearch.allocation.ties import in_proportion
-from mpsearch.calibration.callers_line import stacklevel
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.table import CostTable, Interactions
 from mpsearch.errors import EstimatorError, MpsearchWarning

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.undecided import sentence
 from mpsearch.errors import MpsearchWarning
 
@@ -77,7 +78,9 @@ def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> No
     facts = undecided(model, weights)
     if facts["share"] - facts["vectors"] >= _UNNAMED:
         warnings.warn(
-            f"the plan names {number} layer{'s' * (number > 1)}: {sentence(facts)}", MpsearchWarning, stacklevel=3
+            f"the plan names {number} layer{'s' * (number > 1)}: {sentence(facts)}",
+            MpsearchWarning,
+            stacklevel=stacklevel(),
         )
 
 

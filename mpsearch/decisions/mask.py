@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.undecided import without_option
@@ -66,7 +67,7 @@ def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[li
             "fits, such as w16"
         )
     if reasons:
-        warnings.warn(without_option(reasons), MpsearchWarning, stacklevel=3)
+        warnings.warn(without_option(reasons), MpsearchWarning, stacklevel=stacklevel())
     return [layer for layer in layers if layer.name not in reasons], reasons
 
 

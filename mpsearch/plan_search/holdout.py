@@ -4,19 +4,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from mpsearch.calibration.evaluating import Tally
+from mpsearch.calibration.plan_runs import Damage, PlanInModel, plan_runs
+from mpsearch.calibration.tally import Tally
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.choice import MetricChoice
-from mpsearch.metrics.runs import run
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
-from mpsearch.quantizers.fake_quantization import inputs, weights
-
-Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,26 +45,29 @@ def report_on(
         meter: of the report part; makes the plans and counts the passes.
 
     Returns:
-        name -> what was found.
+        name -> what was measured.
+
+    Raises:
+        EstimatorError: where the damage of a plan is not finite.
     """
-    metric = choice.metric
-    made = {name: meter.made(options) for name, options in plans.items()}
-    plain, tallies = Tally(choice), {name: Tally(choice) for name in plans}
-    damages: dict[str, list[tuple[Floats, Floats]]] = {name: [] for name in plans}
-    runs = 2 if metric.runs_model else 1
-    model = context.model
-    with torch.no_grad():
-        for number, batch in enumerate(batches):
-            before = run(model, batch)
-            unquantized, _ = plain.add(model, batch, before, None, number)
-            meter.count(runs * samples(batch))
-            for name in plans:
-                with weights(made[name].values), inputs(made[name].functions):
-                    sums, counts = tallies[name].add(model, batch, run(model, batch), before, number)
-                damages[name].append((metric.damage(sums, unquantized), counts))
-                meter.count(runs * samples(batch))
+    tallies = {name: Tally(choice) for name in plans}
+    plain = Tally(choice)
+    in_model = []
+    for name, options in plans.items():
+        made = meter.made(options)
+        in_model.append(PlanInModel(made.values, made.functions, name))
+    damages: dict[str, list[Damage]] = {name: [] for name in plans}
+    names = list(plans)
+    runs = 2 if choice.metric.runs_model else 1
+    for number, plan_number, damage in plan_runs(context.model, batches, in_model, plain, list(tallies.values())):
+        meter.count(runs * samples(batches[number]))
+        if plan_number is not None and damage is not None:
+            damages[names[plan_number]].append(damage)
     reference = plain.result(None)
     return {
-        name: Reported(tallies[name].result(reference), Measurement(*map(np.concatenate, zip(*parts, strict=True))))
+        name: Reported(
+            tallies[name].result(reference),
+            Measurement(np.concatenate([part.sums for part in parts]), np.concatenate([part.counts for part in parts])),
+        )
         for name, parts in damages.items()
     }

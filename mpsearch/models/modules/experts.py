@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.errors import MpsearchWarning
 from mpsearch.models.modules.operand import Operand
@@ -157,5 +158,5 @@ def report(unseen: Iterable[str]) -> None:
     warnings.warn(
         f"no calibration data reached the experts' layers {shown}: scored by the mean of the other experts",
         MpsearchWarning,
-        stacklevel=3,
+        stacklevel=stacklevel(),
     )
