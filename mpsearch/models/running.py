@@ -26,6 +26,9 @@ from mpsearch.models.data.held import held, random_states
 from mpsearch.models.modules.decomposing import unfused
 from mpsearch.models.modules.functional import operands
 
+#: Attribute of a model that is taken apart, as long as the search looks at it.
+APART = "_mpsearch_apart"
+
 
 def device_of(model: nn.Module) -> torch.device:
     """Device of the first parameter; the CPU for a model without any."""
@@ -152,12 +155,13 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
 
     Parameters that functions read, and not layers, are decisions of their own where an example is given to find them by
     (`mpsearch.models.modules.functional`). Fused weights lie in modules of their own (`mpsearch.models.modules.decomposing`). Compiled
-    modules run as they are written.
+    modules run as they are written. Inside another one of the same model nothing is taken apart again.
 
     Raises:
         EstimatorError: for a parameter without values, or a model that has no evaluation mode.
     """
     check_values(model)
+    inner = APART in vars(model)
     with unchanged(model):
         try:
             model.eval()
@@ -166,8 +170,11 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
         with contextlib.ExitStack() as inside:
-            for context in (torch.inference_mode(False), _uncompiled(), unfused(model)):
-                inside.enter_context(context)  # what is made inside may take gradients
+            if not inner:
+                for context in (torch.inference_mode(False), _uncompiled(), unfused(model)):
+                    inside.enter_context(context)  # what is made inside may take gradients
+                vars(model)[APART] = True
+                inside.callback(vars(model).pop, APART, None)
             if example is not None:
                 inside.enter_context(operands(model, example, call))
             yield
