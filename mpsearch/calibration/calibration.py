@@ -53,16 +53,11 @@ from mpsearch.decisions.mask import decidable, only_allowed, refused_options
 from mpsearch.errors import EstimatorError, MpsearchWarning, PlanError, nearest
 from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
-<<<<<<< HEAD
 from mpsearch.metrics.metric import Comparison, Metric
 from mpsearch.metrics.own import Own
 from mpsearch.metrics.registry import METRICS
-from mpsearch.metrics.targets import Loss as TargetLoss
-=======
-from mpsearch.metrics.comparisons import METRICS, Comparison, Metric, Own
-from mpsearch.metrics.comparisons import Loss as TargetLoss
 from mpsearch.metrics.statistics import Mean
->>>>>>> 8be8c38 (One loop measures plans: evaluate, measure_plans and the report of a search)
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few
 from mpsearch.models.determinism import PROBED, probed_output

@@ -12,8 +12,8 @@ from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.metric import Floats, Metric
 from mpsearch.metrics.own import Own
 from mpsearch.metrics.runs import Run
-from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.metrics.statistics import Mean
+from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.running import Batch
 
 
