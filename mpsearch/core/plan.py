@@ -14,7 +14,7 @@ from mpsearch.core import shown
 from mpsearch.core.precision import Precision
 from mpsearch.errors import MpsearchError, MpsearchWarning, PlanError, nearest
 from mpsearch.files.file_set import hash_of
-from mpsearch.files.schema import OPEN, checked, parse_json
+from mpsearch.files.schema import OPEN, read_json
 from mpsearch.files.writing import write_atomically
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class Plan(Mapping[str, Precision]):
         """
         data = Path(path).read_bytes()
         try:
-            plan, stored = cls._from(parse_json(data))
+            plan, stored = cls._parsed(data)
         except MpsearchError as error:
             raise PlanError(f"{path}: {error}") from None
         if stored == plan._hash() or not (plan.predicted or plan.usage):
@@ -152,15 +152,9 @@ class Plan(Mapping[str, Precision]):
         return dataclasses.replace(plan, predicted={}, usage={}, origin={**plan.origin, "edited": True})
 
     @classmethod
-    def _from(cls, content: Any) -> "tuple[Plan, str | None]":
+    def _parsed(cls, data: bytes) -> "tuple[Plan, str | None]":
         """The plan, and the hash of its layers."""
-        if not isinstance(content, dict) or "mpsearch_plan" not in content:
-            raise PlanError("no mpsearch plan: the key 'mpsearch_plan' is missing")
-        if content["mpsearch_plan"] not in (1, _VERSION):
-            raise PlanError(
-                f"version {content['mpsearch_plan']!r} of the plan format, this mpsearch reads 1 and {_VERSION}"
-            )
-        file = checked(content, _File)
+        file = read_json(data, _File, version="mpsearch_plan", known=(1, _VERSION))
         if not file["layers"]:
             raise PlanError("no layers at $.layers")
         layers = {}
@@ -172,4 +166,4 @@ class Plan(Mapping[str, Precision]):
         usage = {name: math.nan if value is None else value for name, value in file.get("usage", {}).items()}
         budget: Any = file.get("budget", {})
         plan = cls(layers, budget, file.get("predicted", {}), usage, file.get("origin", {}))
-        return plan, plan._hash() if content["mpsearch_plan"] == 1 else file.get("layers_hash")
+        return plan, plan._hash() if file["mpsearch_plan"] == 1 else file.get("layers_hash")

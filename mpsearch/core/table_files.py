@@ -18,7 +18,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.table_fields import Array, Interactions, Peak, TableFields, numbers, unique
 from mpsearch.errors import FileError, PlanError, TableError, nearest
-from mpsearch.files.schema import checked, parse_json
+from mpsearch.files.schema import checked, parse_json, read_json
 from mpsearch.files.writing import comment_lines, csv_rows, csv_text
 
 _VERSION = 1
@@ -345,11 +345,9 @@ def from_npz(data: bytes) -> TableFields:
         if arrays[name].dtype.kind not in kinds or arrays[name].ndim > 2:
             raise TableError(f"the array {name!r} holds {arrays[name].dtype} {arrays[name].shape}")
     try:
-        header = checked(parse_json(str(arrays.pop("header"))), _ArraysHeader)
+        header = read_json(str(arrays.pop("header")), _ArraysHeader, version="mpsearch_table", known=(_VERSION,))
     except FileError as error:
         raise TableError(f"header: {error}") from None
-    if header["mpsearch_table"] != _VERSION:
-        raise TableError(f"version {header['mpsearch_table']} of the table format, this mpsearch reads {_VERSION}")
     names = ("layer", "kind", "weight_shape", "macs", "group", "dtype")
     lengths = {name: arrays[name].shape for name in names}
     if len(set(lengths.values())) > 1 or arrays["layer"].ndim != 1:

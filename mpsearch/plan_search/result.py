@@ -18,7 +18,7 @@ from mpsearch.core.table import CostTable
 from mpsearch.core.undecided import sentence
 from mpsearch.errors import FileError, PlanError, nearest
 from mpsearch.files.file_set import FileSet, hash_of
-from mpsearch.files.schema import OPEN, checked, parse_json
+from mpsearch.files.schema import OPEN, checked, read_json
 from mpsearch.files.writing import csv_text, json_text, write_atomically
 
 if TYPE_CHECKING:
@@ -466,12 +466,8 @@ class _PlansOrigin(TypedDict):
 
 def _read(path: Path) -> _Summary:
     try:
-        content = parse_json(path.read_bytes())
-        version = content.get("mpsearch_search") if isinstance(content, dict) else None
-        if version not in (1, _VERSION):
-            raise FileError("no summary of a search that this mpsearch reads")
-        summary = checked(content, _Summary)
-        if version == _VERSION and "files" not in summary:
+        summary = read_json(path.read_bytes(), _Summary, version="mpsearch_search", known=(1, _VERSION))
+        if summary["mpsearch_search"] == _VERSION and "files" not in summary:
             raise FileError("the key 'files' is missing")
     except FileError as error:
         raise PlanError(f"{path}: {error}") from None
@@ -487,7 +483,7 @@ def _plan_of(plan: Plan, posterior: CostTable, path: Path) -> Plan:
     """The chosen plan with its use, held against the table that it was found in."""
     _plans_of(MeasuredPlans((plan,), np.zeros(1), np.zeros(1), origin={"samples": 1}), posterior, path)
     try:
-        checked(plan.origin, Annotated[_PlanOrigin, OPEN], "$.origin")  # type: ignore[arg-type]
+        checked(plan.origin, Annotated[_PlanOrigin, OPEN], "$.origin")
         checked(plan.predicted.get("sensitivity"), float, "$.predicted.sensitivity")
     except FileError as error:
         raise PlanError(f"{path}: {error}") from None
@@ -498,7 +494,7 @@ def _plans_of(plans: MeasuredPlans, posterior: CostTable, path: Path) -> Measure
     """Measured plans with their use, held against the table that they belong to."""
     try:
         plans.options(posterior)
-        checked(plans.origin, Annotated[_PlansOrigin, OPEN], "$.origin")  # type: ignore[arg-type]
+        checked(plans.origin, Annotated[_PlansOrigin, OPEN], "$.origin")
     except (FileError, PlanError) as error:
         raise PlanError(f"{path}: {error}") from None
     if plans.damage_se is None:

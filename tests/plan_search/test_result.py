@@ -85,8 +85,11 @@ def summary(change):
     [
         (lambda path: (path / "summary.json").write_text("{"), "not JSON"),
         (lambda path: (path / "summary.json").write_bytes(b"\xff\xfe"), "not JSON"),
-        (lambda path: (path / "summary.json").write_text("[]"), "no summary of a search"),
-        (summary(lambda content: content.update(mpsearch_search=3)), "no summary of a search"),
+        (lambda path: (path / "summary.json").write_text("[]"), "the key 'mpsearch_search' is missing"),
+        (
+            summary(lambda content: content.update(mpsearch_search=3)),
+            "version 3 of 'mpsearch_search', this mpsearch reads 1 and 2",
+        ),
         (summary(lambda content: content.update(verdikt="")), "unknown key 'verdikt'; did you mean 'verdict'"),
         (summary(lambda content: content.pop("wins")), "the key 'wins' is missing"),
         (summary(lambda content: content["comparison"][0].pop("damage")), "'damage' is missing at $.comparison[0]"),
