@@ -7,9 +7,9 @@ import numpy as np
 import mpsearch as mps
 from mpsearch.cli.screen import Screen
 from mpsearch.core import amounts, printing
+from mpsearch.core.printing import undecided_text
 from mpsearch.core.problem import attainable
 from mpsearch.core.table import Array
-from mpsearch.core.undecided import sentence
 from mpsearch.display.blocks import blocks
 
 #: Groups that are named, and layers of each.
@@ -31,7 +31,7 @@ def table_text(table: mps.CostTable, screen: Screen) -> str:
         for block in found
     ]
     told = f"{len(table.layers)} layers x {len(names)} precisions: {' '.join(names)}"
-    facts = filter(None, [sentence(table.origin.get("undecided", {})), printing.counted(table.origin)])
+    facts = filter(None, [undecided_text(table.origin.get("undecided", {})), printing.counted(table.origin)])
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:

@@ -12,10 +12,10 @@ from mpsearch.core.budget import Budget, Limit, inequality, written
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
+from mpsearch.core.printing import undecided_text
 from mpsearch.core.solution import Choice, Solution, Status, relative_gap
 from mpsearch.core.table import Array, CostTable, Interactions
 from mpsearch.core.totals import DERIVED, Total, exact_sum, merged, plus, total_of, totals_of
-from mpsearch.core.undecided import sentence
 from mpsearch.errors import BudgetError, SolverError, TableError, nearest
 
 _DIGITS = 52  # binary digits of the use of a whole plan that solvers count
@@ -191,7 +191,7 @@ class Problem:
                 0,
                 f"{fixed:.6g} of it fixed (what no decision touches, such as norms, biases and layers left alone)",
             )
-        undecided = sentence(self.table.origin.get("undecided", {})) if fixed > 0 else ""
+        undecided = undecided_text(self.table.origin.get("undecided", {})) if fixed > 0 else ""
         return (
             f"{inequality(total.name, limit)} cannot be met: the {'most' if lower else 'least'} any plan uses is "
             f"{sign * used:.6g}, " + " and ".join(parts) + (f"; {undecided}" if undecided else "")

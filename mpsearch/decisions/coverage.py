@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpsearch.core.callers_line import stacklevel
-from mpsearch.core.undecided import sentence
+from mpsearch.core.printing import undecided_text
 from mpsearch.errors import MpsearchWarning
 
 #: A plan that leaves matrices of this share unnamed is told.
@@ -78,7 +78,7 @@ def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> No
     facts = undecided(model, weights)
     if facts["share"] - facts["vectors"] >= _UNNAMED:
         warnings.warn(
-            f"the plan names {number} layer{'s' * (number > 1)}: {sentence(facts)}",
+            f"the plan names {number} layer{'s' * (number > 1)}: {undecided_text(facts)}",
             MpsearchWarning,
             stacklevel=stacklevel(),
         )

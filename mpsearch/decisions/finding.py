@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Options, with_options
 from mpsearch.core.precision import Precision
-from mpsearch.core.undecided import WORTH_A_WORD, sentence
+from mpsearch.core.printing import WORTH_A_WORD, undecided_text
 from mpsearch.decisions import grouping
 from mpsearch.decisions.coverage import undecided
 from mpsearch.errors import MpsearchWarning, TableError, nearest
@@ -191,7 +191,7 @@ def _tell_undecided(
     heard = [weight_of(module) for name, module in candidates.items() if name not in asked and name not in decided]
     facts = undecided(model, [weight_of(every[name]) for name in decided], asked, heard)
     if facts["untold"] >= WORTH_A_WORD:
-        warnings.warn(sentence(facts), MpsearchWarning, stacklevel=3)
+        warnings.warn(undecided_text(facts), MpsearchWarning, stacklevel=3)
 
 
 def _layer(

@@ -12,7 +12,7 @@ from torch import Tensor
 from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.core.undecided import without_option
+from mpsearch.core.printing import without_option
 from mpsearch.errors import MpsearchWarning, TableError
 from mpsearch.quantizers.packing import row_misfit
 from mpsearch.quantizers.rounding import stored_bytes

@@ -14,8 +14,8 @@ from mpsearch.core import amounts, printing, shown
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
+from mpsearch.core.printing import undecided_text
 from mpsearch.core.table import CostTable
-from mpsearch.core.undecided import sentence
 from mpsearch.errors import FileError, PlanError, nearest
 from mpsearch.files.file_set import FileSet, hash_of
 from mpsearch.files.schema import OPEN, checked, read_json
@@ -182,7 +182,7 @@ class SearchResult:
     @property
     def undecided(self) -> str:
         """What no decision touches, in words; empty where that is next to nothing."""
-        return sentence(self.tables["posterior"].origin.get("undecided", {}))
+        return undecided_text(self.tables["posterior"].origin.get("undecided", {}))
 
     @property
     def counted(self) -> str:

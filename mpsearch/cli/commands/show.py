@@ -14,8 +14,8 @@ from mpsearch.cli.plan_text import plan_text, usage_text
 from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import groups_text, range_text, table_text
 from mpsearch.core import printing
+from mpsearch.core.printing import undecided_text
 from mpsearch.core.problem import attainable, uniform
-from mpsearch.core.undecided import sentence
 from mpsearch.display.blocks import MOST, blocks
 from mpsearch.models.loading import UsageError
 
@@ -149,7 +149,7 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
     for precision, lost in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
         if lost:
             told.append(f"{precision} is not allowed in {lost} of {len(layers)} layers")
-    told += filter(None, [sentence(table.origin["undecided"]), printing.counted(table.origin)])
+    told += filter(None, [undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
     parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(told))]
     if groups:
         parts.append(groups_text(groups, screen))
