@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import DeltaLossKey
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.gradients.hessian import differentiable_weights
@@ -61,11 +62,11 @@ class DeltaLoss:
                 changed = quantized_weights(context.model, chosen, context.quantizer)
                 differences = {parameter: (new - parameter.detach()) for parameter, new in changed.items()}
                 for number, batch in enumerate(context.batches):
-                    name = f"delta loss | {precision} | {number}"
-                    stored = context.checkpoint.get(name)
+                    key = DeltaLossKey(str(precision), number)
+                    stored = context.checkpoint.get(key)
                     if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
                         stored = self._batch(context, p, changed, differences, batch, number)
-                        context.checkpoint.put(name, stored)
+                        context.checkpoint.put(key, stored)
                     if stored is not None:
                         draws[number, :, p] = stored
                     bar.update(1)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import TraceKey
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
@@ -77,14 +78,14 @@ class HessianTrace:
         total = sum(samples(batch) for batch in context.batches)
         mean, variance = np.zeros(len(weights) + len(layers)), np.zeros(len(weights) + len(layers))
         for number, batch in enumerate(context.progress(context.batches, len(context.batches), "Hessian trace")):
-            name = f"hessian trace | {digest(described(self))} | {number}"
-            found = context.checkpoint.get(name)
-            if found is None:
-                found = self._batch(context, weights, layers, batch, number)
-                context.checkpoint.put(name, found)
+            key = TraceKey(digest(described(self)), number)
+            traces = context.checkpoint.get(key)
+            if traces is None:
+                traces = self._batch(context, weights, layers, batch, number)
+                context.checkpoint.put(key, traces)
             share = samples(batch) / total
-            mean += share * np.array(found[0])
-            variance += share**2 * np.array(found[1])
+            mean += share * np.array(traces[0])
+            variance += share**2 * np.array(traces[1])
         return self._cells(context, weights, layers, mean, variance)
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:

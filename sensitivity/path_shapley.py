@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import PathKey
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.gradients.hessian import require_gradients
@@ -100,11 +101,11 @@ class PathShapley:
                 targets = quantized_weights(context.model, chosen, context.quantizer)
                 require_gradients(context.model, targets)
                 for number, batch in enumerate(context.batches):
-                    name = f"path | {self.nodes} | {precision} | {number}"
-                    stored = context.checkpoint.get(name)
+                    key = PathKey(self.nodes, str(precision), number)
+                    stored = context.checkpoint.get(key)
                     if stored is None and (precision.quantizes_weight or precision.quantizes_activation):
                         stored = self._batch(context, p, targets, batch, references[number], number)
-                        context.checkpoint.put(name, stored)
+                        context.checkpoint.put(key, stored)
                     if stored is not None:
                         *shares[number, :, p], ends[number, p] = stored
                     bar.update(1)

@@ -38,7 +38,10 @@ from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
 from mpsearch.calibration.plan_runs import Cells, PlanInModel, plan_runs
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
 from mpsearch.calibration.tally import Tally
-from mpsearch.checkpoints.checkpoint import Checkpoint, Counted, NoCheckpoint
+from mpsearch.checkpoints.counting import CountingStore
+from mpsearch.checkpoints.memory import NoStore
+from mpsearch.checkpoints.sqlite import SQLiteStore
+from mpsearch.checkpoints.store import Store
 from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.layer import Layer
@@ -149,7 +152,7 @@ class Calibration:
         loss: `loss(model, batch) -> scalar` of one's own for estimators that differentiate and for `metric="loss"`; or `kl`,
             `cross-entropy`.
         resources: names of resources, or own functions by name.
-        checkpoint: a file that finished work goes to, and where it is found again; an open `Checkpoint` stays open.
+        checkpoint: a file that finished work goes to, and where it is found again; an open `Store` stays open.
         progress: show bars on stderr where that is a terminal.
         **options: `exclude`, `groups`, `allow`, `fixed`, `higher_is_better`, `whole`, `example` (`CalibrationOptions`).
 
@@ -164,7 +167,7 @@ class Calibration:
     - `base`: a `CostTable` with all costs, whose sensitivity is 0, `nan` where an option is not allowed;
     - `output`, `choice`: of the unquantized model on the first samples of `example`, and the `MetricChoice` from it;
     - `ranges`: layer -> least and greatest input over `batches`; empty where no option quantizes inputs;
-    - `identity(loss)`: what results depend on, for a `Checkpoint` of one's own, which `keep_in` takes;
+    - `identity(loss)`: what results depend on, for a `Store` of one's own, which `keep_in` takes;
     - `context(loss)`: the `Context` that estimators are handed, here for all decisions; `quantized` of it keeps weights.
 
     A second set of batches is measured with the same prepared model: `measure(plans, batches)`, `evaluate(plan, batches)`, or plan by
@@ -193,7 +196,7 @@ class Calibration:
         metric: str | Metric | Callable[..., Any] | None = None,
         loss: Loss | Literal["kl", "cross-entropy"] | None = None,
         resources: Resources = ("memory_bytes", "bitops"),
-        checkpoint: str | Path | Checkpoint | None = None,
+        checkpoint: str | Path | Store | None = None,
         progress: bool = True,
         **options: Unpack[CalibrationOptions],
     ) -> None:
@@ -363,16 +366,16 @@ class Calibration:
             loss,
         )
 
-    def keep_in(self, checkpoint: Checkpoint) -> None:
-        """Finished work goes to this open checkpoint from now on, and is looked for there."""
+    def keep_in(self, checkpoint: Store) -> None:
+        """Finished work goes to this open store from now on, and is looked for there."""
         self._checkpoint = checkpoint
 
-    def _results(self, loss: Differentiated) -> Checkpoint | NoCheckpoint:
+    def _results(self, loss: Differentiated) -> Store:
         """Where finished work goes; a file is opened at the first use."""
         if self._checkpoint is None:
-            return NoCheckpoint()
-        if not isinstance(self._checkpoint, Checkpoint):
-            self._checkpoint = self._stack.enter_context(Checkpoint(self._checkpoint, self.identity(loss)))
+            return NoStore()
+        if not isinstance(self._checkpoint, Store):
+            self._checkpoint = self._stack.enter_context(SQLiteStore(self._checkpoint, self.identity(loss)))
         return self._checkpoint
 
     def context(self, loss: Differentiated | None = None) -> Context:
@@ -437,7 +440,7 @@ class Calibration:
             family = [estimators[place] for place in places]
             alone = members_alone(family, self.decisions, runs=members)
             passes = Passes()
-            results = Counted(self._results(compared), functools.partial(dataclasses.astuple, passes))
+            results = CountingStore(self._results(compared), functools.partial(dataclasses.astuple, passes))
             own = dataclasses.replace(
                 context,
                 decisions=[*self.decisions, *alone],

@@ -9,7 +9,7 @@ from torch import nn
 from mpsearch.calibration.calibration import Calibration, LayerKeywords, check_keywords
 from mpsearch.calibration.deciding import Resources
 from mpsearch.calibration.families import checked_estimators
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.store import Store
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import LayerOptions
 from mpsearch.core.precision import Precision
@@ -33,7 +33,7 @@ def profile(
     layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | Checkpoint | None = None,
+    checkpoint: str | Path | Store | None = None,
     progress: bool = True,
     **options: Unpack[LayerKeywords],
 ) -> CostTable: ...
@@ -51,7 +51,7 @@ def profile(
     layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | Checkpoint | None = None,
+    checkpoint: str | Path | Store | None = None,
     progress: bool = True,
     **options: Unpack[LayerKeywords],
 ) -> list[CostTable]: ...
@@ -68,7 +68,7 @@ def profile(
     layers: Sequence[Layer] | LayerOptions | None = None,
     quantizer: Quantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
-    checkpoint: str | Path | Checkpoint | None = None,
+    checkpoint: str | Path | Store | None = None,
     progress: bool = True,
     **options: Unpack[LayerKeywords],
 ) -> CostTable | list[CostTable]:
@@ -92,7 +92,7 @@ def profile(
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
             weights, output, data, quantizer, layers, precisions or loss are not those that it was written for; an output that differs
-            by no more than rounding (another machine, another number of threads) is warned of. An open `Checkpoint` is
+            by no more than rounding (another machine, another number of threads) is warned of. An open `Store` is
             written to as it is, and stays open.
         progress: show a bar on stderr where that is a terminal.
         **options: `exclude`, names or patterns of layers to leave alone, and `groups`, as for `mps.layers`, both for the default

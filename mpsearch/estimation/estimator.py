@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.checkpoints.checkpoint import NoCheckpoint, Results
+from mpsearch.checkpoints.memory import NoStore
+from mpsearch.checkpoints.store import Store
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, MpsearchError
@@ -107,7 +108,7 @@ class Context:
     loss: Comparison | TargetLoss | Loss
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
-    checkpoint: Results = field(default_factory=NoCheckpoint)
+    checkpoint: Store = field(default_factory=NoStore)
     kept: Kept = field(default_factory=Kept)
     beside: Comparison | None = None
 

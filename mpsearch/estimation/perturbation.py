@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import CellKey, TurnKey
 from mpsearch.core.wrapped_names import plain
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
@@ -194,23 +195,23 @@ class _Run:
         probes of this turn and of later ones run the whole model.
         """
         checkpoint = self.context.checkpoint
-        confirmed = f"one at a time | confirmed | {number}"
-        names = {
-            (estimator, key): "one at a time | "
-            f"{digest(described(estimator), plain(self.context.decisions[key[0]].name), key[1])} | {number}"
+        confirmed = TurnKey(number)
+        digests = {estimator: digest(described(estimator)) for estimator, _ in self.means}
+        cells = {
+            (estimator, key): CellKey(digests[estimator], plain(self.context.decisions[key[0]].name), key[1], number)
             for estimator, key in self.means
         }
-        stored = {place: checkpoint.get(name) for place, name in names.items()}
+        stored = {place: checkpoint.get(cell) for place, cell in cells.items()}
         found = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
         left = {key for key in self.order if any((estimator, key) not in found for estimator in self.readers[key])}
         bar.update(len(turn) * (len(self.order) - len(left)))
         if left or checkpoint.get(confirmed) is None:
-            fresh = self._measure(turn, left, names, bar)
+            fresh = self._measure(turn, left, cells, bar)
             if fresh is None:
-                checkpoint.drop(list(names.values()))
+                checkpoint.delete(list(cells.values()))
                 self.entries = [0] * len(self.entries)
                 bar.update(-len(turn) * len(self.order))
-                fresh = self._measure(turn, set(self.order), names, bar)
+                fresh = self._measure(turn, set(self.order), cells, bar)
             found |= fresh or {}
             checkpoint.put(confirmed, True)
         for place, mean in found.items():
@@ -220,7 +221,7 @@ class _Run:
         self,
         turn: list[tuple[int, Batch]],
         left: set[tuple[int, str]],
-        names: Mapping[tuple[OneAtATime, tuple[int, str]], str],
+        cells: Mapping[tuple[OneAtATime, tuple[int, str]], CellKey],
         bar: Any,
     ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean] | None:
         """The means of the probes that are left; None where the outputs of `prefix` are not those of the model."""
@@ -252,7 +253,7 @@ class _Run:
                             mean.add(damage, index, reference.samples, estimator.weights(context, reference))
                         else:  # one number for the batch
                             mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
-                    context.checkpoint.put(names[estimator, key], mean.state())
+                    context.checkpoint.put(cells[estimator, key], mean.state())
                 bar.update(len(turn))
             return found if self._confirmed(held, raw) else None
         except EstimatorError:

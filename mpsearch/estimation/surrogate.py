@@ -1,5 +1,6 @@
 """The additive-output surrogate: shifts of the output by single perturbations, added up."""
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.checkpoints.checkpoint import Results
+from mpsearch.checkpoints.keys import ReferenceKey, ShiftIndex, ShiftIndexKey, ShiftKey
+from mpsearch.checkpoints.store import Store
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
@@ -17,8 +19,6 @@ from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.models.running import fingerprint
-
-_INDEX, _SQUARES = "logit shift | index", "logit shift | squares"
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,12 @@ class LogitShift(OneAtATime):
             whitened = metric.root(reference.logits, change, reference.index, reference.samples) / math.sqrt(2)
             shift = _sampled(whitened, rows, self.classes)
             before = torch.zeros_like(shift)
-        index: list[str] = context.checkpoint.get(_INDEX) or []
-        if key not in index:
-            context.checkpoint.put(f"logit shift | {key}", before)
-            context.checkpoint.put(_INDEX, [*index, key])
-            context.checkpoint.put(_SQUARES, not isinstance(metric, KL))
-        context.checkpoint.put(f"logit shift | {key} | {probe.decision} {probe.name}", shift)
+        index = context.checkpoint.get(ShiftIndexKey())
+        known = [] if index is None else index.rows
+        if key not in known:
+            context.checkpoint.put(ReferenceKey(key), before)
+            context.checkpoint.put(ShiftIndexKey(), ShiftIndex([*known, key], not isinstance(metric, KL)))
+        context.checkpoint.put(ShiftKey(key, probe.decision, probe.name), shift)
         return metric.terms(reference.logits, output.logits, reference.index, reference.samples)[0]
 
 
@@ -144,33 +144,26 @@ class Surrogate:
         return found
 
 
-def surrogate(checkpoint: Results, decisions: int, precisions: Sequence[Precision]) -> Surrogate | None:
+def surrogate(checkpoint: Store, decisions: int, precisions: Sequence[Precision]) -> Surrogate | None:
     """The surrogate from what `LogitShift` has written to a checkpoint; None where that is nothing.
 
     A cell that changes nothing has no shift.
     """
-    index: list[str] = checkpoint.get(_INDEX) or []
-    if not index:
+    index = checkpoint.get(ShiftIndexKey())
+    if index is None or not index.rows:
         return None
-    log_p = [checkpoint.get(f"logit shift | {key}") for key in index]
+    log_p = [value for rows in index.rows if (value := checkpoint.get(ReferenceKey(rows))) is not None]
     names = [str(precision) for precision in precisions]
     shifts = [
-        [[checkpoint.get(f"logit shift | {key} | {decision} {name}") for key in index] for name in names]
+        [[checkpoint.get(ShiftKey(rows, decision, name)) for rows in index.rows] for name in names]
         for decision in range(decisions)
     ]
-    for values in (log_p, *(cell for row in shifts for cell in row)):
-        for value, reference in zip(values, log_p, strict=True):
-            if values is not log_p and value is None:
-                continue
-            if (
-                not isinstance(value, Tensor)
-                or not value.is_floating_point()
-                or value.ndim != 2
-                or value.shape != reference.shape
-            ):
-                raise EstimatorError(
-                    "the checkpoint holds shifts of the output that do not fit each other; give another file"
-                )
+    if len(log_p) != len(index.rows) or not all(
+        value is None or (value.is_floating_point() and value.ndim == 2 and value.shape == reference.shape)
+        for cell in itertools.chain(*shifts)
+        for value, reference in zip(cell, log_p, strict=True)
+    ):
+        raise EstimatorError("the checkpoint holds shifts of the output that do not fit each other; give another file")
     return Surrogate(
         torch.cat(log_p).numpy(),
         np.array(
@@ -184,5 +177,5 @@ def surrogate(checkpoint: Results, decisions: int, precisions: Sequence[Precisio
                 for row in shifts
             ]
         ),
-        bool(checkpoint.get(_SQUARES)),
+        index.squares,
     )

@@ -8,6 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import PlanKey, PlanRuns
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.metric import Metric
@@ -109,7 +110,7 @@ class PlanEvaluator:
         key = tuple(int(p) for p in options)
         seen = self.known.get(key)
         done = 0 if seen is None else self._ends.index(len(seen.sums)) + 1
-        stored = self._stored(key) if done < len(self._ends) else None
+        stored = self.context.checkpoint.get(self._key(key)) if done < len(self._ends) else None
         made: Made | None = None
         for number in range(done, len(self._ends)):
             if stored is not None and number < len(stored.runs):
@@ -129,16 +130,15 @@ class PlanEvaluator:
 
     def recall(self) -> list[Options]:
         """Plans that an earlier search measured on this whole part: known from now on, at no cost."""
-        start = self._name(())
         column = {str(option): p for p, option in enumerate(self.context.precisions)}
-        found = []
-        for name in sorted(name for name in self.spending.free if name.startswith(start)):
-            key = tuple(column[word] for word in name.removeprefix(start).split())
-            stored = self._stored(key)
+        free = [key for key in self.spending.free if isinstance(key, PlanKey) and key.part == self.name]
+        plans = []
+        for key in sorted(free, key=lambda key: " ".join(key.precisions)):
+            stored = self.context.checkpoint.get(key)
             if stored is not None and len(stored.runs) >= len(self._ends):
-                found.append(np.array(key))
-                self.measure(found[-1])
-        return found
+                plans.append(np.array([column[name] for name in key.precisions]))
+                self.measure(plans[-1])
+        return plans
 
     def count(self, size: int) -> None:
         """Somebody else has run the model on so many samples."""
@@ -186,25 +186,19 @@ class PlanEvaluator:
         every = self._runs.setdefault(key, [])
         every.append(runs)
         self.context.checkpoint.put(
-            self._name(key),
-            {
-                "sums": torch.from_numpy(sums),
-                "counts": torch.from_numpy(counts),
-                "runs": every,
-                "again": self._again,
-            },
+            self._key(key), PlanRuns(torch.from_numpy(sums), torch.from_numpy(counts), every, self._again)
         )
         return Measurement(sums, counts)
 
-    def _repeated(self, key: tuple[int, ...], stored: "_Stored", number: int) -> Measurement:
+    def _repeated(self, key: tuple[int, ...], stored: PlanRuns, number: int) -> Measurement:
         """A measurement with one more batch, from the checkpoint; it is charged what it took."""
-        name = self._name(key)
-        self.spending.charge(stored.runs[number] * self._sizes[number] / self.total, name)
+        work = self._key(key)
+        self.spending.charge(stored.runs[number] * self._sizes[number] / self.total, work)
         self._runs.setdefault(key, []).append(stored.runs[number])
         self._again |= stored.again
-        if name not in self.spending.free:
+        if work not in self.spending.free:
             self._paid.add(number)
-        return stored.measurement.first(self._ends[number])
+        return Measurement(stored.sums.numpy(), stored.counts.numpy()).first(self._ends[number])
 
     def _run(self, batch: Batch) -> Run | None:
         """The model as it stands; some metrics run it by themselves."""
@@ -240,23 +234,8 @@ class PlanEvaluator:
         self._paid.add(number)
         return made, int(charged)
 
-    def _name(self, key: tuple[int, ...]) -> str:
-        return f"plan | {self.name} | {' '.join(str(self.context.precisions[p]) for p in key)}"
-
-    def _stored(self, key: tuple[int, ...]) -> "_Stored | None":
-        found = self.context.checkpoint.get(self._name(key))
-        if found is None:
-            return None
-        return _Stored(Measurement(found["sums"].numpy(), found["counts"].numpy()), found["runs"], found["again"])
-
-
-@dataclass(frozen=True, eq=False)
-class _Stored:
-    """A measurement as the checkpoint has it."""
-
-    measurement: Measurement
-    runs: list[int]
-    again: bool
+    def _key(self, columns: tuple[int, ...]) -> PlanKey:
+        return PlanKey(self.name, tuple(str(self.context.precisions[p]) for p in columns))
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,9 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from typing import Any
+
+from mpsearch.checkpoints.keys import Key
 
 
 @dataclass(eq=False)
@@ -13,23 +16,24 @@ class PassBudget:
         limit: passes over all parts of the data; a backward pass counts 2.
         used: taken so far; results read from the checkpoint count as if they had been run, so that an interrupted search goes
             on as it would have.
-        free: names of results in the checkpoint that cost nothing: they are those of an earlier search.
+        free: keys of results in the checkpoint that cost nothing: they are those of an earlier search.
         reused: of those taken, passes that an interrupted run took and this one read from the checkpoint.
         watch: is told of every charge.
         stages: name of a stage that has ended -> passes that it took.
 
-    >>> passes = PassBudget(8.0, free={"plan | select | w4 w2"})
+    >>> from mpsearch.checkpoints.keys import PlanKey
+    >>> passes = PassBudget(8.0, free={PlanKey("select", ("w4", "w2"))})
     >>> with passes.stage("plans"):
     ...     passes.charge(0.5)                            # run now
-    ...     passes.charge(0.25, "plan | select | w4 w4")  # read from the checkpoint of a run that was interrupted
-    ...     passes.charge(0.25, "plan | select | w4 w2")  # read from an earlier search
+    ...     passes.charge(0.25, PlanKey("select", ("w4", "w4")))  # read from the checkpoint of a run that was interrupted
+    ...     passes.charge(0.25, PlanKey("select", ("w4", "w2")))  # read from an earlier search
     >>> passes.left, passes.reused, passes.stages
     (7.25, 0.25, {'plans': 0.75})
     """
 
     limit: float
     used: float = 0.0
-    free: Collection[str] = ()
+    free: Collection[Key[Any]] = ()
     reused: float = 0.0
     watch: Callable[[float], object] | None = None
     stages: dict[str, float] = field(default_factory=dict)
@@ -39,17 +43,17 @@ class PassBudget:
         """Passes that may still be taken."""
         return self.limit - self.used
 
-    def charge(self, passes: float, name: str | None = None, reused: float | None = None) -> None:
+    def charge(self, passes: float, key: Key[Any] | None = None, reused: float | None = None) -> None:
         """Count passes.
 
         Args:
             passes: that were run, or that the result took that was read from the checkpoint.
-            name: of the result that was read.
+            key: of the result that was read.
             reused: so many of them were not run now; by default all for a result that was read.
         """
-        if name not in self.free:
+        if key not in self.free:
             self.used += passes
-            self.reused += (0.0 if name is None else passes) if reused is None else reused
+            self.reused += (0.0 if key is None else passes) if reused is None else reused
             if self.watch is not None:
                 self.watch(passes)
 

@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch.calibration.profiling import profile
-from mpsearch.checkpoints.checkpoint import Checkpoint, NoCheckpoint
+from mpsearch.checkpoints.keys import FormulaKey
+from mpsearch.checkpoints.memory import NoStore
+from mpsearch.checkpoints.sqlite import SQLiteStore
+from mpsearch.checkpoints.store import Store
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.settings import checked_number
 from mpsearch.decisions.finding import layers as find_layers
@@ -122,11 +125,11 @@ def evolve_proxy(
     if not truths:
         raise EstimatorError("no truth given: expected a model with measured plans")
     problems = [_problem(one, names, num_samples, seed, progress) for one in truths]
-    keep: Checkpoint | NoCheckpoint = NoCheckpoint()
+    store: Store = NoStore()
     if checkpoint is not None:
-        keep = Checkpoint(checkpoint, _identity(problems, num_samples, seed))
+        store = SQLiteStore(checkpoint, _identity(problems, num_samples, seed))
     asked = 0
-    with keep as kept, torch.no_grad():
+    with store, torch.no_grad():
         bar = tqdm(
             total=(settings.generations + 1) * settings.population,
             desc="evolve proxy",
@@ -137,11 +140,11 @@ def evolve_proxy(
         def judge(tree: Tree) -> Candidate | None:
             nonlocal asked
             asked += 1
-            formula = str(tree)
-            scores = kept.get(formula)
+            key = FormulaKey(str(tree))
+            scores = store.get(key)
             if scores is None:
                 scores = _scores(tree, problems)
-                kept.put(formula, scores)
+                store.put(key, scores)
             return _candidate(tree, problems, [np.array(one) for one in scores])
 
         with bar:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
+    from mpsearch.checkpoints.store import Store
     from mpsearch.estimation.surrogate import Surrogate
 
 _VERSION = 2
@@ -146,7 +147,7 @@ class SearchResult:
         settings: what was asked for, and fingerprints of model and data.
         seconds: it took.
         identity: what the measured plans depend on.
-        finished: everything that was run, for a search with another budget.
+        finished: everything that was run, for a search with another budget (`mpsearch.checkpoints`).
     """
 
     plan: Plan
@@ -162,7 +163,7 @@ class SearchResult:
     settings: Mapping[str, Any]
     seconds: float
     identity: Mapping[str, str]
-    finished: Mapping[str, bytes] = field(repr=False)
+    finished: "Store" = field(repr=False)
     surrogate: "Surrogate | None" = field(default=None, repr=False)
     passes_in_this_run: float | None = None
 
@@ -214,7 +215,7 @@ class SearchResult:
         Raises:
             OSError: names the file that cannot be written whole, or the folder that cannot be made.
         """
-        from mpsearch.checkpoints.checkpoint import Checkpoint
+        from mpsearch.checkpoints.sqlite import SQLiteStore
         from mpsearch.core.table_files import to_csv
 
         files = {
@@ -222,7 +223,7 @@ class SearchResult:
             **{f"tables/{name}.csv": to_csv(table).encode() for name, table in self.tables.items()},
             "plans.csv": self.plans.to_csv().encode(),
             "front.csv": self.front.to_csv().encode(),
-            "passes.db": Checkpoint.to_bytes(self.finished, self.identity),
+            "passes.db": SQLiteStore.content(self.finished),
         }
         content = {**self.summary(), "files": {name: hash_of(data) for name, data in files.items()}}
         FileSet(folder, _INDEX).write({**files, _INDEX: f"{json_text(content)}\n".encode()})
@@ -289,7 +290,7 @@ class SearchResult:
             PlanError: where a file is damaged, or not of this result, with the place.
             OSError: where a file is missing.
         """
-        from mpsearch.checkpoints.checkpoint import Checkpoint
+        from mpsearch.checkpoints.sqlite import SQLiteStore
         from mpsearch.estimation.surrogate import surrogate
 
         files = FileSet(folder, _INDEX)
@@ -311,10 +312,9 @@ class SearchResult:
         if over not in plan.usage:
             raise PlanError(f"{index}: $.over is {over!r}{nearest(over, plan.usage)}")
         passes = files.read("passes.db", hashes)
-        with Checkpoint.of_bytes(files.place("passes.db"), passes, summary["identity"]) as kept:
-            finished = kept.rows()
-            units = len({layer.decision for layer in posterior.layers})
-            shifts = surrogate(kept, units, posterior.precisions)
+        finished = SQLiteStore.read(files.place("passes.db"), passes, summary["identity"])
+        decisions = len({layer.decision for layer in posterior.layers})
+        shifts = surrogate(finished, decisions, posterior.precisions)
         return cls(
             plan,
             summary["verdict"],

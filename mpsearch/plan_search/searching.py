@@ -20,7 +20,8 @@ from mpsearch.calibration.deciding import (
 )
 from mpsearch.calibration.families import check_caches
 from mpsearch.calibration.identity import run_identity
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.memory import MemoryStore
+from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.budget import Budget
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import LayerOptions, columns, layers_and_options, with_options
@@ -204,11 +205,11 @@ def search(
             "metric": choice.metric.name if choice.metric in _KNOWN else digest(described(choice.metric)),
         }
         earlier = _earlier(settings["previous"], identity)
-        free = {} if earlier is None else earlier.finished
+        free = {} if earlier is None else earlier.finished.rows()
         decisions = decisions_of(decided)
         limit = _limit(effort, max_passes, len(decisions) * len(offered))
         checkpoint = settings["checkpoint"]
-        with Checkpoint(":memory:" if checkpoint is None else checkpoint, identity) as store:
+        with MemoryStore(identity) if checkpoint is None else SQLiteStore(checkpoint, identity) as store:
             store.fill(free)
             with _bar(limit, shown=settings["progress"]) as bar:
                 passes = PassBudget(limit, free=free, watch=bar.update)
@@ -232,7 +233,7 @@ def search(
                 )
                 task = SearchTask(context, parts, base, choice, goal, passes, seed, estimators, schedule)
                 findings, scores = searched(task)
-            finished = store.rows()
+            finished = MemoryStore(identity, store.rows())
     if state_fingerprint(model) != before:
         raise EstimatorError("the search changed the model's parameters or buffers (the metric, or an estimator?)")
     uniform = next((row for row in findings.comparison if row.role == "uniform"), None)

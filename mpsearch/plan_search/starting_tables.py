@@ -8,7 +8,7 @@ import numpy as np
 
 from mpsearch.calibration.calibration import Calibration
 from mpsearch.calibration.families import families
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.keys import TablesKey
 from mpsearch.core.table import Array, CostTable
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimator
@@ -74,7 +74,6 @@ def scores(
     Raises:
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
-    assert isinstance(context.checkpoint, Checkpoint)
     with Calibration(
         context.model,
         context.batches,
@@ -89,7 +88,7 @@ def scores(
         made = calibration.profile(members, loss=context.comparison, members=False)
     for places in families(members):
         family = [members[place] for place in places]
-        key = f"search | tables | {digest(*map(described, family))}"
+        key = TablesKey(digest(*map(described, family)))
         origin = made[places[0]].origin
         passes, measured = context.checkpoint.get(key), origin["passes_in_this_run"]
         if passes is None:

@@ -13,28 +13,34 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.checkpoints.checkpoint import Checkpoint, Counted
+from mpsearch.checkpoints.counting import CountingStore
+from mpsearch.checkpoints.keys import BatchKey
+from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import DeltaLoss, Fisher, HessianTrace, KLDivergence, PathShapley
 
 # ------------------------------------------------------------------------------------------------ the file
 
 
+def key(name):
+    return BatchKey(name, 0)
+
+
 def test_what_was_put_is_found_again(tmp_path):
     value = {"sums": torch.arange(3.0), "parts": [1.5, (2, "a")], "flag": True}
-    with Checkpoint(tmp_path / "run.db", {"weights": "a"}) as file:
-        assert file.get("one") is None
-        file.put("one", value)
-        file.put("two", 1)
-        file.put("two", 2)
-        file.put("three", 3)
-        file.drop(["three", "four"])
-    with Checkpoint(tmp_path / "run.db", {"weights": "a"}) as file:
-        found = file.get("one")
+    with SQLiteStore(tmp_path / "run.db", {"weights": "a"}) as file:
+        assert file.get(key("one")) is None
+        file.put(key("one"), value)
+        file.put(key("two"), 1)
+        file.put(key("two"), 2)
+        file.put(key("three"), 3)
+        file.delete([key("three"), key("four")])
+    with SQLiteStore(tmp_path / "run.db", {"weights": "a"}) as file:
+        found = file.get(key("one"))
         assert torch.equal(found["sums"], value["sums"])
         assert (found["parts"], found["flag"]) == (value["parts"], True)
-        assert file.get("two") == 2
-        assert file.get("three") is None
+        assert file.get(key("two")) == 2
+        assert file.get(key("three")) is None
 
 
 @pytest.mark.parametrize(
@@ -46,14 +52,14 @@ def test_what_was_put_is_found_again(tmp_path):
     ],
 )
 def test_another_run_is_refused_with_the_reason(tmp_path, other, words):
-    Checkpoint(tmp_path / "run.db", {"weights": "a", "data": "b"}).close()
+    SQLiteStore(tmp_path / "run.db", {"weights": "a", "data": "b"}).close()
     with pytest.raises(mps.EstimatorError, match=f"run.db was written for {words}; give another file"):
-        Checkpoint(tmp_path / "run.db", other)
+        SQLiteStore(tmp_path / "run.db", other)
 
 
 def refused(path):
     with pytest.raises(mps.EstimatorError) as caught:
-        Checkpoint(path, {"weights": "a"})
+        SQLiteStore(path, {"weights": "a"})
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
@@ -75,20 +81,20 @@ def test_files_that_are_no_checkpoints(tmp_path):
 @pytest.mark.parametrize("left", [0, 1, 100, 3000, 4096, 10_000, 20_000])
 def test_a_file_cut_off_goes_on_or_is_refused(tmp_path, left):
     path = tmp_path / "run.db"
-    with Checkpoint(path, {"weights": "a"}) as file:
+    with SQLiteStore(path, {"weights": "a"}) as file:
         for i in range(20):
-            file.put(f"cell {i}", torch.full((200,), float(i)))
+            file.put(key(f"cell {i}"), torch.full((200,), float(i)))
     assert path.stat().st_size > 20_000
     with open(path, "r+b") as cut:
         cut.truncate(left)
     said = None
     try:
-        with Checkpoint(path, {"weights": "a"}) as file:
+        with SQLiteStore(path, {"weights": "a"}) as file:
             for i in range(20):
-                found = file.get(f"cell {i}")
+                found = file.get(key(f"cell {i}"))
                 assert found is None or torch.equal(found, torch.full((200,), float(i)))
-            file.put("cell 0", 1)
-            assert file.get("cell 0") == 1
+            file.put(key("cell 0"), 1)
+            assert file.get(key("cell 0")) == 1
     except mps.EstimatorError as error:
         said = str(error)
     if left < 2:  # to SQLite an empty file
@@ -109,15 +115,21 @@ def damaged(path, statement):
     ("statement", "words"),
     [
         (
-            "UPDATE result SET value = cast(x'00' || substr(value, 2) AS BLOB) WHERE name = 'b'",
-            "'b' does not fit its checksum",
+            "UPDATE result SET value = cast(x'00' || substr(value, 2) AS BLOB) WHERE key LIKE '%,_b_,%'",
+            "b.* does not fit its checksum",
         ),
-        ("UPDATE result SET value = (SELECT value FROM result WHERE name = 'a')", "'b' does not fit its checksum"),
-        ("UPDATE result SET value = NULL WHERE name = 'b'", "'b' does not fit its checksum"),
-        ("UPDATE result SET checksum = 5 WHERE name = 'b'", "'b' does not fit its checksum"),
-        ("UPDATE result SET name = 'b' WHERE name = 'c'", "'b' does not fit its checksum"),
-        ("UPDATE identity SET value = '2' WHERE name = 'checkpoint version'", "of version 2 of the checkpoints, .* 3"),
-        ("UPDATE identity SET value = '9' WHERE name = 'checkpoint version'", "of version 9 of the checkpoints, .* 3"),
+        (
+            "UPDATE result SET value = (SELECT value FROM result WHERE key LIKE '%,_a_,%')",
+            "b.* does not fit its checksum",
+        ),
+        ("UPDATE result SET value = NULL WHERE key LIKE '%,_b_,%'", "b.* does not fit its checksum"),
+        ("UPDATE result SET checksum = 5 WHERE key LIKE '%,_b_,%'", "b.* does not fit its checksum"),
+        (
+            "UPDATE result SET key = replace(key, char(34, 99, 34), char(34, 98, 34)) WHERE key LIKE '%,_c_,%'",
+            "b.* does not fit its checksum",
+        ),
+        ("UPDATE identity SET value = '2' WHERE name = 'checkpoint version'", "of version 2 of the checkpoints, .* 4"),
+        ("UPDATE identity SET value = '9' WHERE name = 'checkpoint version'", "of version 9 of the checkpoints, .* 4"),
         ("DELETE FROM identity WHERE name = 'checkpoint version'", "checkpoint version"),
         ("CREATE VIEW extra AS SELECT 1", "a database with the view 'extra'"),
         ("DROP TABLE result", None),
@@ -126,16 +138,16 @@ def damaged(path, statement):
 def test_damage_is_told_in_one_line(tmp_path, statement, words):
     """A result that does not fit its checksum is refused, and so is the file: others may have come of it."""
     path = tmp_path / "run.db"
-    with Checkpoint(path, {"weights": "a"}) as file:
-        for name in "ab" if "'c'" not in statement else "ac":
-            file.put(name, torch.zeros(3) + ord(name))
+    with SQLiteStore(path, {"weights": "a"}) as file:
+        for name in "ab" if "_c_" not in statement else "ac":
+            file.put(key(name), torch.zeros(3) + ord(name))
     damaged(path, statement)
     if words is None:
-        with Checkpoint(path, {"weights": "a"}) as file:
-            assert file.get("b") is None
+        with SQLiteStore(path, {"weights": "a"}) as file:
+            assert file.get(key("b")) is None
         return
-    with pytest.raises(mps.EstimatorError, match=words) as caught, Checkpoint(path, {"weights": "a"}) as file:
-        file.get("b")
+    with pytest.raises(mps.EstimatorError, match=words) as caught, SQLiteStore(path, {"weights": "a"}) as file:
+        file.get(key("b"))
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
 
@@ -143,26 +155,26 @@ def test_damage_is_told_in_one_line(tmp_path, statement, words):
 def test_no_checkpoint_where_no_file_can_be(tmp_path):
     for path in ("", "/dev/null", tmp_path):
         with pytest.raises(mps.EstimatorError, match="cannot be opened"):
-            Checkpoint(path, {})
+            SQLiteStore(path, {})
 
 
 def test_a_result_that_finds_no_room_leaves_those_before(tmp_path, monkeypatch):
-    with Checkpoint(tmp_path / "run.db", {}) as file:
-        file.put("a", 1)
+    with SQLiteStore(tmp_path / "run.db", {}) as file:
+        file.put(key("a"), 1)
         file._file.execute("PRAGMA max_page_count=8")
         with pytest.raises(mps.EstimatorError, match=r"run.db cannot be written or read: database or disk is full"):
-            file.put("b", torch.zeros(100_000))
-    with Checkpoint(tmp_path / "run.db", {}) as file:
-        assert (file.get("a"), file.get("b")) == (1, None)
+            file.put(key("b"), torch.zeros(100_000))
+    with SQLiteStore(tmp_path / "run.db", {}) as file:
+        assert (file.get(key("a")), file.get(key("b"))) == (1, None)
 
 
 def test_two_runs_at_once_are_told_apart(tmp_path):
     """The second sees what the first has finished; both may write."""
-    first, second = (Checkpoint(tmp_path / "run.db", {"weights": "a"}) for _ in range(2))
-    first.put("one", 1)
-    assert second.get("one") == 1
-    second.put("two", 2)
-    assert first.get("two") == 2
+    first, second = (SQLiteStore(tmp_path / "run.db", {"weights": "a"}) for _ in range(2))
+    first.put(key("one"), 1)
+    assert second.get(key("one")) == 1
+    second.put(key("two"), 2)
+    assert first.get(key("two")) == 2
     first.close()
     second.close()
 
@@ -295,20 +307,20 @@ def test_passes_of_an_interrupted_run_are_told_once_and_as_run(tmp_path, monkeyp
     """Against the model's own count: all that was run until the last result that was stored, and all of the second run."""
     run = functools.partial(mps.profile, net(), batches(), estimator, mps.precisions("w2 w4"), loss="cross-entropy")
     run = functools.partial(run, checkpoint=tmp_path / "run.db")
-    puts, passes, put = [], [], Counted.put
+    puts, passes, put = [], [], CountingStore.put
 
-    def counted(self, name, value):
+    def counted(self, key, value):
         if len(puts) == after:
             raise KeyboardInterrupt
-        puts.append(name)
-        put(self, name, value)
+        puts.append(key)
+        put(self, key, value)
         passes.append(self._passes())
 
-    monkeypatch.setattr(Counted, "put", counted)
+    monkeypatch.setattr(CountingStore, "put", counted)
     try:
         run()
     except KeyboardInterrupt:
-        monkeypatch.setattr(Counted, "put", put)
+        monkeypatch.setattr(CountingStore, "put", put)
         second = run().origin
         now, told = second["passes_in_this_run"], second["passes"]
         assert passes[-1] != (0.0, 0.0)

@@ -9,7 +9,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.calibration.deciding import decisions_of
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
 from mpsearch.metrics.divergences import KL
@@ -36,7 +36,7 @@ def data(count=2, size=8):
 
 
 def made(model, batches, precisions="w2 w3 w16", **options):
-    kept = Checkpoint(":memory:", {})
+    kept = MemoryStore({})
     table = mps.profile(
         model, batches, [KLDivergence(), LogitShift(**options)], mps.precisions(precisions), checkpoint=kept
     )[0]
@@ -118,7 +118,7 @@ def test_damage_of_changes_is_damage_after_each():
 def test_nothing_without_one_at_a_time_runs():
     model, batches = Sum().eval(), data()
     layers = mps.layers(model, batches[0])
-    kept = Checkpoint(":memory:", {})
+    kept = MemoryStore({})
     context = Context(
         model, batches, decisions_of(layers), mps.precisions("w2"), RoundToNearest(), {}, KL(), None, checkpoint=kept
     )

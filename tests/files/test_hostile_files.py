@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.keys import BatchKey
+from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.errors import FileError, one_line
 from mpsearch.files.schema import checked, parse_json
 from mpsearch.files.writing import csv_text
@@ -71,23 +72,23 @@ def test_npz_without_compression_still_loads(tmp_path):
         "CREATE VIEW v AS SELECT * FROM result",
         "CREATE TRIGGER t AFTER INSERT ON result BEGIN DELETE FROM result; END",
         "ALTER TABLE result RENAME TO other; CREATE VIEW result AS SELECT * FROM other",
-        "CREATE INDEX i ON result (upper(name))",
-        "ALTER TABLE result ADD COLUMN more TEXT AS (upper(name))",
+        "CREATE INDEX i ON result (upper(key))",
+        "ALTER TABLE result ADD COLUMN more TEXT AS (upper(key))",
     ],
 )
 @pytest.mark.parametrize("copied", [True, False])
 def test_sql_of_others_is_never_run(tmp_path, sql, copied):
     path = tmp_path / "run.db"
-    with Checkpoint(path, {"weights": "a"}) as checkpoint:
-        checkpoint.put("x", [1.0])
+    with SQLiteStore(path, {"weights": "a"}) as store:
+        store.put(BatchKey("x", 0), [1.0])
     file = sqlite3.connect(path)
     file.executescript(sql)
     file.close()
     before = path.read_bytes()
     read = (
-        (lambda: Checkpoint.of_bytes(path, before, {"weights": "a"}))
+        (lambda: SQLiteStore.read(path, before, {"weights": "a"}))
         if copied
-        else lambda: Checkpoint(path, {"weights": "a"})
+        else lambda: SQLiteStore(path, {"weights": "a"})
     )
     with pytest.raises(mps.EstimatorError, match="no checkpoint of mpsearch") as error:
         read()

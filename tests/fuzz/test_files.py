@@ -24,7 +24,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import cli, export
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.keys import BatchKey
+from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS, import_plan, import_table
 from mpsearch.resources import LatencyTable
@@ -558,12 +559,12 @@ def test_checkpoints(data):
             if name != "checkpoint version"
         }
         file.close()
-        checkpoint = told(Checkpoint, path, identity)
-        if checkpoint is not None:
-            with checkpoint:
-                for name in told(checkpoint.rows) or ():
-                    told(checkpoint.get, name)
-                told(checkpoint.put, "x", [1.0])
+        store = told(SQLiteStore, path, identity)
+        if store is not None:
+            with store:
+                for key in told(store.rows) or ():
+                    told(store.get, key)
+                told(store.put, BatchKey("x", 0), [1.0])
 
 
 TOOLS = {

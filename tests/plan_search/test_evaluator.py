@@ -9,7 +9,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.calibration.deciding import decisions_of
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.own import Own
@@ -63,7 +63,7 @@ def meter_of(
     options = mps.precisions(precisions)
     found = mps.layers(model, data[0]) if layers is None else layers
     ranges = input_ranges(model, data, [layer.name for layer in found])
-    kept = Checkpoint(":memory:", {}) if checkpoint is None else checkpoint
+    kept = MemoryStore({}) if checkpoint is None else checkpoint
     context = Context(model, data, decisions_of(found), options, RoundToNearest(), ranges, KL(), None, checkpoint=kept)
     every = sum(map(samples, data)) if total is None else total
     return PlanEvaluator("select", context, data, damage or KL(), every, spending or PassBudget(100.0))
@@ -212,7 +212,7 @@ def test_what_is_in_the_checkpoint_is_charged_what_it_took(monkeypatch, room):
 
     expected = trail(meter_of())
     for stop in (1, 2, 3, 4):
-        kept = Checkpoint(":memory:", {})
+        kept = MemoryStore({})
         trail(meter_of(checkpoint=kept), stop)
         rows = kept.rows()
         resumed = meter_of(checkpoint=kept)
@@ -221,7 +221,7 @@ def test_what_is_in_the_checkpoint_is_charged_what_it_took(monkeypatch, room):
         if stop == 4:
             assert runs.count == 0
         spending = PassBudget(100.0, free=rows)
-        other = Checkpoint(":memory:", {})
+        other = MemoryStore({})
         other.fill(rows)
         later = meter_of(checkpoint=other, spending=spending)
         runs = Runs(later.context.model)

@@ -7,7 +7,7 @@ from scipy import stats
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.estimation.proxies.evolution import ProxyEvolution
 from mpsearch.estimation.proxies.inputs import weight_inputs
@@ -118,15 +118,15 @@ class Killed(BaseException):
 @pytest.mark.parametrize("after", [1, 23])
 def test_killed_and_resumed_is_uninterrupted(tmp_path, monkeypatch, after):
     whole = evolve_proxy(planted(), SMALL, progress=False)
-    put, puts = Checkpoint.put, []
+    put, puts = SQLiteStore.put, []
 
-    def counted(self, name, value):
-        puts.append(name)
+    def counted(self, key, value):
+        puts.append(key)
         if len(puts) == after:
             raise Killed
-        put(self, name, value)
+        put(self, key, value)
 
-    monkeypatch.setattr(Checkpoint, "put", counted)
+    monkeypatch.setattr(SQLiteStore, "put", counted)
     with pytest.raises(Killed):
         evolve_proxy(planted(), SMALL, checkpoint=tmp_path / "run.db", progress=False)
     killed, puts[:] = puts[:-1], []

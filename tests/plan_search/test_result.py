@@ -18,6 +18,9 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.checkpoints.keys import PlanKey, ReferenceKey, ShiftIndexKey, ShiftKey
+from mpsearch.checkpoints.memory import MemoryStore
+from mpsearch.checkpoints.values import checksum
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.plan_search.result import measured_front
 
@@ -40,8 +43,9 @@ def test_all_comes_back(result, tmp_path):
     found = mps.SearchResult.load(tmp_path)
     assert found.plan == result.plan
     assert found.plan.predicted == result.predicted == found.predicted
-    for name in ("verdict", "wins", "measured", "uniform", "passes", "seconds", "settings", "identity", "finished"):
+    for name in ("verdict", "wins", "measured", "uniform", "passes", "seconds", "settings", "identity"):
         assert getattr(found, name) == getattr(result, name), name
+    assert found.finished.rows() == result.finished.rows()
     assert list(found.comparison) == list(result.comparison)
     for name, table in result.tables.items():
         assert np.array_equal(found.tables[name].sensitivity, table.sensitivity)
@@ -149,7 +153,7 @@ def test_a_folder_that_may_only_be_read(result, tmp_path, monkeypatch):
     monkeypatch.setattr(sqlite3, "connect", recorded)
     folder.chmod(0o555)
     try:
-        assert mps.SearchResult.load(folder).finished == result.finished
+        assert mps.SearchResult.load(folder).finished.rows() == result.finished.rows()
     finally:
         folder.chmod(0o755)
     assert set(opened) == {":memory:"}
@@ -174,7 +178,9 @@ def contents(folder):
 
 @pytest.mark.parametrize("name", ["plan.json", "plans.csv", "passes.db", "summary.json", "tables/posterior.csv"])
 def test_a_mix_of_two_results_is_refused(result, other, tmp_path, name):
-    other = dataclasses.replace(other, plan=dataclasses.replace(other.plan, origin={"other": 1}), finished={})
+    other = dataclasses.replace(
+        other, plan=dataclasses.replace(other.plan, origin={"other": 1}), finished=MemoryStore(other.identity)
+    )
     tables = {**other.tables, "posterior": dataclasses.replace(other.tables["posterior"], origin={"other": 1})}
     dataclasses.replace(other, tables=tables).save(tmp_path / "b")
     result.save(tmp_path / "a")
@@ -320,8 +326,23 @@ def test_a_folder_in_the_place_of_a_file_is_told_before_anything_is_replaced(res
     assert contents(tmp_path) == old
 
 
-def test_a_folder_of_the_version_before_is_read(result, tmp_path):
-    """It has no hashes of files, and its passes neither checksums nor the output of the model."""
+def sentences(store):
+    """Finished work as versions 2 and 3 named it."""
+    results = {"hessian trace | 0a | 0": ([1.0], [2.0])}  # known by code of then: nobody asks for it
+    for key, runs in store.items(PlanKey):
+        results[f"plan | {key.part} | {' '.join(key.precisions)}"] = dataclasses.asdict(runs)
+    for _, index in store.items(ShiftIndexKey):
+        results |= {"logit shift | index": index.rows, "logit shift | squares": index.squares}
+    for key, output in store.items(ReferenceKey):
+        results[f"logit shift | {key.rows}"] = output
+    for key, shift in store.items(ShiftKey):
+        results[f"logit shift | {key.rows} | {key.decision} {key.precision}"] = shift
+    return results
+
+
+@pytest.mark.parametrize("version", ["2", "3"])
+def test_a_folder_of_a_version_before_is_read(result, tmp_path, version):
+    """It has no hashes of files, and its passes are sentences; those of version 2 have neither checksums nor the output of the model."""
     result.save(tmp_path)
 
     def older(content):
@@ -334,17 +355,28 @@ def test_a_folder_of_the_version_before_is_read(result, tmp_path):
     with contextlib.closing(sqlite3.connect(tmp_path / "passes.db", isolation_level=None)) as file:
         file.execute("PRAGMA journal_mode=WAL")
         file.execute("CREATE TABLE identity (name TEXT PRIMARY KEY, value TEXT)")
-        file.execute("CREATE TABLE result (name TEXT PRIMARY KEY, value BLOB)")
-        file.executemany("INSERT INTO identity VALUES (?, ?)", {"checkpoint version": "2", **identity}.items())
-        for name, value in result.finished.items():
+        columns = "name TEXT PRIMARY KEY, value BLOB" + (", checksum BLOB" if version == "3" else "")
+        file.execute(f"CREATE TABLE result ({columns})")
+        file.executemany("INSERT INTO identity VALUES (?, ?)", {"checkpoint version": version, **identity}.items())
+        for name, value in sentences(result.finished).items():
             data = io.BytesIO()
-            torch.save(torch.load(io.BytesIO(value), weights_only=True)[0], data)
-            file.execute("INSERT INTO result VALUES (?, ?)", (name, data.getvalue()))
-    found = mps.SearchResult.load(tmp_path)
-    assert (found.verdict, found.plan) == (result.verdict, result.plan)
-    assert found.finished.keys() == result.finished.keys()
-    found.save(tmp_path / "new")
-    assert mps.SearchResult.load(tmp_path / "new").finished == found.finished
+            torch.save((value, {}) if version == "3" else value, data)
+            row = (name, data.getvalue(), checksum(name, data.getvalue()))[: 2 if version == "2" else 3]
+            file.execute(f"INSERT INTO result VALUES (?, ?{', ?' * (len(row) - 2)})", row)
+    loaded = mps.SearchResult.load(tmp_path)
+    assert (loaded.verdict, loaded.plan) == (result.verdict, result.plan)
+    plans = dict(result.finished.items(PlanKey))
+    assert plans
+    for key, runs in loaded.finished.items(PlanKey):
+        expected = plans.pop(key)
+        assert torch.equal(runs.sums, expected.sums)
+        assert torch.equal(runs.counts, expected.counts)
+        assert (runs.runs, runs.again) == (expected.runs, expected.again)
+    assert not plans
+    if result.surrogate is not None:
+        np.testing.assert_array_equal(loaded.surrogate.shifts, result.surrogate.shifts)
+    loaded.save(tmp_path / "new")
+    assert mps.SearchResult.load(tmp_path / "new").finished.rows() == loaded.finished.rows()
 
 
 @pytest.mark.parametrize(
@@ -399,6 +431,9 @@ def test_the_text_fits_narrow_terminals(result):
 KILLED = """
 import os, pathlib, random, signal, sys, time
 import mpsearch as mps
+from mpsearch.checkpoints.keys import PlanKey, ReferenceKey, ShiftIndexKey, ShiftKey
+from mpsearch.checkpoints.memory import MemoryStore
+from mpsearch.checkpoints.values import checksum
 
 folder, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 results = [mps.SearchResult.load(folder / name) for name in ("old", "new")]

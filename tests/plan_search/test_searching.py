@@ -765,16 +765,16 @@ SCRIPT = (
     + """
 import json, os, signal, sys
 import mpsearch as mps
-from mpsearch.checkpoints.checkpoint import Checkpoint
+from mpsearch.checkpoints.sqlite import SQLiteStore
 left = int(sys.argv[1])
-put = Checkpoint.put
-def counted(self, name, value, works=None):
+put = SQLiteStore.put
+def counted(self, key, value, passes=None):
     global left
-    put(self, name, value, works)
+    put(self, key, value, passes)
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-Checkpoint.put = counted
+SQLiteStore.put = counted
 result = mps.search(net(), data(), mps.Budget(average_bits=3), mps.precisions("w2 w3 w4"), max_passes=20.0,
                     checkpoint=sys.argv[2], progress=False)
 print(json.dumps({**result.summary(), "seconds": 0, "damage": result.plans.damage.tolist(),

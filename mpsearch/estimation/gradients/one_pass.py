@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from mpsearch.checkpoints.keys import SweepKey, SweepState
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate
@@ -116,12 +117,12 @@ def sweep(context: Context, estimators: Sequence[Reader]) -> list[Estimate]:
     readers: dict[Source, list[int]] = {}
     for place, one in enumerate(estimators):
         readers.setdefault(one.source(context), []).append(place)
-    name = f"sweep | {digest(*map(described, estimators))} | {len(context.decisions)} units"
-    stored = context.checkpoint.get(name)
+    key = SweepKey(digest(*map(described, estimators)), len(context.decisions))
+    stored = context.checkpoint.get(key)
     done = 0
     if stored is not None:
-        done = stored["batches"]
-        for accumulator, state in zip(accumulators, stored["states"], strict=True):
+        done = stored.batches
+        for accumulator, state in zip(accumulators, stored.states, strict=True):
             accumulator.restore(state)
     known: dict[nn.Module, Layout] = {}
     bar = context.progress(None, len(context.batches), "Gradients")
@@ -138,9 +139,7 @@ def sweep(context: Context, estimators: Sequence[Reader]) -> list[Estimate]:
                 for source, members in readers.items()
             }
             _over(context, places, number, batch, known, asked)
-            context.checkpoint.put(
-                name, {"batches": number + 1, "states": [accumulator.state() for accumulator in accumulators]}
-            )
+            context.checkpoint.put(key, SweepState(number + 1, [accumulator.state() for accumulator in accumulators]))
             bar.update(1)
     return [accumulator.finish() for accumulator in accumulators]
 
