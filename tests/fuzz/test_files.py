@@ -26,6 +26,7 @@ import mpsearch as mps
 from mpsearch import cli, export
 from mpsearch.checkpoints.keys import BatchKey
 from mpsearch.checkpoints.sqlite import SQLiteStore
+from mpsearch.checkpoints.values import checksum, pack
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS, import_plan, import_table
 from mpsearch.resources import LatencyTable
@@ -374,12 +375,11 @@ def damaged_database(draw, data):
     path = Path(tempfile.mkdtemp()) / "x.db"
     path.write_bytes(data)
     file = sqlite3.connect(path)
-    names = [name for (name,) in file.execute("SELECT name FROM result ORDER BY name")]
+    names = [name for (name,) in file.execute("SELECT key FROM result ORDER BY key")]
     name = draw(st.sampled_from(names))
     with file:
         how = draw(st.sampled_from(["value", "value", "sql", "identity"]))
         if how == "value":
-            buffer = io.BytesIO()
             value = draw(
                 st.sampled_from(
                     [
@@ -397,9 +397,11 @@ def damaged_database(draw, data):
                     ]
                 )
             )
-            torch.save(value, buffer)
-            blob = draw(st.sampled_from([b"", b"x", None, "text", 7, 1.5, buffer.getvalue(), buffer.getvalue()]))
-            file.execute("UPDATE result SET value = ? WHERE name = ?", (blob, name))
+            rows = [pack(value), pack((value, {})), pack((value, value)), pack((value, {name: (1.0, 2.0)}))]
+            blob = draw(st.sampled_from([b"", b"x", None, "text", 7, 1.5, *rows]))
+            file.execute("UPDATE result SET value = ? WHERE key = ?", (blob, name))
+            if isinstance(blob, bytes):  # the value is of another type, its checksum in order
+                file.execute("UPDATE result SET checksum = ? WHERE key = ?", (checksum(name, blob), name))
         elif how == "identity":
             file.execute(
                 f"UPDATE identity SET value = {draw(st.sampled_from(['1', 'NULL', 'zeroblob(9)', 'value', 'char(27)']))}"
@@ -417,12 +419,12 @@ SQL = [
     "CREATE TRIGGER t AFTER INSERT ON result BEGIN DELETE FROM result; END",
     "ALTER TABLE result RENAME TO r2; CREATE VIEW result AS SELECT * FROM r2",
     "ALTER TABLE result ADD COLUMN extra TEXT",
-    "CREATE INDEX i ON result (upper(name))",
+    "CREATE INDEX i ON result (upper(key))",
     "DROP TABLE result",
     "DROP TABLE identity",
     "DELETE FROM result",
     "DELETE FROM identity",
-    "INSERT INTO result (name, value) VALUES (zeroblob(4), zeroblob(4))",
+    "INSERT INTO result (key, value) VALUES (zeroblob(4), zeroblob(4))",
     "CREATE TABLE other (x)",
     "PRAGMA user_version = 9; CREATE VIRTUAL TABLE f USING fts5(x)",
 ]
