@@ -8,6 +8,7 @@ from typing import Any
 
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
+from mpsearch.plan_search.proposers import PROPOSERS
 from mpsearch.resources import DEVICES, RESOURCES
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
@@ -42,6 +43,15 @@ measured on three networks. Numbers such as 2001.00281 are arXiv papers; a *unit
 | name | method | settings |
 | --- | --- | --- |
 {solvers}
+
+## Proposers
+
+`mpsearch search --proposer NAME`, `search(..., proposers=[NAME])`, `mpsearch.plan_search.proposers`. They name the plans that a search
+measures next, in turn; by default `additive-output` begins, `thompson` goes on, and in the last third `moves` and `crossing` join it.
+
+| name | what it proposes | settings |
+| --- | --- | --- |
+{proposers}
 
 ## Resources
 
@@ -97,6 +107,7 @@ def page() -> str:
     return PAGE.format(
         estimators=_rows(ESTIMATORS.items(), lambda name: _fields(ESTIMATORS[name])),
         solvers=_rows(SOLVERS.items(), lambda name: _fields(SOLVERS[name])),
+        proposers=_rows(PROPOSERS.items(), lambda name: _fields(PROPOSERS[name])),
         resources=_rows(RESOURCES.items(), lambda name: _fields(RESOURCES[name])),
         devices=", ".join(f"`{name}`" for name in DEVICES),
         exporters=exporters,

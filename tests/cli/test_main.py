@@ -320,8 +320,11 @@ def test_every_option_of_search(wide, capsys):
     assert (settings["effort"], settings["tolerance"], settings["minimize"]) == ("thorough", 0.3, "bitops")
     assert (settings["metric"], settings["seed"]) == ("own", 3)
     assert (wide / "run.db").stat().st_size > 1000
-    status, out, _ = run(capsys, *SEARCH, "--front", "--quiet", "--json")
+    status, out, _ = run(
+        capsys, *SEARCH, "--front", "--proposer", "moves", "--proposer", "crossing", "--quiet", "--json"
+    )
     assert status == 0
+    assert [part.partition("(")[0] for part in json.loads(out)["settings"]["proposers"]] == ["Moves", "Crossing"]
     rows = (wide / "out" / "front.csv").read_text().splitlines()
     assert {row.split(",")[-1] for row in rows[1:]} == {"", "w2", "w3", "w4"}
 
@@ -339,6 +342,12 @@ def test_every_option_of_search(wide, capsys):
         ("--budget average_bits=3 --report wide.py:unlabelled --metric loss", 2, "the loss needs labels"),
         ("--budget average_bits=3 --previous nowhere", 2, "No such file"),
         ("--tolerance much", 2, "invalid float value"),
+        ("--budget average_bits=3 --proposer move", 2, "unknown proposer 'move'; did you mean 'moves'?"),
+        (
+            "--budget average_bits=3 --proposer wide.py:score",
+            2,
+            "proposer 'wide.py:score' is a function, expected a class",
+        ),
     ],
 )
 def test_mistakes_in_a_search(wide, capsys, arguments, status, words):

@@ -25,6 +25,7 @@ from mpsearch.cli.parser import parser
 from mpsearch.core.formats import NUMBER_FORMATS
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
+from mpsearch.plan_search.proposers import PROPOSERS
 from mpsearch.resources import DEVICES, RESOURCES
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
@@ -164,7 +165,12 @@ def test_the_page_of_names_is_that_of_the_code():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert place.with_suffix(".md").read_text() == module.page()
-    for title, known in (("Estimators", ESTIMATORS), ("Solvers", SOLVERS), ("Resources", RESOURCES)):
+    for title, known in (
+        ("Estimators", ESTIMATORS),
+        ("Solvers", SOLVERS),
+        ("Proposers", PROPOSERS),
+        ("Resources", RESOURCES),
+    ):
         for row, (name, cls) in zip(rows("names.md", title), known.items(), strict=True):
             assert row[0] == f"`{name}`"
             settings = [text.split("=")[0] for text in re.findall(r"`([^`]+)`", row[2])]

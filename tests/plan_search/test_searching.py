@@ -469,6 +469,56 @@ def test_select_and_report_of_ones_own():
     assert result.measured.kl == pytest.approx(expected.kl, abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("goal", "keywords"),
+    [
+        (mps.WithinBudget(BUDGET), {"budget": BUDGET}),
+        (mps.LeastResource("memory_bytes", tolerance=0.1), {"budget": None, "tolerance": 0.1}),
+        (mps.WholeFront(budget=BUDGET), {"budget": BUDGET, "front": True}),
+    ],
+)
+def test_a_goal_as_an_object_is_the_same_search_as_by_keywords(goal, keywords):
+    same(find(budget=goal), find(**keywords))
+
+
+def test_layers_by_options_in_one_object():
+    groups = {"inner": ["2", "4"]}
+    same(find(layers=mps.LayerOptions(exclude=["0"], groups=groups)), find(exclude=["0"], groups=groups))
+    assert find(layers=mps.LayerOptions(fixed={"6": "w8"}), budget=mps.Budget(average_bits=4)).plan[
+        "6"
+    ] == mps.Precision("8")
+    with pytest.raises(mps.TableError, match=r"layers=LayerOptions\(...\) and exclude= at once"):
+        find(layers=mps.LayerOptions(), exclude=["0"])
+
+
+@dataclass
+class Listed:
+    """Proposes plans in a list, as often as it is asked."""
+
+    plans: list[list[int]]
+
+    def propose(self, record, posterior):
+        return np.array(self.plans.pop(0)) if self.plans else None
+
+
+def test_proposers_of_ones_own_name_the_plans():
+    result = find(proposers=[Listed([[0, 1, 1, 1], [1, 0, 1, 2], [2, 1, 0, 1]])], max_passes=30.0)
+    assert result.passes < 15  # nobody knew more
+    assert result.settings["proposers"] == ["Listed(plans=[])"]
+    by_name = find(proposers=["moves"], max_passes=20.0)
+    assert dict(by_name.plan) != {}
+    assert "proposers" not in find().settings
+
+
+def test_a_proposer_that_leaves_the_budget_is_told_and_the_model_comes_back():
+    model = net()
+    with pytest.raises(
+        mps.PlanError, match=r"proposed a plan that breaks a limit: it uses 4, expected average_bits <= 3"
+    ):
+        find(model, proposers=[Listed([[2, 2, 2, 2]])])
+    assert state_fingerprint(model) == state_fingerprint(net())
+
+
 @pytest.mark.parametrize("higher", [True, False])
 def test_a_metric_with_a_direction(higher):
     def metric(model, batch):

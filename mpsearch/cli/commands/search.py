@@ -2,14 +2,17 @@
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
 from mpsearch.cli import arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.plan_text import plan_text
 from mpsearch.cli.screen import Screen
-from mpsearch.models.loading import UsageError, load
+from mpsearch.models.loading import UsageError, load, part
+
+if TYPE_CHECKING:
+    from mpsearch.plan_search.proposers import Proposer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +38,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--front", action="store_true", help="measure a whole Pareto curve, over the first --budget or --minimize"
+    )
+    parser.add_argument(
+        "--proposer",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="who names the plans to measure, in place of the default ones: a proposer, or file.py:Class; may be repeated",
     )
     parser.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
     parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
@@ -84,6 +94,7 @@ def run(options: argparse.Namespace) -> Answer:
         tolerance=options.tolerance,
         minimize=options.minimize,
         front=options.front,
+        proposers=_proposers(options.proposer),
         layers=arguments.layers(model, data, options),
         exclude=options.exclude or (),
         resources=arguments.resources(options),
@@ -104,6 +115,13 @@ def run(options: argparse.Namespace) -> Answer:
             *filter(None, (options.plot,)),
         ),
     )
+
+
+def _proposers(names: list[str]) -> "list[str | Proposer] | None":
+    """The proposers that are named, or None for the default ones."""
+    from mpsearch.plan_search.proposers import PROPOSERS
+
+    return [part(name, PROPOSERS, "proposer", []) for name in names] or None
 
 
 def _text(result: mps.SearchResult, screen: Screen) -> str:
