@@ -296,10 +296,13 @@ def _worlds(count: int, seed: int) -> Iterator[_World]:
         layers = tuple(Layer(f"l{number}", "linear", (4, 4), 16, "") for number in range(decisions))
         table = CostTable(layers, options, np.where(refused, np.nan, damages), usage=usage)
         names = ("memory_bytes",) if kind in (0, 3) else ("memory_bytes", "bitops")
-        plan = np.array([generator.choice(np.flatnonzero(~row)) for row in refused])  # keeps the limits exactly
+        plan = np.array([generator.choice(np.flatnonzero(~row)) for row in refused])
+        plan[0] = max(plan[0], 1) if kind == 2 else plan[0]  # not the cheapest
         used = {name: float(usage[name][np.arange(decisions), plan].sum()) for name in names}
         room = 1.0 if kind == 4 else 1.0 + float(generator.choice([1e-12, 0.05, 0.5]))
         limits: dict[str, float | tuple[float, float]] = {name: use * room for name, use in used.items()}
+        if kind == 2:  # broken by the plan, by less than solvers see
+            limits["memory_bytes"] = float(np.nextafter(used["memory_bytes"], 0.0))
         if kind == 5:
             limits["memory_bytes"] = (0.5 * used["memory_bytes"], room * used["memory_bytes"])
         yield _World(table, Budget(**limits), damages, seed + number)
