@@ -103,7 +103,11 @@ adds to ONNX graphs. GPTQModel and AutoRound write the bias of a quantized layer
 
 def page() -> str:
     """The page, with the first line of each docstring."""
-    exporters = _rows(EXPORTERS.items(), lambda name: _keywords(EXPORTERS[name]), lambda name: _yes(name in READERS))
+    exporters = _rows(
+        ((name, exporter.write) for name, exporter in EXPORTERS.items()),
+        lambda name: _settings({key: setting.default for key, setting in EXPORTERS[name].settings.items()}),
+        lambda name: _yes(name in READERS),
+    )
     return PAGE.format(
         estimators=_rows(ESTIMATORS.items(), lambda name: _fields(ESTIMATORS[name])),
         solvers=_rows(SOLVERS.items(), lambda name: _fields(SOLVERS[name])),
@@ -133,14 +137,6 @@ def _rows(parts: Iterable[tuple[str, Any]], *columns: Callable[[str], str]) -> s
 
 def _fields(cls: Any) -> str:
     return _settings({field.name: field.default for field in dataclasses.fields(cls)})
-
-
-def _keywords(exporter: Callable[..., Any]) -> str:
-    """All but what other options of the command give."""
-    found = inspect.signature(exporter).parameters.values()
-    return _settings(
-        {x.name: x.default for x in found if x.kind is x.KEYWORD_ONLY and x.name not in ("snap", "path", "example")}
-    )
 
 
 def _settings(defaults: Mapping[str, Any]) -> str:

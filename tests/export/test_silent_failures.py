@@ -11,8 +11,8 @@ NAMED = [name for name in export.EXPORTERS if name != "neutral"]
 
 
 def exported(target, plan, model):
-    options = {"example": EXAMPLE} if target.startswith(("onnxruntime", "executorch")) else {}
-    return export.EXPORTERS[target](plan, model, **options)
+    exporter = export.EXPORTERS[target]
+    return exporter(plan, model, **({"example": EXAMPLE} if exporter.write_example else {}))
 
 
 @pytest.mark.parametrize("target", export.EXPORTERS)

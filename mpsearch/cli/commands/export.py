@@ -3,13 +3,11 @@
 import argparse
 import contextlib
 import dataclasses
-import inspect
 import logging
 import sys
-import typing
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mpsearch.cli import arguments
 from mpsearch.cli.command import Answer, Command
@@ -17,7 +15,8 @@ from mpsearch.core.plan import Plan
 from mpsearch.errors import nearest
 from mpsearch.models.loading import UsageError, loaded_batches, part
 
-_OWN = ("plan", "model", "snap", "path", "example")
+if TYPE_CHECKING:
+    from mpsearch.export import Exporter
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -100,13 +99,12 @@ def write(
     if model is None and (verify or snap):
         raise UsageError(f"{'--verify' if verify else '--snap'} needs --model")
     exporter = export.EXPORTERS[target]
-    settings = _settings(target, exporter, options)
-    takes = set(inspect.signature(exporter).parameters)
-    reads = set(inspect.signature(export.READERS[target][1]).parameters) if verify else set()
-    if "example" in takes | reads:
+    settings = _settings(exporter, options)
+    example: dict[str, Any] = {}
+    if exporter.write_example or (verify and exporter.read_example):
         if batches is None:
             raise UsageError(f"{target} runs the model: it needs --data")
-        settings["example"] = collect(batches, model)[0]
+        example["example"] = collect(batches, model)[0]
     content: dict[str, Any] = {"target": target, "file": out}
     lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
     if snap and target in export.TARGETS:
@@ -117,14 +115,15 @@ def write(
         plan = found.plan
     if verify:
         with _calm():
-            report = export.verify(plan, model, target, **{key: settings[key] for key in settings.keys() & reads})
+            read_settings = {name: settings[name] for name in exporter.read_settings}
+            report = export.verify(plan, model, target, **read_settings, **(example if exporter.read_example else {}))
         content["verified"] = [
             {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
         ]
         content |= {"told_bytes": report.told_bytes, "stored_bytes": report.stored_bytes}
         lines += ["", str(report)]
     with _calm():
-        exporter(plan, model, path=out, **{key: settings[key] for key in settings.keys() & takes})
+        exporter(plan, model, path=out, **settings, **(example if exporter.write_example else {}))
     content["layers"] = {name: str(precision) for name, precision in plan.items()}
     return content, "\n".join(lines)
 
@@ -143,16 +142,13 @@ def _calm() -> Iterator[None]:
         logging.disable(before)
 
 
-def _settings(target: str, exporter: Any, options: Sequence[str]) -> dict[str, Any]:
-    """Keywords of the exporter from `name=value` texts."""
-    hints = typing.get_type_hints(exporter)
+def _settings(exporter: "Exporter", options: Sequence[str]) -> dict[str, Any]:
+    """Settings of the exporter from `name=value` texts."""
     fields = [
-        (name, hints[name], dataclasses.field(default=parameter.default))
-        for name, parameter in inspect.signature(exporter).parameters.items()
-        if name not in _OWN
+        (name, setting.kind, dataclasses.field(default=setting.default)) for name, setting in exporter.settings.items()
     ]
-    made = part(target, {target: dataclasses.make_dataclass("Settings", fields)}, "target", options)
-    return {name: getattr(made, name) for name, _, _ in fields}
+    values = part(exporter.name, {exporter.name: dataclasses.make_dataclass("Settings", fields)}, "target", options)
+    return {name: getattr(values, name) for name in exporter.settings}
 
 
 COMMAND = Command(

@@ -9,6 +9,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments
@@ -101,3 +102,14 @@ def read_aimet(plan: Plan, model: nn.Module, *, example: Batch, quantizer: Round
             tolerance=1e-6 * float(weight.abs().max()),
         )
     return StoredModel(found)
+
+
+AIMET = Exporter(
+    "aimet",
+    aimet,
+    "aimet-torch",
+    read_aimet,
+    settings={"quantizer": Setting(RoundToNearest, REFERENCE)},
+    read_settings=("quantizer",),
+    read_example=True,
+)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
@@ -98,3 +99,8 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMo
             None,  # kept in float until it is saved
         )
     return StoredModel(found)
+
+
+AUTO_ROUND = Exporter(
+    "auto-round", auto_round, "auto-round", read_auto_round, settings={"vllm": Setting(bool, True)}, read_example=True
+)

@@ -11,6 +11,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel, rest_bytes
@@ -98,3 +99,6 @@ def read_bitsandbytes(plan: Plan, model: nn.Module) -> StoredModel:
             tolerance=1e-6 * float(original.abs().max()),
         )
     return StoredModel(found, rest_bytes(loaded.state_dict(), found))
+
+
+BITSANDBYTES = Exporter("bitsandbytes", bitsandbytes, "bitsandbytes", read_bitsandbytes)

@@ -9,6 +9,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
@@ -110,3 +111,6 @@ def _quantized(plan: Plan, model: nn.Module) -> nn.Module:
             name_blacklist=[name for name in names if name not in chosen],
         )
     return model
+
+
+BREVITAS = Exporter("brevitas", brevitas, "brevitas", read_brevitas, write_needs_package=True)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError, MpsearchWarning
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import (
@@ -215,3 +216,14 @@ def _save(model: nn.Module, folder: Path, known: Mapping[str, tuple[str, ...]], 
             group.targets = renamed(group.targets, known)
         made.quantization_config.ignore = renamed([*made.quantization_config.ignore, *ignored], known)
     made.update_config(folder)
+
+
+COMPRESSED_TENSORS = Exporter(
+    "compressed-tensors",
+    compressed_tensors,
+    "compressed-tensors",
+    read_compressed_tensors,
+    settings={"vllm": Setting(bool, True), "quantizer": Setting(RoundToNearest, REFERENCE)},
+    read_settings=("quantizer",),
+    write_needs_package=True,
+)

@@ -9,6 +9,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments, converted, stored
@@ -90,3 +91,16 @@ def _program(graph: torch.fx.GraphModule, args: tuple[Any, ...], backend: Backen
     lower = package("executorch.exir", _EXTRA).to_edge_transform_and_lower
     exported = torch.export.export(graph, args)
     return bytes(lower(exported, partitioner=partitioners).to_executorch().buffer)
+
+
+EXECUTORCH = Exporter(
+    "executorch",
+    executorch,
+    "executorch",
+    read_executorch,
+    settings={"backend": Setting(Backend, "portable")},
+    read_settings=("backend",),
+    write_needs_package=True,
+    write_example=True,
+    read_example=True,
+)

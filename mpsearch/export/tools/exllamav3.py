@@ -7,6 +7,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.files.writing import write_atomically
 from mpsearch.files.yaml_writing import yaml_text
@@ -49,3 +50,6 @@ def exllamav3(
     if path is not None:
         write_atomically(path, yaml_text(content))
     return content
+
+
+EXLLAMAV3 = Exporter("exllamav3", exllamav3)

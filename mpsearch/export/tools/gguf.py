@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
@@ -228,3 +229,14 @@ def _describe(writer: Any, model: nn.Module) -> None:
         writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("none")
+
+
+GGUF = Exporter(
+    "gguf",
+    gguf,
+    "gguf",
+    read_gguf,
+    settings={"architecture": Setting(str, "llama")},
+    read_settings=("architecture",),
+    write_needs_package=True,
+)

@@ -13,6 +13,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
@@ -133,3 +134,8 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMod
 def _settings(precision: Precision) -> dict[str, Any]:
     settings = {"bits": precision.weight_bits, "group_size": precision.group_size or -1, "sym": True, "desc_act": False}
     return settings if precision.group_size else {**settings, "act_group_aware": False}  # which needs groups
+
+
+GPTQMODEL = Exporter(
+    "gptqmodel", gptqmodel, "gptqmodel", read_gptqmodel, settings={"vllm": Setting(bool, False)}, read_example=True
+)

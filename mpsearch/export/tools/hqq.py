@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
@@ -83,3 +84,6 @@ def _replace(plan: Plan, model: nn.Module) -> None:
             )
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, made)
+
+
+HQQ = Exporter("hqq", hqq, "hqq", read_hqq, write_needs_package=True)

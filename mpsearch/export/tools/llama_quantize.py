@@ -9,6 +9,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
@@ -97,3 +98,12 @@ def tensor_name(layer: str, architecture: str) -> str:
     if found is None:
         raise ExportError(f"llama.cpp has no tensor for {layer!r} in the architecture {architecture!r}")
     return f"{found}.weight"
+
+
+LLAMA_QUANTIZE = Exporter(
+    "llama-quantize",
+    llama_quantize,
+    "gguf",
+    settings={"architecture": Setting(str, "llama"), "left_alone": Setting(str, "f16")},
+    write_needs_package=True,
+)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
@@ -116,3 +117,13 @@ def _rounded(weight: Tensor, precision: Precision) -> Tensor:
     rows = weight.reshape(-1, precision.group_size or weight.shape[1])
     scales = rows.abs().amax(1, keepdim=True) / (half - 0.5)
     return ((rows / scales).round().clamp(-half, half - 1) * scales).reshape(weight.shape)
+
+
+LLM_COMPRESSOR = Exporter(
+    "llm-compressor",
+    llm_compressor,
+    "llmcompressor",
+    read_llm_compressor,
+    settings={"vllm": Setting(bool, True), "modifier": Setting(Modifier, "QuantizationModifier")},
+    read_settings=("modifier",),
+)

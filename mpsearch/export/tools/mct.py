@@ -8,6 +8,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.export.tracing import traced
 from mpsearch.files.writing import write_atomically
@@ -64,3 +65,6 @@ def mct(
     if path is not None:
         write_atomically(path, json.dumps(content, indent=1) + "\n")
     return content
+
+
+MCT = Exporter("mct", mct)

@@ -11,6 +11,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel
@@ -124,3 +125,6 @@ def _tree(model: nn.Module) -> Any:
             place = place[part]
         setattr(place, last, made)
     return root
+
+
+MLX = Exporter("mlx", mlx, "mlx", read_mlx)

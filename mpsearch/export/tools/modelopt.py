@@ -10,6 +10,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers
@@ -106,3 +107,6 @@ def _quantizers(name: str, own: Container[str]) -> tuple[str, str]:
         return f"{name}.weight_quantizer", f"{name}.input_quantizer"
     head = f"{place.block}.{place.part}"
     return f"{head}_weight_quantizers.{place.number}", f"{head}_input_quantizer"
+
+
+MODELOPT = Exporter("modelopt", modelopt, "nvidia-modelopt", read_modelopt, settings={"vllm": Setting(bool, False)})

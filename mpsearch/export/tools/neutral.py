@@ -10,6 +10,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import described, named_in
 from mpsearch.files.writing import csv_text, write_atomically
 from mpsearch.files.yaml_writing import yaml_text
@@ -71,3 +72,6 @@ def _text(content: dict[str, dict[str, Any]], suffix: str) -> str:
     return csv_text(
         [["layer", *_COLUMNS], *([name, *(row[column] for column in _COLUMNS)] for name, row in content.items())]
     )
+
+
+NEUTRAL = Exporter("neutral", neutral, settings={"keys": Setting(Literal["name", "regex"], "name")})

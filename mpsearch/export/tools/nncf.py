@@ -10,6 +10,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments
@@ -133,3 +134,6 @@ def _computed(openvino: Any, node: Any) -> Any:
 
 def _order(precision: Precision) -> tuple[bool, int, int]:
     return precision.weight == "3", -precision.weight_bits, precision.group_size or 0
+
+
+NNCF = Exporter("nncf", nncf, "nncf", read_nncf, read_example=True)

@@ -11,6 +11,7 @@ from torch.nn import functional
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes
 from mpsearch.export.package import package
@@ -186,3 +187,24 @@ def _without_bias(graph: Any, node: Any) -> Any:
     if bias:
         graph.node.insert(place + 1, helper.make_node("Add", [product, *bias], [output]))
     return graph.node[place]
+
+
+ONNXRUNTIME = Exporter(
+    "onnxruntime",
+    onnxruntime,
+    "onnxruntime",
+    read_onnxruntime,
+    settings={
+        "dynamic_shapes": Setting(Any, None),
+        "accuracy_level": Setting(int, 0),
+        "quantizer": Setting(RoundToNearest, REFERENCE),
+    },
+    read_settings=(
+        "dynamic_shapes",
+        "accuracy_level",
+        "quantizer",
+    ),
+    write_needs_package=True,
+    write_example=True,
+    read_example=True,
+)

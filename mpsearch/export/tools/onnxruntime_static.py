@@ -15,6 +15,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes, transposed
 from mpsearch.export.package import package
@@ -174,3 +175,24 @@ def _reader(traced: Any, inputs: Any) -> Any:
     batches = iter([{name: value.numpy() for name, value in feeds.items()}])
     base = package("onnxruntime.quantization", _EXTRA).CalibrationDataReader
     return type("Example", (base,), {"get_next": lambda _self: next(batches, None)})()
+
+
+ONNXRUNTIME_STATIC = Exporter(
+    "onnxruntime-static",
+    onnxruntime_static,
+    "onnxruntime",
+    read_onnxruntime_static,
+    settings={
+        "dynamic_shapes": Setting(Any, None),
+        "quantizer": Setting(RoundToNearest, REFERENCE),
+        "reduce_range": Setting(bool, False),
+    },
+    read_settings=(
+        "dynamic_shapes",
+        "quantizer",
+        "reduce_range",
+    ),
+    write_needs_package=True,
+    write_example=True,
+    read_example=True,
+)

@@ -11,6 +11,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
@@ -185,3 +186,16 @@ def _constant(graph: Any, target: str) -> torch.Tensor:
     for part in target.split("."):
         value = getattr(value, part)
     return cast(torch.Tensor, value).detach()
+
+
+PT2E = Exporter(
+    "pt2e",
+    pt2e,
+    "torchao",
+    read_pt2e,
+    settings={"outputs": Setting(bool, False)},
+    read_settings=("outputs",),
+    write_needs_package=True,
+    write_example=True,
+    read_example=True,
+)

@@ -8,6 +8,7 @@ from torch import nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
+from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel, rest_bytes
@@ -80,3 +81,6 @@ def read_quanto(plan: Plan, model: nn.Module) -> StoredModel:
             tolerance=1e-6 * float(original.abs().max()),
         )
     return StoredModel(found, rest_bytes(model.state_dict(), found))
+
+
+QUANTO = Exporter("quanto", quanto, "optimum-quanto", read_quanto)

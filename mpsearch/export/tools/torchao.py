@@ -11,6 +11,7 @@ from torch import nn
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
+from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel, layer_bytes, rest_bytes
@@ -102,3 +103,14 @@ def _config(precision: Precision, symmetric: bool) -> Any:
             weight_dtype=dtype, weight_granularity=scales, weight_mapping_type=mapping
         )
     return quantization.IntxWeightOnlyConfig(weight_dtype=dtype, granularity=scales, mapping_type=mapping)
+
+
+TORCHAO = Exporter(
+    "torchao",
+    torchao,
+    "torchao",
+    read_torchao,
+    settings={"symmetric": Setting(bool, False), "vllm": Setting(bool, False)},
+    read_settings=("symmetric",),
+    write_needs_package=True,
+)
