@@ -43,6 +43,7 @@ class Exporter:
         write_needs_package: `write` itself does not work without the package.
         write_example: `write` runs or traces the model, so it takes one batch as `example`.
         read_example: so does `read`.
+        stable_bytes: the same plan is written as the same bytes; not where a library writes addresses of objects into its file.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Exporter:
     write_needs_package: bool = False
     write_example: bool = False
     read_example: bool = False
+    stable_bytes: bool = True
 
     @property
     def target(self) -> Target | None:

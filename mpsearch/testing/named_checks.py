@@ -1,5 +1,6 @@
 """Named checks: what every contract suite yields, and how all of them are run at once."""
 
+import unittest
 from collections.abc import Callable, Iterable, Iterator
 
 #: Name and check; a check takes no argument and raises AssertionError with what was expected and what came.
@@ -29,6 +30,8 @@ def run_all(part: str, checks: Iterable[tuple[str, Callable[[], None]]]) -> None
         count += 1
         try:
             check()
+        except unittest.SkipTest:  # a package that it needs is not installed
+            count -= 1
         except AssertionError as error:
             failures[name] = error
     if failures:

@@ -198,4 +198,5 @@ PT2E = Exporter(
     write_needs_package=True,
     write_example=True,
     read_example=True,
+    stable_bytes=False,
 )
