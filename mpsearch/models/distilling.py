@@ -127,10 +127,10 @@ def _loss(model: nn.Module, norms: Sequence[_BatchNorm], x: Tensor, dtype: torch
         call(model, x.to(dtype))
     mean, deviation = _statistics(x)
     loss = mean.square().sum() + (deviation - 1).square().sum()
-    for norm, given in seen:
+    for norm, batch_input in seen:
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        mean, deviation = _statistics(given)
+        mean, deviation = _statistics(batch_input)
         loss = loss + (mean - norm.running_mean.float()).square().sum()
         loss = loss + (deviation - (norm.running_var.float() + _EPSILON).sqrt()).square().sum()
     return loss

@@ -72,18 +72,18 @@ def trace(
     def enter(name: str) -> Callable[..., None]:
         return lambda _module, args, keywords: recorder.enter(name, first_tensor((*args, *keywords.values())))
 
-    def leave(name: str, left: Callable[[str, Tensor], None] = recorder.leave) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-            made = first_tensor(output)  # routers return more
-            left(name, made)
-            observer(name, module, first_tensor((*args, *keywords.values())), made)
+    def leave(name: str, note: Callable[[str, Tensor], None] = recorder.leave) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
+            result = first_tensor(output)  # routers return more
+            note(name, result)
+            observer(name, module, first_tensor((*args, *keywords.values())), result)
 
-        return see
+        return hook
 
     handles = []
     reads = operands_of(model).reads
     try:
-        for name, module in [*layers.items(), *((name, one) for name, one in reads.items() if name in layers)]:
+        for name, module in [*layers.items(), *((name, read) for name, read in reads.items() if name in layers)]:
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave(name), prepend=True, with_kwargs=True))
         for name, module in caches.items():
@@ -112,7 +112,7 @@ class _Recorder(TorchDispatchMode):
         self.products: list[tuple[int, ...]] = []  # nodes that meet
         self.sums: list[tuple[int, ...]] = []
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
-        self.made: Counter[int] = Counter()  # storage -> times it was given out
+        self.allocations: Counter[int] = Counter()  # storage -> times it was given out
         self.waiting: dict[tuple[int, int, int], str] = {}  # what is of a cache and was in no product yet -> the cache
         self.depth = 0  # layers that are running: their products are their own
 
@@ -140,16 +140,16 @@ class _Recorder(TorchDispatchMode):
 
     def _part(self, tensor: Tensor) -> tuple[int, int, int]:
         """Keys and values may lie in one storage."""
-        return _storage(tensor), self.made[_storage(tensor)], int(tensor.storage_offset())
+        return _storage(tensor), self.allocations[_storage(tensor)], int(tensor.storage_offset())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = list(_tensors((args, kwargs)))
-        read = {_storage(tensor) for tensor in given}
+        arguments = list(_tensors((args, kwargs)))
+        read = {_storage(tensor) for tensor in arguments}
         parents = tuple({self.nodes[place] for place in read if place in self.nodes})
         name = func.overloadpacket.__name__
-        self._meet(name, given)
-        waiting = self._product(name, given, [self.waiting.get(self._part(tensor), "") for tensor in given])
+        self._meet(name, arguments)
+        waiting = self._product(name, arguments, [self.waiting.get(self._part(tensor), "") for tensor in arguments])
         for tensor in _tensors(result):
             place = _storage(tensor)
             if place not in read or func._schema.is_mutable:
@@ -160,18 +160,18 @@ class _Recorder(TorchDispatchMode):
                     self._node(tensor, parents)
                 else:
                     self.nodes.pop(place, None)
-                self.made[place] += place not in read
+                self.allocations[place] += place not in read
                 self.waiting[self._part(tensor)] = waiting
         return result
 
-    def _product(self, name: str, given: list[Tensor], caches: list[str]) -> str:
+    def _product(self, name: str, arguments: list[Tensor], caches: list[str]) -> str:
         """Count a product of what goes into caches; the cache whose contents go on from here, if any."""
         if "attention" in name:
-            queries, keys, values = given[:3]  # (batch, heads, tokens, size)
+            queries, keys, values = arguments[:3]  # (batch, heads, tokens, size)
             sizes = [0, keys.shape[-1], values.shape[-1]]
             macs = [queries.shape[:-1].numel() * keys.shape[-2] * size for size in sizes]
         elif name in ("mm", "bmm", "baddbmm") and not self.depth:
-            macs = [given[-2].numel() * given[-1].shape[-1]] * len(given)
+            macs = [arguments[-2].numel() * arguments[-1].shape[-1]] * len(arguments)
         else:
             return next(filter(None, caches), "")
         for cache, count in zip(caches, macs, strict=False):
@@ -179,15 +179,15 @@ class _Recorder(TorchDispatchMode):
                 self.flow.cached_macs[cache] += count
         return ""
 
-    def _meet(self, name: str, given: list[Tensor]) -> None:
+    def _meet(self, name: str, arguments: list[Tensor]) -> None:
         """Note what an operation brings together."""
         if name.rstrip("_") in _PRODUCTS or "attention" in name:
             meetings = self.products
-        elif name.rstrip("_") == "add" and len({tensor.shape for tensor in given}) == 1:
+        elif name.rstrip("_") == "add" and len({tensor.shape for tensor in arguments}) == 1:
             meetings = self.sums
         else:
             return
-        nodes = tuple(self.nodes[place] for place in map(_storage, given) if place in self.nodes)
+        nodes = tuple(self.nodes[place] for place in map(_storage, arguments) if place in self.nodes)
         if len(nodes) > 1:
             meetings.append(nodes)
 
@@ -221,33 +221,33 @@ class _Recorder(TorchDispatchMode):
         pairs: set[frozenset[str]] = set()
         done: set[tuple[int, int]] = set()
         for nodes in self.products:
-            for one, other in itertools.combinations([makers[node] for node in nodes], 2):
-                if one and other and (id(one), id(other)) not in done:
-                    done.add((id(one), id(other)))
-                    for key in one.keys() & other.keys():
-                        pairs.update(frozenset(pair) for pair in itertools.product(one[key], other[key]))
+            for first, second in itertools.combinations([makers[node] for node in nodes], 2):
+                if first and second and (id(first), id(second)) not in done:
+                    done.add((id(first), id(second)))
+                    for key in first.keys() & second.keys():
+                        pairs.update(frozenset(pair) for pair in itertools.product(first[key], second[key]))
         return {pair for pair in pairs if len(pair) == 2}
 
     def _added(self) -> set[frozenset[str]]:
         """Each with each would be quadratic: what met before is one from then on."""
-        one_of: dict[int, str | None] = {}  # node -> one of its layers, where all of them have met
+        representative: dict[int, str | None] = {}  # node -> one of its layers, where all of them have met
         pairs: set[frozenset[str]] = set()
 
-        def layers_of(node: int) -> list[str]:
-            found, left, seen = [], [node], set[int]()
-            while left:
-                place = left.pop()
-                if place in seen:
+        def layers_of(start: int) -> list[str]:
+            names, open_nodes, seen = [], [start], set[int]()
+            while open_nodes:
+                node = open_nodes.pop()
+                if node in seen:
                     continue
-                seen.add(place)
-                if place in one_of:
-                    found += [name for name in [one_of[place]] if name is not None]
-                elif place in self.names:
-                    found.append(self.names[place])
+                seen.add(node)
+                if node in representative:
+                    names += [name for name in [representative[node]] if name is not None]
+                elif node in self.names:
+                    names.append(self.names[node])
                 else:
-                    left += self.parents[place]
+                    open_nodes += self.parents[node]
             whole.update(seen)
-            return found
+            return names
 
         for nodes in self.sums:
             whole = set[int]()
@@ -256,7 +256,7 @@ class _Recorder(TorchDispatchMode):
                 continue
             first = sides[0][0]
             pairs.update(frozenset((first, name)) for side in sides for name in side if name != first)
-            one_of.update(dict.fromkeys(whole, first))
+            representative.update(dict.fromkeys(whole, first))
         return pairs
 
 

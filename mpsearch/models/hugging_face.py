@@ -33,12 +33,12 @@ def model_of(folder: str) -> nn.Module:
         if not hasattr(transformers, names[0]):
             raise UsageError(f"model hf:{folder}: transformers {transformers.__version__} has no {names[0]}")
         with _without_bars(transformers):
-            made: nn.Module = getattr(transformers, names[0]).from_pretrained(
+            model: nn.Module = getattr(transformers, names[0]).from_pretrained(
                 folder, local_files_only=True, dtype="auto"
             )
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"model hf:{folder}: {type(error).__name__}: {_one_line(error)}") from error
-    return made.eval()
+    return model.eval()
 
 
 def text_batches(file: str, model: nn.Module) -> list[dict[str, Tensor]]:

@@ -102,12 +102,12 @@ def part(name: str, known: Mapping[str, type], what: str, options: Sequence[str]
             raise UsageError(f"{what} {name!r} has no option {key!r}{nearest(key, fields) or '; it has none'}")
         settings[key] = _value(hints[key], text.strip(), f"option {key} of {name}")
     with _one_line(f"{what} {name!r} cannot be made"):
-        made = cls(**settings)
+        instance = cls(**settings)
     needed = {"estimator": "estimate", "solver": "choose", "resource": "__call__", "proposer": "propose"}.get(what)
-    if needed and not callable(getattr(made, needed, None)):
+    if needed and not callable(getattr(instance, needed, None)):
         raise UsageError(f"{what} {name!r} has no method {needed!r}")
-    check_settings(made, UsageError)
-    return made
+    check_settings(instance, UsageError)
+    return instance
 
 
 def _value(hint: Any, text: str, what: str) -> Any:

@@ -32,8 +32,8 @@ def observed(observers: Mapping[nn.Module, Observer]) -> Iterator[None]:
 
 def input_of(args: tuple[Any, ...], keywords: Mapping[str, Any]) -> Tensor:
     """The input of a call: the first floating-point tensor, else the first tensor."""
-    given = [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)]
-    return next((x for x in given if x.is_floating_point()), given[0])
+    tensors = [x for x in (*args, *keywords.values()) if isinstance(x, Tensor)]
+    return next((x for x in tensors if x.is_floating_point()), tensors[0])
 
 
 def by_sample(x: Tensor, samples: int) -> Tensor:

@@ -58,5 +58,5 @@ def _resident(field: str) -> int | None:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
         return None
-    found = [line.split()[1] for line in lines if line.startswith(field + ":")]
-    return 1024 * int(found[0]) if found else None
+    sizes = [line.split()[1] for line in lines if line.startswith(field + ":")]
+    return 1024 * int(sizes[0]) if sizes else None

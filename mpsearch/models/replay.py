@@ -65,9 +65,9 @@ class Trace:
             index of the call, 0 (= run everything) where none does.
         """
         wanted = {id(module) for module in modules}
-        found = [i for i, one in enumerate(self.calls) if id(one.module) in wanted][:1]
-        found += [self.readers[key] for key in map(_storage, parameters) if key in self.readers]
-        return min(found, key=lambda i: self.calls[i].start, default=0)
+        indices = [i for i, recorded in enumerate(self.calls) if id(recorded.module) in wanted][:1]
+        indices += [self.readers[key] for key in map(_storage, parameters) if key in self.readers]
+        return min(indices, key=lambda i: self.calls[i].start, default=0)
 
     def share(self, entry: int) -> float:
         """Part of the floating-point operations of a run that a re-run from an entry does."""
@@ -76,17 +76,17 @@ class Trace:
     def finished(self, entry: int) -> list[int]:
         """Outermost calls that have returned when a call is entered."""
         time = self.calls[entry].start
-        found: list[int] = []
+        outermost: list[int] = []
         covered = -1.0
-        for i, one in enumerate(self.calls):
-            if one.end < time and one.start > covered:
-                found.append(i)
-                covered = one.end
-        return found
+        for i, recorded in enumerate(self.calls):
+            if recorded.end < time and recorded.start > covered:
+                outermost.append(i)
+                covered = recorded.end
+        return outermost
 
     def running(self, entry: int) -> list[int]:
         """Calls that have not returned when a call is entered, and all later ones."""
-        return [i for i, one in enumerate(self.calls) if one.end > self.calls[entry].start]
+        return [i for i, recorded in enumerate(self.calls) if recorded.end > self.calls[entry].start]
 
 
 def record(model: nn.Module, batch: Batch) -> tuple[Trace, Tensor]:
@@ -134,8 +134,8 @@ class _Recorder(TorchDispatchMode):
         self.time += 1
         index = self.stack.pop()
         self.calls[index].end = self.time
-        kept = self.outputs[index] = [(t, t._version) for t in tree_iter(output) if isinstance(t, Tensor)]
-        for tensor, _ in kept:
+        tensors = self.outputs[index] = [(t, t._version) for t in tree_iter(output) if isinstance(t, Tensor)]
+        for tensor, _ in tensors:
             self.makers.setdefault(_storage(tensor), []).append(index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -161,15 +161,15 @@ class _Recorder(TorchDispatchMode):
         for maker in self.makers.get(_storage(output), ()):
             self.calls[maker].read_until = math.inf
         sizes: dict[int, int] = {}
-        for index, kept in self.outputs.items():
-            self.calls[index].mutated = any(tensor._version != version for tensor, version in kept)
-            sizes |= {_storage(tensor): tensor.numel() * tensor.element_size() for tensor, _ in kept}
+        for index, tensors in self.outputs.items():
+            self.calls[index].mutated = any(tensor._version != version for tensor, version in tensors)
+            sizes |= {_storage(tensor): tensor.numel() * tensor.element_size() for tensor, _ in tensors}
         events = [(0.0, 0)]
-        for index, kept in self.outputs.items():
-            one = self.calls[index]
-            size = sum(tensor.numel() * tensor.element_size() for tensor, _ in kept)
-            if one.read_until > one.end:
-                events += [(one.end, size), (one.read_until, -size)]
+        for index, tensors in self.outputs.items():
+            recorded = self.calls[index]
+            size = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
+            if recorded.read_until > recorded.end:
+                events += [(recorded.end, size), (recorded.read_until, -size)]
         held = most = 0
         for _, size in sorted(events):
             held += size
@@ -199,7 +199,7 @@ class Resumption:
     >>> called = []
     >>> handle = net[0].register_forward_pre_hook(lambda module, args: called.append(module.forward.__name__))
     >>> bool((held.run() == output).all()), called     # the first layer's output is given, not computed
-    (True, ['given'])
+    (True, ['replayed'])
     """
 
     model: nn.Module
@@ -214,17 +214,17 @@ class Resumption:
             return
         finished = self.trace.finished(entry)
         time = self.trace.calls[entry].start
-        kept = {index: self._held(index, self.outputs[index], time) for index in finished if index in self.outputs}
+        outputs = {index: self._held(index, self.outputs[index], time) for index in finished if index in self.outputs}
         wanted = {index for index in finished if index not in self.outputs}
 
         def keep(index: int, output: Any) -> None:
             if index in wanted:
                 copied = _copied(output) if self.trace.calls[index].mutated else output
-                kept[index] = self._held(index, copied, time)
+                outputs[index] = self._held(index, copied, time)
 
         with contextlib.suppress(_Entered), self._instrumented(keep, wanted, entry):
             call(self.model, self.batch)
-        self.entry, self.outputs = entry, kept
+        self.entry, self.outputs = entry, outputs
 
     def _held(self, index: int, output: Any, time: int) -> Any:
         """An output as it is held from a time on: where nobody reads it any more, only its shape."""
@@ -255,7 +255,7 @@ class Resumption:
         def replacement(module: nn.Module, sequence: Iterator[int]) -> Any:
             original = module.forward
 
-            def given(*args: Any, **kwargs: Any) -> Any:
+            def replayed(*args: Any, **kwargs: Any) -> Any:
                 index = next(sequence, -1)
                 if index in outputs:
                     return _copied(outputs[index]) if calls[index].mutated else outputs[index]
@@ -266,7 +266,7 @@ class Resumption:
                     keep(index, output)
                 return output
 
-            return given
+            return replayed
 
         own = {module: vars(module)["forward"] for module in order if "forward" in vars(module)}
         try:

@@ -67,8 +67,10 @@ def output_of(model: nn.Module, batch: Batch) -> Any:
     except MpsearchError:
         raise
     except Exception as error:
-        shape, (told, *_) = tuple(first_tensor(inputs).shape), [*str(error).splitlines(), ""]
-        raise EstimatorError(f"the model fails on a batch of shape {shape}: {type(error).__name__}: {told}") from error
+        shape, (reason, *_) = tuple(first_tensor(inputs).shape), [*str(error).splitlines(), ""]
+        raise EstimatorError(
+            f"the model fails on a batch of shape {shape}: {type(error).__name__}: {reason}"
+        ) from error
 
 
 def logits_of(output: Any) -> Tensor:
