@@ -33,7 +33,7 @@ from mpsearch import export
 from mpsearch.export.verification import REFERENCE
 from mpsearch.files.writing import write_atomically
 from mpsearch.metrics.statistics import Mean, kl_divergence, log_softmax
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.quantizer import Quantizer
 
 RESULTS = Path(__file__).resolve().parent / "results"
 CALIBRATION = 256  # windows of 64 characters, to search with

@@ -16,8 +16,7 @@ PARTS = (
     "export",
     "imports",
     "display.figures",
-    "quantizers.rounding",
-    "quantizers.transforms",
+    "quantizers",
     "testing",
 )
 

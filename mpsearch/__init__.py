@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from mpsearch.plan_search.proxy_search import evolve_proxy as evolve_proxy
     from mpsearch.plan_search.result import SearchResult as SearchResult
     from mpsearch.plan_search.searching import search as search
+    from mpsearch.quantizers.quantizer import Quantizer as Quantizer
 
 __all__ = [
     "Budget",
@@ -83,6 +84,7 @@ __all__ = [
     "Precision",
     "ProxyEvolution",
     "ProxyTruth",
+    "Quantizer",
     "SearchResult",
     "Solution",
     "Solver",
@@ -127,10 +129,11 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "forecast": "mpsearch.calibration.profiling",
     "measure_plans": "mpsearch.calibration.measuring",
     "profile": "mpsearch.calibration.profiling",
+    "Quantizer": "mpsearch.quantizers.quantizer",
     "search": "mpsearch.plan_search.searching",
     "SearchResult": "mpsearch.plan_search.result",
 }
-_FOLDERS = ("export", "sensitivity", "solvers", "testing")
+_FOLDERS = ("export", "quantizers", "sensitivity", "solvers", "testing")
 
 
 def __getattr__(name: str) -> Any:

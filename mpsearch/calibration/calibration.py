@@ -77,7 +77,8 @@ from mpsearch.models.running import (
     state_fingerprint,
     unchanged,
 )
-from mpsearch.quantizers.fake_quantization import Quantizer, checked_quantizer, input_ranges
+from mpsearch.quantizers.fake_quantization import input_ranges
+from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
 
 Differentiated = Comparison | TargetLoss | Loss
 
@@ -146,7 +147,8 @@ class Calibration:
         batches: calibration data, read once; what `mpsearch.models.data.batches.arranged` reads.
         precisions: the options, `mps.precisions("w2 w4 w8")`; without them plans can be measured, but no table be made.
         layers: the decisions, or `LayerOptions` to find them by; by default all that `mps.layers` finds.
-        quantizer: the one that will ship; by default `RoundToNearest()`.
+        quantizer: the one that will ship: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function of a weight and a
+            precision; by default `RoundToNearest()`. What looks at the inputs of layers is shown `batches`.
         metric: what outputs are compared by: a name of `mpsearch.metrics.registry.METRICS`, a metric or a function; by default what
             fits outputs and targets.
         loss: `loss(model, batch) -> scalar` of one's own for estimators that differentiate and for `metric="loss"`; or `kl`,
@@ -192,7 +194,7 @@ class Calibration:
         precisions: Sequence[Precision] | None = None,
         *,
         layers: Sequence[Layer] | LayerOptions | None = None,
-        quantizer: Quantizer | None = None,
+        quantizer: AnyQuantizer | None = None,
         metric: str | Metric | Callable[..., Any] | None = None,
         loss: Loss | Literal["kl", "cross-entropy"] | None = None,
         resources: Resources = ("memory_bytes", "bitops"),
@@ -203,7 +205,7 @@ class Calibration:
         check_keywords("Calibration", options, CalibrationOptions)
         self.model = model
         self.batches = collect(batches, model)
-        self.quantizer = checked_quantizer(quantizer)
+        self.quantizer = resolve_quantizer(quantizer)
         check_metric(metric)
         self.fingerprint = ""
         #: all data of the run
@@ -230,6 +232,10 @@ class Calibration:
     def __enter__(self) -> Self:
         self.fingerprint = state_fingerprint(self.model)
         self._stack.enter_context(preserved(self.model, self.example))
+        with contextlib.ExitStack() as undone:  # where the data is no good, the model is put back
+            undone.push(self._stack)
+            self.quantizer = resolve_quantizer(self.quantizer, self.model, self.batches)
+            undone.pop_all()
         self._inside = True
         return self
 

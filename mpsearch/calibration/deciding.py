@@ -17,7 +17,7 @@ from mpsearch.errors import TableError, nearest
 from mpsearch.estimation.estimator import Decision
 from mpsearch.models.modules.weights import layer_of, named_layers, weight_of
 from mpsearch.models.running import Batch, preserved
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.quantizer import Quantizer
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import RESOURCES, Resource
 from mpsearch.resources.columns import (

@@ -11,7 +11,7 @@ from mpsearch.core.plan import Plan
 from mpsearch.estimation.estimator import Loss
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch, collect
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.registry import AnyQuantizer
 
 
 def evaluate(
@@ -21,7 +21,7 @@ def evaluate(
     *,
     metric: str | Metric | Callable[..., Any] | None = None,
     loss: Loss | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     calibration: Iterable[Batch] | None = None,
     progress: bool = True,
 ) -> Evaluation:
@@ -37,8 +37,10 @@ def evaluate(
             outputs and targets: `kl`, `bernoulli-kl` or `relative-error`; `measured` of the result tells which and why.
         loss: `loss(model, batch) -> scalar`; by default, where there are targets that fit, the cross-entropy (integer labels), the
             binary cross-entropy (0/1 labels) or the squared error (numbers).
-        quantizer: of the weights; by default `RoundToNearest()`.
-        calibration: data for the ranges of quantized inputs; by default the held-out inputs themselves.
+        quantizer: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function `quantizer(weight, precision)`; by default
+            `RoundToNearest()`.
+        calibration: data for the ranges of quantized inputs, and for a quantizer that looks at inputs; by default the held-out
+            inputs themselves.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:

@@ -15,7 +15,8 @@ from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.fingerprints import described, digest, output_identity
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import fingerprint
-from mpsearch.quantizers.fake_quantization import Quantizer, quantized_weight
+from mpsearch.quantizers.fake_quantization import quantized_weight
+from mpsearch.quantizers.quantizer import Quantizer
 
 
 def run_identity(

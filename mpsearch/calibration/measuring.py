@@ -11,7 +11,7 @@ from mpsearch.core.plan import Plan
 from mpsearch.estimation.estimator import Loss
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch, collect
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.registry import AnyQuantizer
 
 
 def measure_plans(
@@ -22,7 +22,7 @@ def measure_plans(
     metric: str | Metric | Callable[..., Any] | None = None,
     higher_is_better: bool = False,
     loss: Loss | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     calibration: Iterable[Batch] | None = None,
     progress: bool = True,
 ) -> MeasuredPlans:
@@ -39,8 +39,10 @@ def measure_plans(
         metric: as for `evaluate`; by default what fits outputs and targets.
         higher_is_better: direction of a function.
         loss: of one's own, for `metric="loss"`.
-        quantizer: of the weights; by default `RoundToNearest()`.
-        calibration: data for the ranges of quantized inputs; by default the held-out inputs themselves.
+        quantizer: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function `quantizer(weight, precision)`; by default
+            `RoundToNearest()`.
+        calibration: data for the ranges of quantized inputs, and for a quantizer that looks at inputs; by default the held-out
+            inputs themselves.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:

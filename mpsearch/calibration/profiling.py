@@ -18,7 +18,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Estimator, Loss, Passes
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.registry import AnyQuantizer
 
 
 @overload
@@ -31,7 +31,7 @@ def profile(
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | LayerOptions | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
@@ -49,7 +49,7 @@ def profile(
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | LayerOptions | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
@@ -66,7 +66,7 @@ def profile(
     metric: str | Metric | None = None,
     loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | LayerOptions | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
@@ -88,7 +88,8 @@ def profile(
         loss: `loss(model, batch) -> scalar` of your own for estimators that differentiate; or `kl`, `cross-entropy`, in place of
             `metric`.
         layers: the decisions, or `mps.LayerOptions` to find them by; by default all that `mps.layers` finds.
-        quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
+        quantizer: the one that will ship: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function
+            `quantizer(weight, precision)`; by default `RoundToNearest()`.
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to as it is finished; a run that finds it there goes on. Refused where
             weights, output, data, quantizer, layers, precisions or loss are not those that it was written for; an output that differs

@@ -1,9 +1,8 @@
 """Options that a layer may not have, is too small for, or that its target cannot carry out: not allowed, left as they are in the model."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.core.printing import without_option
 from mpsearch.errors import MpsearchWarning, TableError
 from mpsearch.quantizers.packing import row_misfit
-from mpsearch.quantizers.rounding import stored_bytes
+from mpsearch.quantizers.quantizer import Around, Quantizer
 from mpsearch.targets.rules import TARGETS
 
 
@@ -87,7 +86,7 @@ def _groups(layers: Sequence[Layer]) -> list[list[int]]:
 
 
 @dataclass(frozen=True)
-class OnlyAllowed:
+class OnlyAllowed(Around):
     """A quantizer that leaves a weight as it is where a precision is refused, so that nothing is spent on it.
 
     Attributes:
@@ -95,38 +94,26 @@ class OnlyAllowed:
         refused: layer -> precisions.
     """
 
-    quantizer: Any
+    quantizer: Quantizer
     refused: Mapping[str, frozenset[Precision]]
 
-    def of_layer(self, name: str) -> Callable[[Tensor, Precision], Tensor]:
+    def of_layer(self, name: str) -> Quantizer:
         """The quantizer of one layer."""
-        of_layer = getattr(self.quantizer, "of_layer", None)
-        inner = self.quantizer if of_layer is None else of_layer(name)
-        return _OfLayer(inner, self.refused.get(name, frozenset()))
-
-    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
-        """As the quantizer within."""
-        return stored_bytes(self.quantizer, layer, precision)
-
-    def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
-        """As the quantizer within."""
-        found: Tensor = self.quantizer(weight, precision)
-        return found
+        return _OfLayer(self.quantizer.of_layer(name), self.refused.get(name, frozenset()))
 
 
 @dataclass(frozen=True)
-class _OfLayer:
-    quantizer: Any
+class _OfLayer(Around):
+    quantizer: Quantizer
     refused: frozenset[Precision]
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
-        found: Tensor = weight if precision in self.refused else self.quantizer(weight, precision)
-        return found
+        return weight if precision in self.refused else self.quantizer(weight, precision)
 
 
 def only_allowed(
-    quantizer: Any, layers: Sequence[Layer], options: Sequence[Precision], refused: NDArray[np.bool_]
-) -> Any:
+    quantizer: Quantizer, layers: Sequence[Layer], options: Sequence[Precision], refused: NDArray[np.bool_]
+) -> Quantizer:
     """The quantizer, kept from what is refused; itself where nothing is."""
     if not refused.any():
         return quantizer

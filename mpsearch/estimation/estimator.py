@@ -20,14 +20,8 @@ from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import given_of, missing_labels
 from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import Batch, predictions, targets_of
-from mpsearch.quantizers.fake_quantization import (
-    Quantizer,
-    Ranges,
-    input_quantizer,
-    quantized_weight,
-    weights,
-    with_input,
-)
+from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
+from mpsearch.quantizers.quantizer import Quantizer
 
 #: Most that `Context.quantized` keeps.
 KEPT_BYTES = 256 * 2**20

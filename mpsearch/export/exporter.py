@@ -12,7 +12,7 @@ from mpsearch.export.fitting import fitted
 from mpsearch.export.package import version
 from mpsearch.export.verification import Reader, Verification, verified
 from mpsearch.models.unwrapping import unwrapped
-from mpsearch.quantizers.packing import is_symmetric
+from mpsearch.quantizers.quantizer import checked_quantizer
 from mpsearch.targets.rules import TARGETS, Target
 
 
@@ -83,7 +83,7 @@ def carried_out(exporter: Exporter, plan: Plan, model: nn.Module, **options: Any
     if exporter.read is None or exporter.target is None:
         raise ExportError(f"{exporter.name!r} cannot be verified here: nothing reads it back")
     model = unwrapped(model)
-    symmetric = is_symmetric(options.get("quantizer"))
+    symmetric = checked_quantizer(options.get("quantizer")).symmetric
     fitting = fitted(replace(plan, usage={}), model, exporter.target.name, vllm=False, symmetric=symmetric)
     plan = replace(fitting, usage=plan.usage)
     return verified(exporter.target, version(exporter.package), exporter.read, plan, model, **options)

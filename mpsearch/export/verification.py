@@ -17,7 +17,7 @@ from mpsearch.errors import VerificationError
 from mpsearch.export.fitting import counted_for, differing
 from mpsearch.models.modules.decomposing import unfused
 from mpsearch.models.modules.weights import canonical, storage_of
-from mpsearch.quantizers.packing import is_symmetric
+from mpsearch.quantizers.quantizer import checked_quantizer
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.targets.rules import Target
 
@@ -170,7 +170,7 @@ def verified(target: Target, version: str, read: Reader, plan: Plan, model: nn.M
     copied = copy.deepcopy(model)
     with unfused(model):
         weights = {name: canonical(model.get_submodule(name)).detach() for name in plan}
-    counted = plan_bytes(plan, model, target, symmetric=is_symmetric(options.get("quantizer")))
+    counted = plan_bytes(plan, model, target, symmetric=checked_quantizer(options.get("quantizer")).symmetric)
     stored = read(replace(plan, usage={}), copied, **options)  # what its bytes should be is told below
     wanted = {name: p for name, p in plan.items() if p.quantizes_weight or p.quantizes_activation}
     wrong = [f"{name!r} was left alone, the plan says {wanted[name]}" for name in wanted if name not in stored.layers]

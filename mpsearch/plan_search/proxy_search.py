@@ -31,7 +31,7 @@ from mpsearch.metrics.statistics import wide
 from mpsearch.models.determinism import probed_output
 from mpsearch.models.fingerprints import described, digest, output_identity
 from mpsearch.models.running import Batch, collect
-from mpsearch.quantizers.fake_quantization import Quantizer
+from mpsearch.quantizers.registry import AnyQuantizer
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
 
 Floats = NDArray[np.float64]
@@ -56,7 +56,7 @@ class ProxyTruth:
     model: nn.Module
     batches: Iterable[Batch]
     measured: MeasuredPlans | Sequence[MeasuredPlans]
-    quantizer: Quantizer | None = None
+    quantizer: AnyQuantizer | None = None
     loss: Loss | Literal["kl", "cross-entropy"] | None = None
 
 

@@ -59,7 +59,8 @@ from mpsearch.plan_search.result import SearchResult, measured_front
 from mpsearch.plan_search.schedule import Schedule
 from mpsearch.plan_search.starting_tables import FEW
 from mpsearch.plan_search.task import SearchTask, size
-from mpsearch.quantizers.fake_quantization import Quantizer, checked_quantizer, input_ranges
+from mpsearch.quantizers.fake_quantization import input_ranges
+from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
 from mpsearch.resources.columns import counted, refused_cells, table_fields
 
 Effort = Literal["fast", "default", "thorough"]
@@ -82,7 +83,7 @@ def search(
     max_passes: float | None = None,
     metric: str | Metric | Callable[..., Any] | None = None,
     layers: Sequence[Layer] | LayerOptions | None = None,
-    quantizer: Quantizer | None = None,
+    quantizer: AnyQuantizer | None = None,
     seed: int = 0,
     **options: Unpack[SearchOptions],
 ) -> SearchResult:
@@ -115,7 +116,8 @@ def search(
             signals, embeddings, one output a sample), `bernoulli-kl` for 0/1 labels, else `kl`; the result tells which and why, and a
             warning what was assumed. Tables compare outputs by the metric, or where it does not by the default one.
         layers: the decisions; or which there are to be, `mps.LayerOptions(...)`; by default all that `mps.layers` finds.
-        quantizer: `quantizer(weight, precision)`, the one that will ship; by default `RoundToNearest()`.
+        quantizer: the one that will ship: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function
+            `quantizer(weight, precision)`; by default `RoundToNearest()`.
         seed: of the split and of all draws.
         **options: `SearchOptions`: data of your own for the parts, loss, tolerance, front, estimators, proposers, single layers, resources,
             checkpoint, an earlier search.
@@ -144,7 +146,7 @@ def search(
         fixed=settings["fixed"],
     )
     offered = checked_precisions(precisions)
-    quantize = checked_quantizer(quantizer)
+    quantize = resolve_quantizer(quantizer)
     check_metric(metric)
     loss, estimators = settings["loss"], settings["estimators"]
     if loss is not None and metric != "loss":
@@ -163,6 +165,7 @@ def search(
     start = time.perf_counter()
     example = few(parts["score"][0], PROBED)
     with preserved(model, example):
+        quantize = resolve_quantizer(quantize, model, parts["score"])
         if chosen_layers is None:
             chosen_layers = find_layers(model, parts["score"][0], **layer_options.finding)
         with_own = with_options(chosen_layers, layer_options.allow, layer_options.fixed)

@@ -16,12 +16,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.modules.weights import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.models.running import Batch, call
-from mpsearch.quantizers.rounding import RoundToNearest
+from mpsearch.quantizers.quantizer import Quantizer
 
-#: `quantizer(weight, precision)`: same shape, dtype and device, dequantized; output channels come first. It may also have
-#: `activation_values(x, format, low, high)` for inputs, channels last, `of_layer(name)`, the quantizer of one layer, and
-#: `stored_bytes(layer, precision)` where it stores more than `RoundToNearest` does (`quantize.StoresBytes`).
-Quantizer = Callable[[Tensor, Precision], Tensor]
 #: Least and greatest input of each layer over the calibration data.
 Ranges = Mapping[str, tuple[float, float]]
 
@@ -37,40 +33,20 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
     with torch.no_grad():
         weight = canonical(module).detach()
         try:
-            found = _of_layer(quantizer, name)(weight, precision)
+            values = quantizer.of_layer(name)(weight, precision)
         except EstimatorError as error:
             raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
-        check_kind(found, Tensor, f"a tensor from the quantizer for layer {name!r} at {precision}", EstimatorError)
-        if found.shape != weight.shape or found.dtype != weight.dtype or found.device != weight.device:
+        check_kind(values, Tensor, f"a tensor from the quantizer for layer {name!r} at {precision}", EstimatorError)
+        if values.shape != weight.shape or values.dtype != weight.dtype or values.device != weight.device:
             raise EstimatorError(
-                f"the quantizer returned {tuple(found.shape)} {found.dtype} on {found.device} for layer {name!r} at "
+                f"the quantizer returned {tuple(values.shape)} {values.dtype} on {values.device} for layer {name!r} at "
                 f"{precision}, expected {tuple(weight.shape)} {weight.dtype} on {weight.device}"
             )
-        if found.numel() and not torch.isfinite(torch.stack(torch.aminmax(found))).all():  # no copy of a large layer
+        if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():  # no copy of a large layer
             raise EstimatorError(
                 f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
             )
-        return restore(module, found)
-
-
-def checked_quantizer(quantizer: Quantizer | None) -> Quantizer:
-    """What is given as a quantizer, `RoundToNearest()` for None.
-
-    Raises:
-        EstimatorError: for what is neither a function nor tells those of single layers.
-    """
-    if quantizer is None:
-        return RoundToNearest()
-    if not callable(quantizer) and not hasattr(quantizer, "of_layer"):
-        raise EstimatorError(
-            f"expected a quantizer, quantizer(weight, precision), got the {type(quantizer).__name__} {quantizer!r}"
-        )
-    return quantizer
-
-
-def _of_layer(quantizer: Quantizer, name: str) -> Quantizer:
-    of_layer: Callable[[str], Quantizer] | None = getattr(quantizer, "of_layer", None)
-    return quantizer if of_layer is None else of_layer(name)
+        return restore(module, values)
 
 
 @contextlib.contextmanager
@@ -134,7 +110,7 @@ def input_quantizer(
         module: blocks, and tokens, lie along the channels of its input.
         name: of the layer.
         precision: its precision; a cache takes the weight format.
-        quantizer: its own `activation_values`, or that of `RoundToNearest()`.
+        quantizer: of inputs.
         ranges: calibrated ranges by layer.
     """
     if isinstance(module, KVCache):
@@ -142,18 +118,15 @@ def input_quantizer(
     if not precision.quantizes_activation:
         return None
     axis = channel_axis(module)
-    inner = _of_layer(quantizer, name)
-    while not hasattr(inner, "activation_values"):
-        inner = getattr(inner, "quantizer", RoundToNearest())  # a wrapper leaves inputs to what it is around
-    values = inner.activation_values
+    inner = quantizer.of_layer(name)
     low, high = ranges.get(name, (math.nan, math.nan))
 
     def quantize(x: Tensor) -> Tensor:
         try:
-            found: Tensor = values(x.movedim(axis, -1), precision.activation, low, high)
+            values = inner.activation_values(x.movedim(axis, -1), precision.activation, low, high)
         except EstimatorError as error:
             raise EstimatorError(f"input of layer {name!r} at {precision}: {error}") from None
-        return found.movedim(-1, axis)
+        return values.movedim(-1, axis)
 
     return quantize
 
@@ -162,10 +135,7 @@ def _cache_quantizer(name: str, precision: Precision, quantizer: Quantizer) -> C
     """Keys and values: each head of each token as a row of a weight, by its largest value, as is done while a model runs."""
     if not precision.quantizes_weight:
         return None
-    inner: Any = quantizer
-    while not isinstance(inner, RoundToNearest):
-        inner = getattr(inner, "quantizer", RoundToNearest())
-    on_the_spot = dataclasses.replace(inner, scale="max", granularity="channel")
+    on_the_spot = dataclasses.replace(quantizer.rounding, scale="max", granularity="channel")
 
     def quantize(x: Tensor) -> Tensor:
         try:
@@ -180,12 +150,12 @@ def quantized_weights(
     model: nn.Module, precisions: Mapping[str, Precision], quantizer: Quantizer
 ) -> dict[nn.Parameter, Tensor]:
     """Quantized values of the weights of layers, tied ones once."""
-    found: dict[nn.Parameter, Tensor] = {}
+    values: dict[nn.Parameter, Tensor] = {}
     for name, precision in precisions.items():
         module = layer_of(model, name)
-        if holds_weight(module) and precision.quantizes_weight and weight_of(module) not in found:
-            found[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
-    return found
+        if holds_weight(module) and precision.quantizes_weight and weight_of(module) not in values:
+            values[weight_of(module)] = quantized_weight(module, name, precision, quantizer)
+    return values
 
 
 def input_quantizers(

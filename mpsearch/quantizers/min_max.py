@@ -5,13 +5,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mpsearch.core.formats import number_format
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
+from mpsearch.errors import EstimatorError
+from mpsearch.quantizers.quantizer import Around
 from mpsearch.quantizers.rounding import RoundToNearest
 
 
 @dataclass(frozen=True)
-class MinMax:
+class MinMax(Around):
     """The quantizer of torchao's `IntxWeightOnlyConfig`, and of inputs by its `Int8DynamicActivationIntxWeightConfig`.
 
     With it `evaluate` and `search` measure what torchao will run.
@@ -30,12 +33,30 @@ class MinMax:
 
     symmetric: bool = False
 
+    @property
+    def quantizer(self) -> RoundToNearest:
+        """What counts its bytes."""
+        return RoundToNearest(symmetric=self.symmetric)
+
+    @property
+    def rounding(self) -> RoundToNearest:
+        """The default one: torchao has no cache."""
+        return RoundToNearest()
+
     def stored_bytes(self, layer: Layer, precision: Precision) -> int:
         """Bytes of packed codes, scales and zero-points; torchao itself keeps codes in int8, `TARGETS["torchao"]` counts that."""
         return RoundToNearest(symmetric=self.symmetric).stored_bytes(layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
-        """The weight after quantization and back; (out, ...), same shape, dtype and device."""
+        """The weight after quantization and back; (out, ...), same shape, dtype and device.
+
+        Raises:
+            EstimatorError: for a format that is no integer.
+        """
+        if not precision.quantizes_weight:
+            return weight
+        if number_format(precision.weight).family != "integer":
+            raise EstimatorError(f"MinMax rounds to integers, got w{precision.weight}; take RoundToNearest for it")
         bits = precision.weight_bits
         least, most = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
         rows = weight.reshape(-1, precision.group_size or weight[0].numel())

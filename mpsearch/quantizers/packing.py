@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,20 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.quantizers import ggml
 from mpsearch.quantizers.formats import Grid, format_named, grid_of
+
+
+class ScaleLayout(Protocol):
+    """What of a quantizer decides how many scales and zero-points are stored."""
+
+    @property
+    def symmetric(self) -> bool:
+        """There are no zero-points."""
+        ...
+
+    @property
+    def granularity(self) -> Literal["channel", "tensor"]:
+        """Where there are no groups: a scale for each output channel, or one for the tensor."""
+        ...
 
 
 def group_of(precision: Precision) -> int | None:
@@ -174,17 +188,7 @@ def row_misfit(layer: Layer, precision: Precision) -> str | None:
     return f"{facts.name} packs rows in multiples of {block} weights, the weight has {width}" if width % block else None
 
 
-def is_symmetric(quantizer: Any) -> bool:
-    """False for a quantizer with zero-points; True where it does not tell.
-
-    >>> from mpsearch.quantizers.rounding import RoundToNearest
-    >>> is_symmetric(RoundToNearest(symmetric=False)), is_symmetric(None)
-    (False, True)
-    """
-    return bool(getattr(getattr(quantizer, "quantizer", quantizer), "symmetric", True))
-
-
-def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precision, quantizer: object) -> int:
+def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precision, quantizer: ScaleLayout) -> int:
     """Bytes of a packed weight, from numbers alone: codes padded to whole bytes, scales, zero-points.
 
     Args:
@@ -192,11 +196,12 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
         outputs: output channels.
         dtype_bytes: of the unquantized weight, and of a scale.
         precision: its format and group size.
-        quantizer: tells symmetric and granularity, where it is a `RoundToNearest` or around one; else symmetric, per channel.
+        quantizer: tells whether there are zero-points, and how many scales.
 
     Raises:
         EstimatorError: where the format cannot hold rows of this length.
 
+    >>> from mpsearch.quantizers.rounding import RoundToNearest
     >>> packed_bytes(1000, 10, 2, Precision.parse("w4g128"), RoundToNearest())   # 500 of codes, 10 scales of 2
     520
     >>> packed_bytes(4096 * 4096, 4096, 2, Precision("q4_k"), RoundToNearest()) * 8 / 4096**2
@@ -209,12 +214,9 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
         ggml.check_width(numel // outputs, facts.name)
         return numel // facts.block * facts.block_bytes
     codes = -(-numel * facts.bits // 8)
-    if size is not None:
-        scales = outputs * -(-(numel // outputs) // size)
-    else:
-        inner = getattr(quantizer, "quantizer", quantizer)
-        scales = outputs if getattr(inner, "granularity", "channel") == "channel" else 1
-    zeros = -(-scales * facts.bits // 8) if facts.family == "integer" and not is_symmetric(quantizer) else 0
+    rows = outputs if quantizer.granularity == "channel" else 1
+    scales = rows if size is None else outputs * -(-(numel // outputs) // size)
+    zeros = -(-scales * facts.bits // 8) if facts.family == "integer" and not quantizer.symmetric else 0
     return codes + scales * facts.scale_bytes(dtype_bytes) + facts.tensor_scale_bytes + zeros
 
 

@@ -1,12 +1,12 @@
 """The reference quantizers: round to nearest, with scales by largest value or by least squared error."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpsearch.core.formats import number_format
 from mpsearch.core.layer import Layer
@@ -14,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.quantizers.formats import Grid, format_named, grid_of
 from mpsearch.quantizers.formats.format import CHUNK, CHUNK_ELSEWHERE, in_blocks, pieces, wide
-from mpsearch.quantizers.packing import Codes, group_of, is_symmetric, packed_bytes
+from mpsearch.quantizers.packing import Codes, group_of, packed_bytes
 
 #: Shrink factors of the largest value that the search for the scale tries; 1 first, so that ties keep the full range.
 _FACTORS = tuple(1 - 0.01 * step for step in range(80))
@@ -72,6 +72,36 @@ class RoundToNearest:
         if not precision.quantizes_weight:
             return weight
         return self._codes(weight, precision, weight.dtype).values()
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    @property
+    def bytes_from(self) -> Literal["packed"]:
+        """Bytes are those of packed codes and scales."""
+        return "packed"
+
+    @property
+    def needs_data(self) -> bool:
+        """It looks at weights alone; ranges of inputs are handed to `activation_values`."""
+        return False
+
+    @property
+    def rounding(self) -> "RoundToNearest":
+        """Itself."""
+        return self
+
+    def of_layer(self, name: str) -> Self:
+        """Itself: all layers are alike."""
+        del name
+        return self
+
+    def calibrated(self, model: nn.Module, batches: Sequence[Any]) -> Self:
+        """Itself: it needs no data."""
+        del model, batches
+        return self
 
     def stored_bytes(self, layer: Layer, precision: Precision) -> int:
         """Bytes of the packed weight of a layer; see `packed_bytes`."""
@@ -273,38 +303,18 @@ def _neighbours(full: Tensor, grid: Grid, dtype: torch.dtype) -> Iterator[Tensor
             yield scale + scale * (step * eps)
 
 
-@runtime_checkable
-class StoresBytes(Protocol):
-    """A quantizer that tells the bytes of what it stores: codes, scales, and all else that its weight is made of again."""
+@dataclass(frozen=True)
+class RoundByLargest(RoundToNearest):
+    """`RoundToNearest` with the scale of the largest value, without a search: what many kernels do on the spot.
 
-    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
-        """Bytes of the weight of a layer (its `weight_shape`, `dtype`) at a precision."""
-        ...
+    Attributes:
+        symmetric: no zero-point.
+        scale: `max`; `mse` searches all the same.
+        granularity: a scale for each output channel (or group), or one for the tensor.
+        activation: inputs with one calibrated range for the tensor, or one for each token, taken on the spot.
 
-
-def stored_bytes(quantizer: Any, layer: Layer, precision: Precision) -> int:
-    """Bytes of the weight of a layer as a quantizer stores it; as `RoundToNearest` does where it does not tell.
-
-    Args:
-        quantizer: any; `StoresBytes` tells.
-        layer: with the shape and dtype of its weight.
-        precision: w16 is the weight as it is.
-
-    Raises:
-        EstimatorError: where the format cannot hold such rows, or the quantizer tells no whole number of bytes.
-
-    >>> stored_bytes(RoundToNearest(symmetric=False), Layer("fc", "linear", (8, 4)), Precision("4"))   # 16 + 8 x 4 + 8 / 2
-    52
+    >>> RoundByLargest()(torch.tensor([[-3.0, 1.2, 0.4]]), Precision("3"))
+    tensor([[-3.,  1.,  0.]])
     """
-    if not precision.quantizes_weight or not isinstance(quantizer, StoresBytes):
-        return RoundToNearest(symmetric=is_symmetric(quantizer)).stored_bytes(layer, precision)
-    size: Any = quantizer.stored_bytes(layer, precision)
-    try:
-        whole = int(size)
-    except (TypeError, ValueError, OverflowError):
-        whole = -1
-    if whole < 0 or whole != size:
-        raise EstimatorError(
-            f"{type(quantizer).__name__}.stored_bytes returned {size!r}, expected a whole number of bytes, 0 or more"
-        )
-    return whole
+
+    scale: Literal["mse", "max"] = "max"

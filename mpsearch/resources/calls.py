@@ -13,7 +13,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import Batch, call, first_tensor, preserved
-from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.packing import ScaleLayout, packed_bytes
 from mpsearch.resources.arithmetic import stored_bits
 
 
@@ -65,7 +65,7 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
     return found
 
 
-def bytes_moved(layer: Layer, one: Call, precision: Precision, quantizer: object) -> float:
+def bytes_moved(layer: Layer, one: Call, precision: Precision, quantizer: ScaleLayout) -> float:
     """Bytes that a call moves: the packed weight, or the rows of an embedding that are looked up, once; input and output once.
 
     Keys and values are written to the cache once and read once. nan where the format cannot hold rows of this length: not allowed.

@@ -12,6 +12,7 @@ from mpsearch.core.formats import Number
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.packing import ScaleLayout
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import number
 from mpsearch.resources.calls import bytes_moved, calls_of
@@ -93,7 +94,7 @@ class Energy:
     )
 
     operations: OperationEnergy = OperationEnergy()
-    quantizer: object = RoundToNearest()
+    quantizer: ScaleLayout = RoundToNearest()  # noqa: RUF009 frozen
 
     def __call__(
         self, model: nn.Module, layers: Sequence[Layer], precisions: Sequence[Precision], *, example: Batch

@@ -14,7 +14,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, TableError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.running import Batch, call, preserved
-from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.packing import ScaleLayout, packed_bytes
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 
@@ -35,7 +35,7 @@ class Cache:
     window: int | None
     dtype_bytes: int
 
-    def nbytes(self, precision: Precision, context: int, quantizer: object) -> float:
+    def nbytes(self, precision: Precision, context: int, quantizer: ScaleLayout) -> float:
         """Bytes for one sequence; every head of every token has a scale of its own. nan where the format cannot hold a head."""
         tokens = context if self.window is None else min(context, self.window)
         try:
@@ -84,7 +84,7 @@ class KVCacheBytes:
     batch: int = 1
     keys: Precision = Precision("16")  # noqa: RUF009 frozen
     values: Precision = Precision("16")  # noqa: RUF009 frozen
-    quantizer: object = RoundToNearest()
+    quantizer: ScaleLayout = RoundToNearest()  # noqa: RUF009 frozen
 
     def __post_init__(self) -> None:
         if self.context < 1 or self.batch < 1:

@@ -12,8 +12,9 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
 from mpsearch.errors import EstimatorError, MpsearchWarning
-from mpsearch.quantizers.packing import is_symmetric, row_misfit
-from mpsearch.quantizers.rounding import RoundToNearest, StoresBytes, stored_bytes
+from mpsearch.quantizers.packing import row_misfit
+from mpsearch.quantizers.quantizer import checked_quantizer, stored_bytes
+from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 from mpsearch.targets.rules import TARGETS
 from mpsearch.targets.storage import PACKED, Storage
@@ -27,7 +28,7 @@ class MemoryBytes:
     codes of its own for each layer that shares a weight, norms of another dtype. Without one, codes are packed without gaps and padded to
     whole bytes a layer; a scale has the dtype of the unquantized weight, a zero-point the bits of a code. A block of MX, NVFP4 and block
     floating point has a scale of one byte, NVFP4 a float32 more a tensor; the types of GGUF have their scales inside. That is equal to the
-    byte to `quantize.Codes.pack`; a quantizer of one's own that stores more has a method `stored_bytes(layer, precision)`.
+    byte to `quantizers.packing.Codes.pack`; a quantizer of one's own that stores more has a method `stored_bytes(layer, precision)`.
 
     What is not decided (biases, norms, excluded layers, buffers) counts at its stored dtype under `fixed`; a weight that several layers
     share counts once, in the first of them. Keys and values are not stored with the model: `KVCacheBytes` counts them, and `Total` the sum.
@@ -61,9 +62,10 @@ class MemoryBytes:
         """
         usage = np.zeros((len(layers), len(precisions)))
         storage = next((TARGETS[layer.target].storage for layer in layers if layer.target), None)
-        if storage is None and self.quantizer is not None and not isinstance(self.quantizer, StoresBytes):
+        quantizer = checked_quantizer(self.quantizer)
+        if storage is None and quantizer.bytes_from == "assumed":
             warnings.warn(
-                f"memory_bytes are those of RoundToNearest: {type(self.quantizer).__name__} has no stored_bytes(layer, precision)",
+                f"memory_bytes are those of RoundToNearest: {quantizer.name} has no stored_bytes(layer, precision)",
                 MpsearchWarning,
                 stacklevel=2,
             )
@@ -80,17 +82,19 @@ class MemoryBytes:
     def _counted(self, layers: Sequence[Layer], storage: Storage | None) -> str:
         if storage is not None:
             return f"as {next(layer.target for layer in layers if layer.target)} stores it: {storage.text}"
-        if isinstance(self.quantizer, StoresBytes) and not type(self.quantizer).__module__.startswith("mpsearch."):
-            return f"as {type(self.quantizer).__name__} tells; with target=... (--target) as that tool stores it"
+        quantizer = checked_quantizer(self.quantizer)
+        if quantizer.bytes_from == "told":
+            return f"as {quantizer.name} tells; with target=... (--target) as that tool stores it"
         return f"{PACKED.text}; with target=... (--target) as that tool stores it"
 
     def _bytes(self, layer: Layer, precision: Precision) -> float:
         if row_misfit(layer, precision) is not None:
             return np.nan
+        quantizer = checked_quantizer(self.quantizer)
         try:
             if layer.target:
-                return TARGETS[layer.target].stored_bytes(layer, precision, symmetric=is_symmetric(self.quantizer))
-            return stored_bytes(self.quantizer, layer, precision)
+                return TARGETS[layer.target].stored_bytes(layer, precision, symmetric=quantizer.symmetric)
+            return stored_bytes(quantizer, layer, precision)
         except EstimatorError as error:
             if layer.target or precision not in (layer.allowed or (precision,)):  # it may not have it anyway
                 return np.nan

@@ -12,6 +12,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import TableError, nearest
 from mpsearch.models.running import Batch, samples
+from mpsearch.quantizers.packing import ScaleLayout
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import number
 from mpsearch.resources.calls import Call, bytes_moved, calls_of
@@ -53,7 +54,7 @@ class Roofline:
     capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(unit="s", example=True, reference="plan")
 
     device: str | Device = "a100"
-    quantizer: object = RoundToNearest()
+    quantizer: ScaleLayout = RoundToNearest()  # noqa: RUF009 frozen
 
     def __post_init__(self) -> None:
         if isinstance(self.device, str) and self.device not in DEVICES:

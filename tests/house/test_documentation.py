@@ -40,8 +40,7 @@ PARTS = (
     "export",
     "imports",
     "display.figures",
-    "quantizers.rounding",
-    "quantizers.transforms",
+    "quantizers",
     "testing",
 )
 

@@ -11,7 +11,7 @@ import mpsearch as mps
 from mpsearch.models.modules.functional import operands
 from mpsearch.models.modules.weights import canonical, layer_of, operands_of, restore
 from mpsearch.models.running import call, preserved
-from mpsearch.quantizers.calibrated import input_statistics
+from mpsearch.quantizers.input_statistics import input_statistics
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import FisherProjection, KLDivergence
 

@@ -9,7 +9,8 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.models.running import preserved
-from mpsearch.quantizers.calibrated import GPTQ, input_statistics
+from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.input_statistics import input_statistics
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import BitOps, KVCacheBytes, MemoryBytes, Total
 from mpsearch.sensitivity import SNIP, DeltaLoss, Fisher, FisherProjection, KLDivergence, OutputGradient, PathShapley

@@ -8,10 +8,13 @@ from torch import nn
 import mpsearch as mps
 from mpsearch import Precision
 from mpsearch.models.modules.weights import canonical
-from mpsearch.quantizers import calibrated
-from mpsearch.quantizers.calibrated import GPTQ, ActivationAware, InputStatistics, SmoothQuant, input_statistics
+from mpsearch.quantizers import gptq
+from mpsearch.quantizers.awq import ActivationAware, _output_error
+from mpsearch.quantizers.gptq import GPTQ
+from mpsearch.quantizers.input_statistics import InputStatistics, input_statistics
 from mpsearch.quantizers.packing import packed_bytes
 from mpsearch.quantizers.rounding import RoundToNearest
+from mpsearch.quantizers.smoothquant import SmoothQuant
 
 
 def normal(*shape, seed=0):
@@ -37,7 +40,7 @@ def test_statistics_against_the_layer_itself(module, shape):
     parameters = {"weight": change} if module.bias is None else {"weight": change, "bias": module.bias.detach() * 0}
     output = torch.func.functional_call(module, parameters, x)
     positions = output.numel() / len(change)  # as many outputs as rows
-    error = float(calibrated._output_error(change, found.gram))
+    error = float(_output_error(change, found.gram))
     assert error == pytest.approx(float(output.double().square().sum()) / positions, rel=1e-4)
     channels = x if isinstance(module, nn.Linear) else x.movedim(1, -1)
     flat = channels.reshape(-1, channels.shape[-1])
@@ -81,7 +84,7 @@ def surgeon(weight, gram, round_column, damping):
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize(("columns", "activation_order"), [(5, False), (128, False), (5, True)])
 def test_gptq_is_optimal_brain_surgery(monkeypatch, text, symmetric, columns, activation_order):
-    monkeypatch.setattr(calibrated, "_COLUMNS", columns)
+    monkeypatch.setattr(gptq, "_COLUMNS", columns)
     w, precision = normal(7, 12, seed=5).double(), Precision.parse(text)
     statistics = statistics_of(w, correlated())
     inner = RoundToNearest(symmetric=symmetric)

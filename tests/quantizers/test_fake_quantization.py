@@ -9,6 +9,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.core.precision import Precision
 from mpsearch.quantizers.fake_quantization import input_quantizer, input_ranges, inputs, quantized
+from mpsearch.quantizers.quantizer import checked_quantizer
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import HessianTrace, KLDivergence
 
@@ -155,7 +156,7 @@ def test_a_quantizer_may_differ_by_layer():
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     plan = {"0": Precision("4"), "1": Precision("4")}
     before = [layer.weight.clone() for layer in model]
-    with quantized(model, plan, Own(), {}):
+    with quantized(model, plan, checked_quantizer(Own()), {}):
         assert torch.equal(model[0].weight, before[0] * 2)
         assert torch.equal(model[1].weight, before[1] * 3)
 

@@ -10,9 +10,10 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch import Precision
+from mpsearch.quantizers.hadamard import HadamardRotation
 from mpsearch.quantizers.packing import packed_bytes
+from mpsearch.quantizers.percentile import PercentileClip
 from mpsearch.quantizers.rounding import RoundToNearest
-from mpsearch.quantizers.transforms import HadamardRotation, PercentileClip
 
 
 def weight(*shape, outliers=False, dtype=torch.float32):

@@ -135,7 +135,15 @@ class Format(ABC):
 
     @abstractmethod
     def round_inputs(self, rows: Tensor, fit: Fit) -> Tensor:
-        """(N, K) inputs under scales that are taken on the spot: of blocks, or of each row."""
+        """Inputs under scales that are taken on the spot: of blocks, or of each row.
+
+        Args:
+            rows: (N, K), a token a row; blocks lie along the channels.
+            fit: gives the scales of blocks where the format leaves them open.
+
+        Returns:
+            (N, K) after quantization and back.
+        """
 
     def steps(self, scales: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
         """(S, 1) what the values of the grid are multiplied by, from the stored scales."""

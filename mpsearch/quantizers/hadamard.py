@@ -1,4 +1,4 @@
-"""Quantizers around a quantizer: what some methods do to a weight before and after rounding, without data."""
+"""Rotation of the input channels before rounding."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,47 +6,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
+from mpsearch.quantizers.quantizer import Around
 from mpsearch.quantizers.rounding import RoundToNearest
 
 
 @dataclass(frozen=True)
-class PercentileClip:
-    """Clip each output channel at a percentile of its absolute values, then quantize: the few outliers no longer stretch the scale.
-
-    Attributes:
-        percentile: of |w| over a channel, above 0 and up to 100; 100 clips nothing.
-        quantizer: rounds what is left; with its largest value as the range, since a search would clip by itself.
-
-    The channel's third of four sizes, 3, is its 75th percentile:
-
-    >>> PercentileClip(75)(torch.tensor([[-1.0, 2.0, 3.0, 100.0]]), Precision("3"))
-    tensor([[-1.,  2.,  3.,  3.]])
-    """
-
-    percentile: float = 99.9
-    quantizer: RoundToNearest = field(default=RoundToNearest(scale="max"))
-
-    def __post_init__(self) -> None:
-        if not 0 < self.percentile <= 100:
-            raise EstimatorError(f"percentile={self.percentile}: expected a number above 0 and up to 100")
-
-    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
-        """As of `quantizer`."""
-        return self.quantizer.stored_bytes(layer, precision)
-
-    def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
-        """The weight after clipping, quantization and back; see `RoundToNearest`."""
-        rows = weight.reshape(weight.shape[0], -1) if weight.ndim > 1 else weight.reshape(1, -1)
-        place = max(1, math.ceil(self.percentile / 100 * rows.shape[1]))
-        limit = rows.abs().kthvalue(place, dim=1, keepdim=True).values
-        return self.quantizer(rows.clamp(-limit, limit).reshape(weight.shape), precision)
-
-
-@dataclass(frozen=True)
-class HadamardRotation:
+class HadamardRotation(Around):
     """Rotate the input channels by a randomized Hadamard matrix, quantize, and rotate back (QuaRot, 2404.00456; QuIP#, 2402.04396).
 
     w' = Q(w R) R^T with R = D H / sqrt(b) on blocks of b channels, D random signs. Inputs are rotated the same way, x' = Q(x R) R^T, so
@@ -72,10 +39,6 @@ class HadamardRotation:
     def __post_init__(self) -> None:
         if self.block < 1:
             raise EstimatorError(f"block={self.block}: expected 1 or more")
-
-    def stored_bytes(self, layer: Layer, precision: Precision) -> int:
-        """As of `quantizer`: the signs come from the seed."""
-        return self.quantizer.stored_bytes(layer, precision)
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         """The weight after rotation, quantization and back; see `RoundToNearest`."""
