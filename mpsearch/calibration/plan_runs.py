@@ -16,8 +16,8 @@ from mpsearch.metrics.metric import Floats
 from mpsearch.metrics.runs import Run, run
 from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
 from mpsearch.models.running import Batch
-from mpsearch.quantizers.quantizer import Quantizer
 from mpsearch.quantizers.fake_quantization import Ranges, input_quantizers, inputs, quantized_weights, weights
+from mpsearch.quantizers.quantizer import Quantizer
 
 
 class Reader(Protocol):
