@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from mpsearch.calibration.profiling import profile as profile
     from mpsearch.core.evaluation import Evaluation as Evaluation
     from mpsearch.decisions.finding import layers as layers
+    from mpsearch.estimation.context import Context as Context
+    from mpsearch.estimation.estimator import Estimate as Estimate
+    from mpsearch.estimation.estimator import Estimator as Estimator
     from mpsearch.estimation.proxies.evolution import ProxyEvolution as ProxyEvolution
     from mpsearch.evaluation.table_fitting import calibrate as calibrate
     from mpsearch.models.distilling import distill_data as distill_data
@@ -64,7 +67,10 @@ __all__ = [
     "BudgetError",
     "Calibration",
     "Choice",
+    "Context",
     "CostTable",
+    "Estimate",
+    "Estimator",
     "EstimatorError",
     "Evaluation",
     "ExportError",
@@ -116,6 +122,9 @@ _NEED_TORCH = {  # loaded when first used, so that solving and showing never loa
     "Calibration": "mpsearch.calibration.calibration",
     "calibrate": "mpsearch.evaluation.table_fitting",
     "distill_data": "mpsearch.models.distilling",
+    "Context": "mpsearch.estimation.context",
+    "Estimate": "mpsearch.estimation.estimator",
+    "Estimator": "mpsearch.estimation.estimator",
     "evaluate": "mpsearch.calibration.evaluating",
     "Evaluation": "mpsearch.core.evaluation",
     "evolve_proxy": "mpsearch.plan_search.proxy_search",

@@ -20,7 +20,6 @@ from mpsearch.calibration.deciding import (
     Resources,
     check_layers,
     checked_precisions,
-    decisions_of,
     left_undecided,
     resource_columns,
     unscored_table,
@@ -43,6 +42,7 @@ from mpsearch.checkpoints.memory import NoStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.checkpoints.store import Store
 from mpsearch.core.callers_line import stacklevel
+from mpsearch.core.decision import decisions_of
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Groups, LayerOptions, Options, columns, layers_and_options, with_options

@@ -14,7 +14,6 @@ from mpsearch.core.table import CostTable
 from mpsearch.decisions.coverage import undecided
 from mpsearch.decisions.mask import decidable, refused_options
 from mpsearch.errors import TableError, nearest
-from mpsearch.estimation.estimator import Decision
 from mpsearch.models.modules.weights import layer_of, named_layers, weight_of
 from mpsearch.models.running import Batch, preserved
 from mpsearch.quantizers.quantizer import Quantizer
@@ -69,14 +68,6 @@ def check_layers(model: nn.Module, decided: Sequence[Layer]) -> None:
         seen.add(layer.name)
     if not decided:
         raise TableError("no layers to decide on")
-
-
-def decisions_of(decided: Sequence[Layer]) -> list[Decision]:
-    """Layers by the precision that they share, in the order of the first of each."""
-    members: dict[tuple[str, str], list[Layer]] = {}
-    for layer in decided:
-        members.setdefault(layer.decision, []).append(layer)
-    return [Decision(name, tuple(layers)) for (_, name), layers in members.items()]
 
 
 def resource_columns(

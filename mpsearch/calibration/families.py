@@ -1,12 +1,15 @@
 """Estimators that run together, and the layers of a tie that they score alone."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+from mpsearch.core.decision import Decision
 from mpsearch.core.settings import check_settings
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Decision, Estimate, Estimator, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate, Estimator, capabilities_of
+from mpsearch.estimation.passes import Passes
 
 #: Most layers of a tie that are scored alone where that takes runs of the model.
 _ALONE = 8
@@ -21,7 +24,7 @@ def checked_estimators(estimators: Sequence[Estimator]) -> list[Estimator]:
     if not estimators:
         raise EstimatorError("no estimator given")
     for estimator in estimators:
-        if not callable(getattr(estimator, "estimate", None)):
+        if not isinstance(estimator, Estimator):
             raise EstimatorError(f"{estimator!r} is no estimator: it has no method 'estimate'")
         check_settings(estimator, EstimatorError)
     return list(estimators)
@@ -35,7 +38,7 @@ def check_caches(estimators: Sequence[Estimator], decisions: Sequence[Decision])
     """
     names = [layer.name for decision in decisions for layer in decision.layers if layer.is_cache]
     for estimator in estimators:
-        if names and not getattr(estimator, "scores_caches", False):
+        if names and not capabilities_of(estimator).scores_caches:
             raise EstimatorError(
                 f"{type(estimator).__name__} looks at weights, and the cache {names[0]!r} has none; take an estimator that perturbs what "
                 "goes into it, such as KLDivergence or FisherProjection, or leave out kv_cache=True"
@@ -46,14 +49,14 @@ def families(estimators: Sequence[Estimator]) -> list[list[int]]:
     """Places of estimators that run together: those with the same function `together`."""
     places: dict[Any, list[int]] = {}
     for place, estimator in enumerate(estimators):
-        together = getattr(estimator, "together", None)
+        together = capabilities_of(estimator).together
         places.setdefault(place if together is None else together, []).append(place)
     return list(places.values())
 
 
 def estimates_of(context: Context, family: Sequence[Estimator]) -> list[Estimate]:
     """Run a family; an estimate for each member."""
-    together = getattr(family[0], "together", None)
+    together = capabilities_of(family[0]).together
     return together(context, family) if together else [family[0].estimate(context)]
 
 
@@ -65,7 +68,7 @@ def members_alone(family: Sequence[Estimator], decisions: Sequence[Decision], *,
         decisions: the decisions.
         runs: for estimators that take runs of the model for each decision too, for groups of up to `_ALONE` layers.
     """
-    kinds = {getattr(estimator, "scores_members", "no") for estimator in family}
+    kinds = {capabilities_of(estimator).scores_members for estimator in family}
     if kinds - {"free", "runs"} or ("runs" in kinds and not runs):
         return []
     most = _ALONE if "runs" in kinds else math.inf
@@ -84,5 +87,5 @@ def members_alone(family: Sequence[Estimator], decisions: Sequence[Decision], *,
 
 def planned_passes(estimator: Estimator, batches: int, decisions: int, precisions: int) -> Passes | None:
     """The passes over the data that an estimator says it will take, at most; None for one that does not tell."""
-    cost: Callable[[int, int, int], Passes] | None = getattr(estimator, "cost", None)
+    cost = capabilities_of(estimator).cost
     return None if cost is None else cost(batches, decisions, precisions)

@@ -1,235 +1,16 @@
-"""What an estimator is, and what it is given."""
+"""What an estimator is, what it returns, and what it may declare beside its one method."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from mpsearch.checkpoints.memory import NoStore
-from mpsearch.checkpoints.store import Store
-from mpsearch.core.layer import Layer
-from mpsearch.core.precision import Precision
-from mpsearch.errors import EstimatorError, MpsearchError
-from mpsearch.metrics.metric import Comparison
-from mpsearch.metrics.runs import Run, run
-from mpsearch.metrics.targets import Loss as TargetLoss
-from mpsearch.models.data.batches import given_of, missing_labels
-from mpsearch.models.modules.weights import layer_of, weight_of
-from mpsearch.models.running import Batch, predictions, targets_of
-from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
-from mpsearch.quantizers.quantizer import Quantizer
-
-#: Most that `Context.quantized` keeps.
-KEPT_BYTES = 256 * 2**20
-
-#: `loss(model, batch)` returns a scalar.
-Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Layers that share one precision, scored as one.
-
-    Attributes:
-        name: the layer's name, or the group's.
-        layers: its members.
-    """
-
-    name: str
-    layers: tuple[Layer, ...]
-
-
-@dataclass
-class Passes:
-    """Runs of the model so far, each over all batches counted as 1."""
-
-    forward: float = 0.0
-    backward: float = 0.0
-
-    def add(self, batches: int, *, forward: float = 0.0, backward: float = 0.0) -> None:
-        """Count runs over one of `batches` batches."""
-        self.forward += forward / batches
-        self.backward += backward / batches
-
-    def __add__(self, other: "Passes") -> "Passes":
-        return Passes(self.forward + other.forward, self.backward + other.backward)
-
-
-@dataclass(eq=False)
-class Kept:
-    """Quantized weights by their parameter and precision, the first ones up to `KEPT_BYTES`."""
-
-    values: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
-    held_bytes: int = 0
-
-    def put(self, key: tuple[int, Precision], value: Tensor) -> None:
-        """Keep a tensor while there is room."""
-        size_bytes = value.numel() * value.element_size()
-        if self.held_bytes + size_bytes <= KEPT_BYTES:
-            self.values[key] = value
-            self.held_bytes += size_bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """Everything that an estimator may use. The door has checked it, and restores the model afterwards.
-
-    Attributes:
-        model: in evaluation mode.
-        batches: B calibration batches.
-        decisions: U decisions.
-        precisions: P options.
-        quantizer: of the weights.
-        ranges: of the inputs, where a precision quantizes them.
-        loss: a metric that compares with the unquantized output, the loss with the data's targets, or the user's own.
-        progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
-        passes: the estimator counts its runs here.
-        checkpoint: where finished work goes, and is found again after an interruption.
-        kept: quantized weights; see `quantized`.
-        beside: what outputs are compared by beside a loss of the user's own.
-    """
-
-    model: nn.Module
-    batches: Sequence[Batch]
-    decisions: Sequence[Decision]
-    precisions: Sequence[Precision]
-    quantizer: Quantizer
-    ranges: Ranges
-    loss: Comparison | TargetLoss | Loss
-    progress: Callable[..., Any]
-    passes: Passes = field(default_factory=Passes)
-    checkpoint: Store = field(default_factory=NoStore)
-    kept: Kept = field(default_factory=Kept)
-    beside: Comparison | None = None
-
-    def module(self, layer: Layer) -> nn.Module:
-        """The module of a layer."""
-        return layer_of(self.model, layer.name)
-
-    def parameters(self, decision: Decision) -> dict[nn.Parameter, Layer]:
-        """The distinct weights of a unit (tied ones once), each with a layer that holds it; none of a cache."""
-        found: dict[nn.Parameter, Layer] = {}
-        for layer in decision.layers:
-            if not layer.is_cache:
-                found.setdefault(weight_of(self.module(layer)), layer)
-        return found
-
-    def quantizes_input(self, layer: Layer, precision: Precision) -> bool:
-        """True where a precision changes what a layer is given: of a cache the weight format does."""
-        return precision.quantizes_weight if layer.is_cache else precision.quantizes_activation
-
-    @property
-    def quantizes_inputs(self) -> bool:
-        """True where any precision changes what any layer is given."""
-        layers = [layer for decision in self.decisions for layer in decision.layers]
-        return any(self.quantizes_input(layer, precision) for precision in self.precisions for layer in layers)
-
-    def quantized(self, layer: Layer, precision: Precision) -> Tensor:
-        """Q(W) of a layer, laid out as the weight.
-
-        The first ones are kept, for estimators that come back to a layer with every batch.
-        """
-        key = (id(weight_of(self.module(layer))), precision)
-        value = self.kept.values.get(key)
-        if value is None:
-            value = quantized_weight(self.module(layer), layer.name, precision, self.quantizer)
-            self.kept.put(key, value)
-        return value
-
-    def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
-        """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""
-        weight = weight_of(self.module(layer)).detach()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return self.quantized(layer, precision).to(wide) - weight.to(wide)
-
-    def local_output(
-        self, layer: Layer, precision: Precision, args: tuple[Any, ...], keywords: dict[str, Any]
-    ) -> Tensor:
-        """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
-        module = self.module(layer)
-        function = input_quantizer(module, layer.name, precision, self.quantizer, self.ranges)
-        if function is not None:
-            args, keywords = with_input(module, args, keywords, function)
-        changed = precision.quantizes_weight and not layer.is_cache
-        replaced = {weight_of(module): self.quantized(layer, precision)} if changed else {}
-        with torch.no_grad(), weights(replaced):
-            output: Tensor = module.forward(*args, **keywords)
-        return output
-
-    @property
-    def comparison(self) -> Comparison | None:
-        """What the loss compares by, or, of the loss with the data's targets, what fits it; `beside` the user's own."""
-        if isinstance(self.loss, TargetLoss):
-            return self.loss.comparison
-        return self.loss if isinstance(self.loss, Comparison) else self.beside
-
-    @property
-    def unit(self) -> str:
-        """Unit of a small rise of the loss."""
-        return "nats" if callable(self.loss) else self.loss.unit
-
-    def predictions(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """`model.predictions`, with the rows as the loss reads them: logits, where the output is probabilities."""
-        rows, labels, index = predictions(self.model, output, batch)
-        return self._read(rows), labels, index
-
-    def run(self, batch: Batch) -> Run:
-        """One forward pass, with the rows as the loss reads them."""
-        found = run(self.model, batch)
-        return replace(found, rows=self._read(found.rows))
-
-    def _read(self, rows: Tensor) -> Tensor:
-        reader = self.beside if callable(self.loss) else self.loss
-        return rows if reader is None else reader.rows(rows)
-
-    def mean_loss(self, batch: Batch) -> Tensor:
-        """The loss of a batch, a scalar in the graph: one forward pass.
-
-        A comparison is the one with the model itself, held fixed: 0 here, with zero gradient, and its Hessian is the Gauss-Newton
-        matrix; of the KL that of the cross-entropy (Fisher information).
-
-        Raises:
-            EstimatorError: where it is no finite scalar.
-        """
-        if callable(self.loss):
-            try:
-                value = self.loss(self.model, given_of(batch))
-            except MpsearchError:
-                raise
-            except Exception as error:
-                raise EstimatorError(
-                    f"the loss fails, expected loss(model, batch) -> one number: {type(error).__name__}: {error}"
-                ) from error
-            if not isinstance(value, Tensor) or value.numel() != 1:
-                raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
-            value = value.reshape(())
-        elif isinstance(self.loss, Comparison):
-            found = self.run(batch)
-            value = self.loss.mean(found.rows.detach(), found.rows, found.index, found.samples)
-        else:
-            found = self.run(batch)
-            targets = self.loss.targets(self.model, batch, found)
-            if targets is None:
-                raise EstimatorError(
-                    f"the loss needs labels that fit the output, the batch has {missing_labels(batch)}; give (inputs, targets) or "
-                    "another loss"
-                )
-            value = self.loss.values(found.rows, targets).mean()
-        if not torch.isfinite(value.detach()):
-            raise EstimatorError(f"the loss is {float(value.detach())}, expected a finite number")
-        return value
-
-    def has_labels(self) -> bool:
-        """True where every batch has labels."""
-        return all(targets_of(batch) is not None for batch in self.batches)
-
-    def cells(self) -> Iterator[tuple[int, int]]:
-        """Row and column of every cell."""
-        return ((u, p) for u in range(len(self.decisions)) for p in range(len(self.precisions)))
+from mpsearch.core.decision import Decision as Decision
+from mpsearch.estimation.context import Context as Context
+from mpsearch.estimation.context import Loss as Loss
+from mpsearch.estimation.passes import Passes as Passes
 
 
 @dataclass(frozen=True)
@@ -252,10 +33,12 @@ class Estimate:
     pairs: NDArray[np.float64] | None = None
 
 
+@runtime_checkable
 class Estimator(Protocol):
-    """Scores every precision of every unit. Frozen settings; all work happens in `estimate`.
+    """Scores every precision of every decision. Frozen settings; all work happens in `estimate`.
 
-    One that perturbs what layers are given says `scores_caches = True`: it is handed caches of keys and values too.
+    What else it can do it declares by the protocols below, each of one member: `ForecastingEstimator`, `JointEstimator`,
+    `CacheEstimator`, `MemberEstimator`, `SeededEstimator`. None is needed; `capabilities_of` has what holds without.
     """
 
     def estimate(self, context: Context) -> Estimate:
@@ -271,3 +54,101 @@ class Estimator(Protocol):
             (U, P) sensitivity, finite or nan (= option not allowed), 0 where nothing is quantized.
         """
         ...
+
+
+@runtime_checkable
+class ForecastingEstimator(Estimator, Protocol):
+    """An estimator that says before any work how often it will run the model."""
+
+    def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
+        """Forward and backward passes over the data, at most.
+
+        Args:
+            batches: number of batches.
+            decisions: number of decisions.
+            precisions: number of options.
+        """
+        ...
+
+
+@runtime_checkable
+class JointEstimator(Estimator, Protocol):
+    """An estimator that shares its runs with others: those with the very same function `together` are one family."""
+
+    @staticmethod
+    def together(context: Context, estimators: Sequence[Any]) -> list[Estimate]:
+        """Score for several estimators of the family at once; an estimate for each, in their order."""
+        ...
+
+
+@runtime_checkable
+class CacheEstimator(Estimator, Protocol):
+    """An estimator that says whether it scores caches of keys and values, which have no weight."""
+
+    @property
+    def scores_caches(self) -> bool:
+        """True where it perturbs, or reads the gradient of, what goes into a layer."""
+        ...
+
+
+#: Whether layers of a tie are scored alone too: not at all, at no further pass, or at the price of runs of their own.
+Members = Literal["no", "free", "runs"]
+
+
+@runtime_checkable
+class MemberEstimator(Estimator, Protocol):
+    """An estimator that says whether decisions may overlap, so that the layers of a tie are scored alone too."""
+
+    @property
+    def scores_members(self) -> Members:
+        """`free`: at no further pass; `runs`: each takes its runs; `no`: decisions must not overlap."""
+        ...
+
+
+@runtime_checkable
+class SeededEstimator(Estimator, Protocol):
+    """An estimator that draws; another order of layers is another draw."""
+
+    @property
+    def seed(self) -> int:
+        """Of all draws."""
+        ...
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What an estimator declares, with what holds for one that declares nothing.
+
+    Attributes:
+        cost: see `ForecastingEstimator`; None: nothing is said before work.
+        together: see `JointEstimator`; None: the estimator runs alone.
+        scores_caches: see `CacheEstimator`; by default caches are refused.
+        scores_members: see `MemberEstimator`; by default decisions must not overlap.
+        seeded: the estimator draws (`SeededEstimator`).
+    """
+
+    cost: Callable[[int, int, int], Passes] | None = None
+    together: Callable[[Context, Sequence[Any]], list[Estimate]] | None = None
+    scores_caches: bool = False
+    scores_members: Members = "no"
+    seeded: bool = False
+
+
+def capabilities_of(estimator: Estimator) -> Capabilities:
+    """What an estimator declares: the one place that looks. A class with `estimate` alone declares nothing, and that is enough.
+
+    >>> class Flat:
+    ...     def estimate(self, context): ...
+    >>> capabilities_of(Flat()) == Capabilities()
+    True
+    >>> from mpsearch.sensitivity import Fisher
+    >>> capabilities_of(Fisher()).cost(3, 2, 2), capabilities_of(Fisher()).seeded
+    (Passes(forward=2, backward=1), True)
+    """
+    return Capabilities(
+        cost=estimator.cost if isinstance(estimator, ForecastingEstimator) else None,
+        together=estimator.together if isinstance(estimator, JointEstimator) else None,
+        scores_caches=isinstance(estimator, CacheEstimator) and estimator.scores_caches,
+        scores_members=estimator.scores_members if isinstance(estimator, MemberEstimator) else "no",
+        seeded=isinstance(estimator, SeededEstimator),
+    )

@@ -14,7 +14,6 @@ from tqdm.auto import tqdm
 from mpsearch.calibration.deciding import (
     check_layers,
     checked_precisions,
-    decisions_of,
     left_undecided,
     resource_columns,
 )
@@ -23,6 +22,7 @@ from mpsearch.calibration.identity import run_identity
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.budget import Budget
+from mpsearch.core.decision import decisions_of
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import LayerOptions, columns, layers_and_options, with_options
 from mpsearch.core.precision import Precision

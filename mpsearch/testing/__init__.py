@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mpsearch.core.certificate import check_solution as check_solution
     from mpsearch.testing.estimators import check_estimator as check_estimator
+    from mpsearch.testing.estimators import estimator_checks as estimator_checks
     from mpsearch.testing.exporters import exporter_checks as exporter_checks
     from mpsearch.testing.proposers import proposer_checks as proposer_checks
     from mpsearch.testing.resources import resource_checks as resource_checks
@@ -27,6 +28,7 @@ _MODULES = {
     "check_estimator": "mpsearch.testing.estimators",
     "check_solution": "mpsearch.core.certificate",
     "check_solver": "mpsearch.testing.solvers",
+    "estimator_checks": "mpsearch.testing.estimators",
     "exporter_checks": "mpsearch.testing.exporters",
     "resource_checks": "mpsearch.testing.resources",
     "proposer_checks": "mpsearch.testing.proposers",

@@ -1,10 +1,11 @@
-"""The contract suite for estimators; `mpsearch.testing.solvers.check_estimator` is its public name."""
+"""The contract of an estimator, checked behind the door `profile` on small adversarial models."""
 
 import copy
+import functools
 import json
 import random
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,19 +15,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
+from mpsearch.calibration.families import planned_passes
 from mpsearch.calibration.profiling import profile
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.core.precision import precisions as parse
+from mpsearch.core.precision import precisions as precisions_of
 from mpsearch.core.table import UNITS
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Estimator
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate, Estimator, capabilities_of
 from mpsearch.models.running import Batch, collect, data_fingerprint, fingerprint, preserved, samples
+from mpsearch.testing.named_checks import Checks, run_all
 
 Floats = NDArray[np.float64]
 
-_OPTIONS = parse("w2 w4 w8 w16")
+_OPTIONS = precisions_of("w2 w4 w8 w16")
 _TIED, _TWICE = "tied layers", "a layer called twice"
 
 
@@ -39,24 +43,7 @@ def check_estimator(
     monotone: bool = True,
     stops_early: bool = False,
 ) -> None:
-    """Hold an estimator to the contract of `mpsearch.estimation.estimator.Estimator`, behind the door `profile`.
-
-    Without a model, on small adversarial ones: convolutions with batch norm and dropout, a depthwise one, a layer of
-    zeros, attention with tied weights and padded tokens, a layer called twice beside one never called, a single layer,
-    half precision, one sample, no labels, quantized inputs, layers grouped by the user. On each:
-
-    - (U, P) float numbers, finite or nan, a known unit, standard errors of 0 or more (or nan), facts that JSON can hold;
-    - 0 where no weight and no input changes;
-    - the same bits again, whatever the state of the global random generators;
-    - model, data, settings and random generators as they were;
-    - runs of the model counted, and no more than `cost(batches, units, precisions)` forecasts where that method exists, and on
-      a single layer, where there is nothing to skip, no fewer (give or take one forward pass over quantized inputs);
-    - nothing raised but `EstimatorError`, and that on at most three models in four.
-
-    Further: the model is as it was after an exception or Ctrl-C at the first and the last forward pass, backward pass and
-    call of the quantizer, and Ctrl-C comes through; all layers of a group count; tied layers score as one layer
-    called twice, in nats; without a `seed`, layers and precisions in reverse order reverse the array; fewer bits are
-    worse in the mean.
+    """Run all of `estimator_checks` and tell every one that fails.
 
     Args:
         estimator: an instance with the settings to check.
@@ -67,38 +54,157 @@ def check_estimator(
         stops_early: whether it may need fewer passes than forecast because it converges.
 
     Raises:
-        AssertionError: with the model, what was expected and what came.
+        AssertionError: with the model, what was expected and what came, for each failing check.
         EstimatorError: for a model without data or data without a model.
 
-    >>> from mpsearch.sensitivity import KLDivergence
-    >>> check_estimator(KLDivergence())
+    >>> from mpsearch.sensitivity import RelativeWeightError
+    >>> check_estimator(RelativeWeightError())
+    """
+    checks = estimator_checks(
+        estimator, model=model, batches=batches, precisions=precisions, monotone=monotone, stops_early=stops_early
+    )
+    run_all(repr(estimator), checks)
+
+
+def estimator_checks(
+    estimator: Estimator,
+    *,
+    model: nn.Module | None = None,
+    batches: Iterable[Batch] | None = None,
+    precisions: Sequence[Precision] = _OPTIONS,
+    monotone: bool = True,
+    stops_early: bool = False,
+) -> Checks:
+    """The contract of `mpsearch.estimation.estimator.Estimator` as named checks, behind the door `profile`.
+
+    Without a model, on small adversarial ones: convolutions with batch norm and dropout, a depthwise one, a layer of
+    zeros, attention with tied weights and padded tokens, a layer called twice beside one never called, a single layer,
+    half precision, one sample, no labels, quantized inputs, layers grouped by the user. On each:
+
+    - answers: (D, P) float numbers, finite or nan, a known unit, standard errors of 0 or more (or nan), facts that JSON can hold;
+      model, data, settings and random generators as they were; nothing raised but `EstimatorError`, and that on at most three models
+      in four;
+    - nothing costs nothing: 0 where no weight and no input changes;
+    - deterministic: the same bits again, whatever the state of the global random generators;
+    - passes: runs of the model counted, and no more than `cost(batches, decisions, precisions)` forecasts where that method exists, and
+      on a single layer, where there is nothing to skip, no fewer (give or take one forward pass over quantized inputs).
+
+    On some of them:
+
+    - put back when stopped: the model is as it was after an exception or Ctrl-C at the first and the last forward pass, backward pass
+      and call of the quantizer, and Ctrl-C comes through;
+    - order: without a `seed`, layers and precisions in reverse order reverse the array;
+    - all of a group: every layer of a group counts;
+    - tied as one: tied layers score as one layer called twice, in the unit of the loss;
+    - fewer bits are worse, in the mean over all layers.
+
+    Each model is answered once, whichever check asks first.
+
+    Args:
+        estimator: an instance with the settings to check.
+        model: check on this model alone; it comes back as it was.
+        batches: its data.
+        precisions: the options.
+        monotone: whether the estimator promises more damage, in the mean over layers, for fewer weight bits.
+        stops_early: whether it may need fewer passes than forecast because it converges.
+
+    Yields:
+        Name and check, a function without arguments that raises AssertionError with the model, what was expected and what came.
+
+    Raises:
+        EstimatorError: for a model without data or data without a model.
+
+    >>> from mpsearch.sensitivity import RelativeWeightError
+    >>> [name for name, check in estimator_checks(RelativeWeightError())][:4]
+    ['answers', 'nothing costs nothing', 'deterministic', 'passes']
     """
     if (model is None) != (batches is None):
         raise EstimatorError("check_estimator takes model and batches together, or neither")
-    with preserved(nn.Identity()), warnings.catch_warnings():  # the random generators are the caller's
+    cases: Callable[[], Iterable[_Case]] = functools.partial(_cases, tuple(precisions))
+    if model is not None and batches is not None:
+        own = _Case("the given model", model, tuple(collect(batches, model)), tuple(precisions))
+        cases = functools.partial(tuple, [own])
+    answers = _Answers(estimator, cases)
+    checks: dict[str, Callable[[], None]] = {
+        "answers": answers.check,
+        "nothing costs nothing": lambda: answers.each(_check_zero),
+        "deterministic": lambda: answers.each(_check_again),
+        "passes": lambda: answers.each(functools.partial(_check_passes, stops_early=stops_early)),
+        "put back when stopped": lambda: answers.each(_check_interrupts, most=1),
+        "order": lambda: answers.each(_check_order, most=3),
+        "all of a group": lambda: answers.each(_check_members),
+        "tied as one": answers.check_tied,
+        "fewer bits are worse": answers.check_monotone,
+    }
+    if capabilities_of(estimator).seeded:
+        del checks["order"]
+    if not monotone:
+        del checks["fewer bits are worse"]
+    for name, check in checks.items():
+        yield name, functools.partial(_alone, check)
+
+
+def _alone(check: Callable[[], None]) -> None:
+    """Run a check; the random generators are the caller's."""
+    with preserved(nn.Identity()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "the example never calls")
-        if model is not None and batches is not None:
-            cases = [_Case("the given model", model, tuple(collect(batches, model)), tuple(precisions))]
-        else:
-            cases = list(_cases(tuple(precisions)))
-        answers: dict[str, _Witness] = {}
-        for case in cases:
-            witness = _check_case(estimator, case, stops_early)
-            if witness is not None:
-                answers[case.name] = witness
-        refused = len(cases) - len(answers)
-        _hold(4 * refused <= 3 * len(cases), f"{estimator!r} refused {refused} of {len(cases)} models")
-        first, *others = answers.values()
-        _check_interrupts(first)
-        if not hasattr(estimator, "seed"):
-            for witness in (first, *others[:2]):
-                _check_order(witness)
-        for witness in answers.values():
-            _check_members(witness)
-        if {_TIED, _TWICE} <= set(answers):
-            _check_tied(answers[_TIED], answers[_TWICE])
-        if monotone:
-            _check_monotone(list(answers.values()))
+        check()
+
+
+@dataclass(eq=False)
+class _Answers:
+    """An estimator's answers to all models, each asked for once.
+
+    Attributes:
+        estimator: the part that is checked.
+        cases: makes the models.
+    """
+
+    estimator: Estimator
+    cases: Callable[[], Iterable["_Case"]]
+
+    @functools.cached_property
+    def _asked(self) -> list["_Witness | AssertionError"]:
+        answers: list[_Witness | AssertionError] = []
+        for case in self.cases():
+            try:
+                witness = _run(self.estimator, case)
+            except AssertionError as broken:
+                answers.append(broken)
+                continue
+            if witness.answer is not None:
+                witness.again = _again(witness)
+            answers.append(witness)
+        return answers
+
+    @property
+    def given(self) -> list["_Witness"]:
+        """Where the estimator answered; not where it refused a model, or broke the contract."""
+        return [witness for witness in self._asked if isinstance(witness, _Witness) and witness.answer is not None]
+
+    def check(self) -> None:
+        """Every model is answered within the contract or refused, and not too many are refused."""
+        for witness in self._asked:
+            if isinstance(witness, AssertionError):
+                raise witness
+        refused, number = len(self._asked) - len(self.given), len(self._asked)
+        _hold(4 * refused <= 3 * number, f"{self.estimator!r} refused {refused} of {number} models")
+
+    def each(self, check: Callable[["_Witness"], None], most: int | None = None) -> None:
+        """Check the first answers, by default all of them."""
+        for witness in self.given[:most]:
+            check(witness)
+
+    def check_monotone(self) -> None:
+        """Of all models together."""
+        if self.given:
+            _check_monotone(self.given)
+
+    def check_tied(self) -> None:
+        """Tied layers against one layer called twice, where both were answered."""
+        by_name = {witness.case.name: witness for witness in self.given}
+        if {_TIED, _TWICE} <= set(by_name):
+            _check_tied(by_name[_TIED], by_name[_TWICE])
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,8 +232,8 @@ class _MaxScale:
             return weight.clone()
         wide = weight.float().flatten(1)
         scale = wide.abs().amax(1, keepdim=True).clamp_min(1e-12) / (2 ** (precision.weight_bits - 1) - 1)
-        found: Tensor = (torch.round(wide / scale) * scale).reshape(weight.shape).to(weight.dtype)
-        return found
+        rounded: Tensor = (torch.round(wide / scale) * scale).reshape(weight.shape).to(weight.dtype)
+        return rounded
 
 
 @dataclass(eq=False)
@@ -141,6 +247,7 @@ class _Witness:
     error: type[BaseException] = KeyboardInterrupt
     answer: Estimate | None = None
     refusal: EstimatorError | None = None
+    again: "_Witness | AssertionError | None" = None
     context: Context | None = None
     calls: list[str] = field(default_factory=list)
     runs: float = 0.0
@@ -244,29 +351,36 @@ def _run(
 def _snapshot(estimator: Estimator, case: _Case) -> dict[str, Any]:
     """All that a caller could notice."""
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002 the user's global state
-    found: dict[str, Any] = {
+    state: dict[str, Any] = {
         "the random generators": (random.getstate(), repr(numpy_state), fingerprint([torch.get_rng_state()])),
         "the data": data_fingerprint(case.batches),
-        "the settings": repr(vars(estimator)) if hasattr(estimator, "__dict__") else "",
+        "the settings": _settings(estimator),
     }
     for name, parameter in case.model.named_parameters():
         grad = parameter.grad
         gradient = None if grad is None else (id(grad), fingerprint([grad]))
-        found[f"parameter {name}"] = (parameter.data_ptr(), fingerprint([parameter]), parameter.requires_grad, gradient)
+        state[f"parameter {name}"] = (parameter.data_ptr(), fingerprint([parameter]), parameter.requires_grad, gradient)
     for name, buffer in case.model.named_buffers():
-        found[f"buffer {name}"] = fingerprint([buffer])
+        state[f"buffer {name}"] = fingerprint([buffer])
     for name, module in case.model.named_modules():
         hooks = [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
-        found[f"module {name!r}"] = (type(module), module.training, sorted(vars(module)), hooks)
-    return found
+        state[f"module {name!r}"] = (type(module), module.training, sorted(vars(module)), hooks)
+    return state
 
 
-def _check_case(estimator: Estimator, case: _Case, stops_early: bool) -> _Witness | None:
-    """All that holds on any model; None where the estimator refuses this one."""
-    witness = _run(estimator, case)
-    answer, context, where = witness.answer, witness.context, witness.where
-    if answer is None or context is None:
-        return None
+def _settings(estimator: Estimator) -> str:
+    """The attributes of an estimator, as text; those in slots are not looked at."""
+    try:
+        return repr(vars(estimator))
+    except TypeError:
+        return ""
+
+
+def _check_zero(witness: _Witness) -> None:
+    """A cell that changes nothing has the score 0, or is not allowed."""
+    answer, context = witness.answer, witness.context
+    assert answer is not None
+    assert context is not None
     for u, p in context.cells():
         decision, precision = context.decisions[u], context.precisions[p]
         changed = precision.quantizes_activation or any(
@@ -274,18 +388,39 @@ def _check_case(estimator: Estimator, case: _Case, stops_early: bool) -> _Witnes
         )
         value = float(answer.sensitivity[u, p])
         same = changed or value == 0 or np.isnan(value)
-        _hold(same, f"{where}: {value} for {decision.name!r} at {precision}, which changes nothing, expected 0")
+        _hold(same, f"{witness.where}: {value} for {decision.name!r} at {precision}, which changes nothing, expected 0")
+
+
+def _again(witness: _Witness) -> "_Witness | AssertionError":
+    """The same once more, with the global random generators elsewhere."""
     torch.manual_seed(1234)
     random.seed(1234)
     np.random.seed(1234)  # noqa: NPY002 the global generator must not matter
-    again = _run(estimator, case).answer
-    _hold(again is not None, f"{where}: an answer, and then a refusal")
-    for name in ("sensitivity", "sensitivity_se"):
-        first, second = getattr(answer, name), getattr(again, name)
-        same = second is None if first is None else np.array_equal(first, second, equal_nan=True)
-        _hold(same, f"{where}: {name} is {_text(first)} and then {_text(second)}")
-    _check_passes(witness, stops_early)
-    return witness
+    try:
+        return _run(witness.estimator, witness.case)
+    except AssertionError as broken:
+        return broken
+
+
+def _check_again(witness: _Witness) -> None:
+    """The same bits, whatever the global random generators are at."""
+    second_run, answer = witness.again, witness.answer
+    if isinstance(second_run, AssertionError):
+        raise second_run
+    assert answer is not None
+    assert second_run is not None
+    again = second_run.answer
+    if again is None:
+        raise AssertionError(f"{witness.where}: an answer, and then a refusal")
+    pairs = {
+        "sensitivity": (answer.sensitivity, again.sensitivity),
+        "sensitivity_se": (answer.sensitivity_se, again.sensitivity_se),
+    }
+    for name, (first, second) in pairs.items():
+        same = first is second is None or (
+            first is not None and second is not None and np.array_equal(first, second, equal_nan=True)
+        )
+        _hold(same, f"{witness.where}: {name} is {_text(first)} and then {_text(second)}")
 
 
 def _check_answer(where: str, answer: Estimate, shape: tuple[int, int]) -> None:
@@ -295,7 +430,9 @@ def _check_answer(where: str, answer: Estimate, shape: tuple[int, int]) -> None:
     for name, values in arrays.items():
         kind = f"{values.dtype} array" if isinstance(values, np.ndarray) else type(values).__name__
         _hold(kind == "float64 array", f"{where}: {name} is a {kind}, expected a float64 array")
-        _hold(values.shape == shape, f"{where}: {name} has shape {values.shape}, expected {shape} (units, precisions)")
+        _hold(
+            values.shape == shape, f"{where}: {name} has shape {values.shape}, expected {shape} (decisions, precisions)"
+        )
         _hold(not np.isinf(values).any(), f"{where}: {name} is not finite: {_text(values)}")
     errors = arrays.get("sensitivity_se", np.zeros(shape))
     _hold(not (errors < 0).any(), f"{where}: a negative standard error: {_text(errors)}")
@@ -306,7 +443,7 @@ def _check_answer(where: str, answer: Estimate, shape: tuple[int, int]) -> None:
         raise AssertionError(f"{where}: facts {answer.facts!r} cannot be JSON ({error})") from None
 
 
-def _check_passes(witness: _Witness, stops_early: bool) -> None:
+def _check_passes(witness: _Witness, *, stops_early: bool) -> None:
     context, where = witness.context, witness.where
     assert context is not None
     used, runs = context.passes, witness.runs
@@ -315,17 +452,16 @@ def _check_passes(witness: _Witness, stops_early: bool) -> None:
     single = len(context.batches) == len(context.decisions) == len(context.decisions[0].layers) == 1
     short = single and used.forward < runs - 1e-6
     _hold(not short, f"{where}: {runs:g} forward passes were made, {used.forward:g} are counted")
-    forecast = getattr(witness.estimator, "cost", None)
-    if forecast is None:
+    cost = planned_passes(witness.estimator, len(context.batches), len(context.decisions), len(context.precisions))
+    if cost is None:
         return
-    cost = forecast(len(context.batches), len(context.decisions), len(context.precisions))
-    # a forecast may leave out the pass that watches inputs, or count it where none are quantized
-    watched = any(option.quantizes_activation for option in context.precisions)
-    for name, spare in (("forward", 1.0), ("backward", 0.0)):
-        made, expected = getattr(used, name), getattr(cost, name)
-        fewer = made < expected - spare - 1e-6 and single and not stops_early
-        right = made <= expected + spare * watched + 1e-6 and not fewer
-        _hold(right, f"{where}: {made:g} {name} passes, cost() forecasts {expected:g}")
+    # a forecast may leave out the pass that looks at inputs, or count it where none are quantized
+    observed = any(option.quantizes_activation for option in context.precisions)
+    kinds = {"forward": (used.forward, cost.forward, 1.0), "backward": (used.backward, cost.backward, 0.0)}
+    for name, (counted, expected, spare) in kinds.items():
+        fewer = counted < expected - spare - 1e-6 and single and not stops_early
+        right = counted <= expected + spare * observed + 1e-6 and not fewer
+        _hold(right, f"{where}: {counted:g} {name} passes, cost() forecasts {expected:g}")
 
 
 def _check_interrupts(witness: _Witness) -> None:
@@ -334,10 +470,10 @@ def _check_interrupts(witness: _Witness) -> None:
     stops = {calls.index(kind) + 1 for kind in calls} | {len(calls) - calls[::-1].index(kind) for kind in calls}
     for stop in sorted(stops):
         for error in (KeyboardInterrupt, ValueError):
-            found = _run(witness.estimator, witness.case, stop=stop, error=error)
+            stopped = _run(witness.estimator, witness.case, stop=stop, error=error)
             what = f"{error.__name__} at call {stop} of {len(calls)} ({calls[stop - 1]})"
-            mended = found.answer is not None and error is ValueError and _equal(found.scores, witness.scores)
-            _hold(found.answer is None or mended, f"{witness.where}: {what} was swallowed")
+            mended = stopped.answer is not None and error is ValueError and _equal(stopped.scores, witness.scores)
+            _hold(stopped.answer is None or mended, f"{witness.where}: {what} was swallowed")
 
 
 def _equal(one: Mapping[str, Floats], other: Mapping[str, Floats]) -> bool:
@@ -350,9 +486,9 @@ def _check_order(witness: _Witness) -> None:
     assert witness.context is not None
     backwards = replace(case, precisions=case.precisions[::-1])
     layers = [layer for decision in witness.context.decisions[::-1] for layer in decision.layers]
-    found = _run(witness.estimator, backwards, layers=layers)
-    _hold(found.answer is not None, f"{witness.where}: refuses the layers in reverse order")
-    expected, reverse = witness.scores, found.scores
+    other_way = _run(witness.estimator, backwards, layers=layers)
+    _hold(other_way.answer is not None, f"{witness.where}: refuses the layers in reverse order")
+    expected, reverse = witness.scores, other_way.scores
     scale = max(float(np.nanmax(np.abs(row), initial=0.0)) for row in expected.values())
     for name, row in expected.items():
         other = reverse[name][::-1]
@@ -433,7 +569,7 @@ def _cases(options: tuple[Precision, ...]) -> Iterator[_Case]:
     yield _Case("half precision", half, _labelled(half, halves), options)
     yield _Case("one sample", plain, _labelled(plain, [rows[0][:1]]), options)
     yield _Case("no labels", plain, tuple(rows), options)
-    yield _Case("quantized inputs", plain, labelled, parse("w4a4 w8a8 w16a4 w16"))
+    yield _Case("quantized inputs", plain, labelled, precisions_of("w4a4 w8a8 w16a4 w16"))
     yield _Case("layers grouped by the user", plain, labelled, options, grouped)
 
 
@@ -468,8 +604,8 @@ class _Convolutions(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.depthwise(torch.relu(self.norm(self.conv(x)))))
         x = x + self.zeros(x)
-        found: Tensor = self.fc(self.drop(x.mean((2, 3))))
-        return found
+        output: Tensor = self.fc(self.drop(x.mean((2, 3))))
+        return output
 
 
 class _Decoder(nn.Module):
@@ -510,8 +646,8 @@ class _Twins(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(self.inner(torch.relu(self.first(x))))
         x = torch.relu(self.outer(x) if self.tied else self.inner(x))
-        found: Tensor = self.last(x)
-        return found
+        output: Tensor = self.last(x)
+        return output
 
 
 def _twins(*, tied: bool) -> nn.Module:

@@ -3,11 +3,11 @@
 import torch
 
 from mpsearch import Precision
-from mpsearch.estimation.estimator import KEPT_BYTES, Kept
+from mpsearch.estimation.context import KEPT_BYTES, QuantizedWeights
 
 
 def test_quantized_weights_are_kept_up_to_a_size():
-    kept = Kept()
+    kept = QuantizedWeights()
     large = torch.empty(KEPT_BYTES // 4 - 10, device="meta")  # float32
     kept.put((1, Precision("4")), large)
     kept.put((2, Precision("4")), torch.zeros(11))

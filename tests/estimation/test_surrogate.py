@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.calibration.deciding import decisions_of
+from mpsearch.core.decision import decisions_of
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate

@@ -7,10 +7,11 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Estimate, Passes
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.models.running import call
 from mpsearch.sensitivity import ESTIMATORS, HessianTrace, KLDivergence
-from mpsearch.testing import check_estimator
+from mpsearch.testing import check_estimator, estimator_checks
 
 FEW_DRAWS = {"hessian-trace": HessianTrace(num_samples=2)}
 CONVERGING = {"hessian-top-eigenvalue"}
@@ -285,3 +286,21 @@ def test_a_model_of_ones_own():
         )
     with pytest.raises(EstimatorError, match="model and batches together"):
         check_estimator(KLDivergence(), model=model)
+
+
+def test_one_failure_does_not_hide_the_others():
+    """A score for what changes nothing, and no run counted: two checks fail, and the others hold."""
+
+    class Broken(Honest):
+        def estimate(self, context):
+            for batch in context.batches:
+                call(context.model, batch)
+            return Estimate(1.0 + self.scores(context), unit="relative")
+
+    failed = []
+    for name, check in estimator_checks(Broken()):
+        try:
+            check()
+        except AssertionError:
+            failed.append(name)
+    assert failed == ["nothing costs nothing", "passes"]

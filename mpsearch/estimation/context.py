@@ -1,0 +1,203 @@
+"""What an estimator is handed."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpsearch.checkpoints.memory import NoStore
+from mpsearch.checkpoints.store import Store
+from mpsearch.core.decision import Decision
+from mpsearch.core.layer import Layer
+from mpsearch.core.precision import Precision
+from mpsearch.errors import EstimatorError, MpsearchError
+from mpsearch.estimation.passes import Passes
+from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.runs import Run, run
+from mpsearch.metrics.targets import Loss as TargetLoss
+from mpsearch.models.data.batches import given_of, missing_labels
+from mpsearch.models.modules.weights import layer_of, weight_of
+from mpsearch.models.running import Batch, predictions, targets_of
+from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
+from mpsearch.quantizers.quantizer import Quantizer
+
+#: Most that `Context.quantized` keeps.
+KEPT_BYTES = 256 * 2**20
+
+#: `loss(model, batch)` returns a scalar.
+Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(eq=False)
+class QuantizedWeights:
+    """Quantized weights by their parameter and precision, the first ones up to `KEPT_BYTES`."""
+
+    values: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
+    held_bytes: int = 0
+
+    def put(self, key: tuple[int, Precision], value: Tensor) -> None:
+        """Keep a tensor while there is room."""
+        size_bytes = value.numel() * value.element_size()
+        if self.held_bytes + size_bytes <= KEPT_BYTES:
+            self.values[key] = value
+            self.held_bytes += size_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Context:
+    """Everything that an estimator may use. The door has checked it, and restores the model afterwards.
+
+    Attributes:
+        model: in evaluation mode.
+        batches: B calibration batches.
+        decisions: U decisions.
+        precisions: P options.
+        quantizer: of the weights.
+        ranges: of the inputs, where a precision quantizes them.
+        loss: a metric that compares with the unquantized output, the loss with the data's targets, or the user's own.
+        progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
+        passes: the estimator counts its runs here.
+        checkpoint: where finished work goes, and is found again after an interruption.
+        quantized_weights: those that `quantized` keeps.
+        beside: what outputs are compared by beside a loss of the user's own.
+    """
+
+    model: nn.Module
+    batches: Sequence[Batch]
+    decisions: Sequence[Decision]
+    precisions: Sequence[Precision]
+    quantizer: Quantizer
+    ranges: Ranges
+    loss: Comparison | TargetLoss | Loss
+    progress: Callable[..., Any]
+    passes: Passes = field(default_factory=Passes)
+    checkpoint: Store = field(default_factory=NoStore)
+    quantized_weights: QuantizedWeights = field(default_factory=QuantizedWeights)
+    beside: Comparison | None = None
+
+    def module(self, layer: Layer) -> nn.Module:
+        """The module of a layer."""
+        return layer_of(self.model, layer.name)
+
+    def parameters(self, decision: Decision) -> dict[nn.Parameter, Layer]:
+        """The distinct weights of a unit (tied ones once), each with a layer that holds it; none of a cache."""
+        found: dict[nn.Parameter, Layer] = {}
+        for layer in decision.layers:
+            if not layer.is_cache:
+                found.setdefault(weight_of(self.module(layer)), layer)
+        return found
+
+    def quantizes_input(self, layer: Layer, precision: Precision) -> bool:
+        """True where a precision changes what a layer is given: of a cache the weight format does."""
+        return precision.quantizes_weight if layer.is_cache else precision.quantizes_activation
+
+    @property
+    def quantizes_inputs(self) -> bool:
+        """True where any precision changes what any layer is given."""
+        layers = [layer for decision in self.decisions for layer in decision.layers]
+        return any(self.quantizes_input(layer, precision) for precision in self.precisions for layer in layers)
+
+    def quantized(self, layer: Layer, precision: Precision) -> Tensor:
+        """Q(W) of a layer, laid out as the weight.
+
+        The first ones are kept, for estimators that come back to a layer with every batch.
+        """
+        key = (id(weight_of(self.module(layer))), precision)
+        value = self.quantized_weights.values.get(key)
+        if value is None:
+            value = quantized_weight(self.module(layer), layer.name, precision, self.quantizer)
+            self.quantized_weights.put(key, value)
+        return value
+
+    def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
+        """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""
+        weight = weight_of(self.module(layer)).detach()
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        return self.quantized(layer, precision).to(wide) - weight.to(wide)
+
+    def local_output(
+        self, layer: Layer, precision: Precision, args: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> Tensor:
+        """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
+        module = self.module(layer)
+        function = input_quantizer(module, layer.name, precision, self.quantizer, self.ranges)
+        if function is not None:
+            args, keywords = with_input(module, args, keywords, function)
+        changed = precision.quantizes_weight and not layer.is_cache
+        replaced = {weight_of(module): self.quantized(layer, precision)} if changed else {}
+        with torch.no_grad(), weights(replaced):
+            output: Tensor = module.forward(*args, **keywords)
+        return output
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """What the loss compares by, or, of the loss with the data's targets, what fits it; `beside` the user's own."""
+        if isinstance(self.loss, TargetLoss):
+            return self.loss.comparison
+        return self.loss if isinstance(self.loss, Comparison) else self.beside
+
+    @property
+    def unit(self) -> str:
+        """Unit of a small rise of the loss."""
+        return "nats" if callable(self.loss) else self.loss.unit
+
+    def predictions(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`model.predictions`, with the rows as the loss reads them: logits, where the output is probabilities."""
+        rows, labels, index = predictions(self.model, output, batch)
+        return self._read(rows), labels, index
+
+    def run(self, batch: Batch) -> Run:
+        """One forward pass, with the rows as the loss reads them."""
+        found = run(self.model, batch)
+        return replace(found, rows=self._read(found.rows))
+
+    def _read(self, rows: Tensor) -> Tensor:
+        reader = self.beside if callable(self.loss) else self.loss
+        return rows if reader is None else reader.rows(rows)
+
+    def mean_loss(self, batch: Batch) -> Tensor:
+        """The loss of a batch, a scalar in the graph: one forward pass.
+
+        A comparison is the one with the model itself, held fixed: 0 here, with zero gradient, and its Hessian is the Gauss-Newton
+        matrix; of the KL that of the cross-entropy (Fisher information).
+
+        Raises:
+            EstimatorError: where it is no finite scalar.
+        """
+        if callable(self.loss):
+            try:
+                value = self.loss(self.model, given_of(batch))
+            except MpsearchError:
+                raise
+            except Exception as error:
+                raise EstimatorError(
+                    f"the loss fails, expected loss(model, batch) -> one number: {type(error).__name__}: {error}"
+                ) from error
+            if not isinstance(value, Tensor) or value.numel() != 1:
+                raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
+            value = value.reshape(())
+        elif isinstance(self.loss, Comparison):
+            found = self.run(batch)
+            value = self.loss.mean(found.rows.detach(), found.rows, found.index, found.samples)
+        else:
+            found = self.run(batch)
+            targets = self.loss.targets(self.model, batch, found)
+            if targets is None:
+                raise EstimatorError(
+                    f"the loss needs labels that fit the output, the batch has {missing_labels(batch)}; give (inputs, targets) or "
+                    "another loss"
+                )
+            value = self.loss.values(found.rows, targets).mean()
+        if not torch.isfinite(value.detach()):
+            raise EstimatorError(f"the loss is {float(value.detach())}, expected a finite number")
+        return value
+
+    def has_labels(self) -> bool:
+        """True where every batch has labels."""
+        return all(targets_of(batch) is not None for batch in self.batches)
+
+    def cells(self) -> Iterator[tuple[int, int]]:
+        """Row and column of every cell."""
+        return ((u, p) for u in range(len(self.decisions)) for p in range(len(self.precisions)))
