@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.core.decision import decisions_of
 from mpsearch.checkpoints.memory import MemoryStore
+from mpsearch.core.decision import decisions_of
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
 from mpsearch.metrics.divergences import KL
