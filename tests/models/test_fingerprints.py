@@ -129,16 +129,10 @@ def test_what_refers_to_itself():
 
 
 def test_a_record_of_the_run_in_the_module_does_not_count():
-    before = described(_noting)
-    _noting()
-    assert described(_noting) == before
-
-
-LOG = []
-
-
-def _noting():
-    LOG.append(1)
+    noting = run("LOG = []\n\ndef noting():\n    LOG.append(1)\n\nfound = noting\n")
+    before = described(noting)
+    noting()
+    assert described(noting) == before
 
 
 def test_digests_of_parts():

@@ -16,13 +16,14 @@ class Evaluator:
     """Damage of a plan = sum of its cells, over batches of 4 samples with noise that plans have in common."""
 
     def __init__(self, noise=0.0, batches=4):
+        self.costs = COSTS.copy()
         self.noise = np.random.default_rng(0).normal(size=(batches, 4)) * noise
         self.own = np.random.default_rng(1)
         self.known, self.seen = {}, []
 
     def measure(self, options, stop=None):
         key = tuple(options.tolist())
-        value = COSTS[np.arange(3), options].sum()
+        value = self.costs[np.arange(3), options].sum()
         found = self.known.get(key, Measurement(np.zeros(0), np.zeros(0)))
         for number in range(len(found.sums) // 4, len(self.noise)):
             sums = value + self.noise[number] + self.own.normal(size=4) * 0.01
@@ -79,11 +80,8 @@ def test_a_plan_that_is_not_clearly_worse_is_measured_whole():
     search = search_of()
     search.open([np.array([1, 0, 0])], lambda: False)
     search.evaluator.own = np.random.default_rng(2)
-    COSTS[1, 0] -= 1e-4
-    try:
-        search.measure(np.array([1, 0, 1]))
-    finally:
-        COSTS[1, 0] += 1e-4
+    search.evaluator.costs[1, 0] -= 1e-4
+    search.measure(np.array([1, 0, 1]))
     assert search.evaluator.complete(np.array([1, 0, 1]))
     assert np.array_equal(search.record.best, [1, 0, 1])
 
@@ -162,11 +160,8 @@ def test_plans_far_from_the_best_teach_nothing():
     known = len(search.posterior.plans)
     search.run([Listed([[1, 0, 1], [0, 0, 0]])], lambda: False)  # 3.2, and 7
     assert len(search.posterior.plans) == known + 2
-    COSTS[0, 0] += 20
-    try:
-        search.run([Listed([[0, 1, 1]])], lambda: False)
-    finally:
-        COSTS[0, 0] -= 20
+    search.evaluator.costs[0, 0] += 20
+    search.run([Listed([[0, 1, 1]])], lambda: False)
     assert len(search.posterior.plans) == known + 2
     assert (0, 1, 1) in search.record.measured
 

@@ -1,6 +1,8 @@
 """The whole search, on nets with so few plans that all of them can be measured."""
 
 import contextlib
+import functools
+import inspect
 import itertools
 import json
 import math
@@ -30,9 +32,6 @@ from mpsearch.sensitivity import FisherProjection, OutputGradient
 PRECISIONS = "w2 w3 w4"
 BUDGET = mps.Budget(average_bits=3)
 
-MODULE = """
-import torch
-from torch import nn
 
 def untrained(depth=4, width=10):
     torch.manual_seed(0)
@@ -41,13 +40,17 @@ def untrained(depth=4, width=10):
         layers += [nn.Linear(width, width), nn.ReLU()]
     return nn.Sequential(*layers, nn.Linear(width, 4))
 
+
 def data(count=160, size=32, seed=1):
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(count, 6, generator=g)
     w = torch.randn(6, 4, generator=torch.Generator().manual_seed(9))
-    return list(zip(x.split(size), (x.tanh() @ w).argmax(1).split(size)))
+    return list(zip(x.split(size), (x.tanh() @ w).argmax(1).split(size), strict=True))
 
-def net():
+
+@functools.cache
+def trained():
+    """Weights after some steps of Adam."""
     model = untrained()
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(15):
@@ -55,21 +58,13 @@ def net():
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x), y).backward()
             optimizer.step()
-    return model.eval()
-"""
-names: dict = {}
-exec(MODULE, names)
-data = names["data"]
-_trained = None
+    return model.state_dict()
 
 
 def net():
     """A trained net, a new one for each test."""
-    global _trained
-    if _trained is None:
-        _trained = names["net"]().state_dict()
-    model = names["untrained"]().eval()
-    model.load_state_dict(_trained)
+    model = untrained().eval()
+    model.load_state_dict(trained())
     return model
 
 
@@ -810,27 +805,26 @@ def test_an_interrupted_search_on_an_earlier_result_goes_on_as_it_would_have(tmp
     same(find(model, checkpoint=tmp_path / "run.db", **options), expected)
 
 
-SCRIPT = (
-    MODULE
-    + """
-import json, os, signal, sys
+SCRIPT = f"""
+import functools, itertools, json, os, signal, sys
+import torch
+from torch import nn
 import mpsearch as mps
 from mpsearch.checkpoints.sqlite import SQLiteStore
-left = int(sys.argv[1])
-put = SQLiteStore.put
+
+{"".join(map(inspect.getsource, (untrained, data, trained, net)))}
+
+put, numbers = SQLiteStore.put, itertools.count(1)
 def counted(self, key, value, passes=None):
-    global left
     put(self, key, value, passes)
-    left -= 1
-    if left == 0:
+    if next(numbers) == int(sys.argv[1]):
         os.kill(os.getpid(), signal.SIGKILL)
 SQLiteStore.put = counted
 result = mps.search(net(), data(), mps.Budget(average_bits=3), mps.precisions("w2 w3 w4"), max_passes=20.0,
                     checkpoint=sys.argv[2], progress=False)
-print(json.dumps({**result.summary(), "seconds": 0, "damage": result.plans.damage.tolist(),
-                  "plan": {k: str(v) for k, v in result.plan.items()}}))
+print(json.dumps({{**result.summary(), "seconds": 0, "damage": result.plans.damage.tolist(),
+                  "plan": {{k: str(v) for k, v in result.plan.items()}}}}))
 """
-)
 
 
 def killed_and_resumed(tmp_path, kills):
