@@ -48,7 +48,7 @@ def exllamav2_table(path: str | os.PathLike[str], model: nn.Module | None = None
             parts = {key: _members(linear, block, key) for key in options[0] if key not in ("accuracy", "total_bits")}
             sizes = {name: linear[name].weight.numel() for names in parts.values() for name in names}
             best = _best(options, {key: sum(sizes[name] for name in names) for key, names in parts.items()})
-        except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise TableError(
                 f"{path}: the options of {block!r} are not ExLlamaV2's ({type(error).__name__}: {error})"
             ) from None
@@ -96,8 +96,7 @@ def _best(options: list[dict[str, Any]], sizes: dict[str, int]) -> dict[int, tup
     best: dict[int, tuple[float, float]] = {}
     for option in options:
         means = {
-            key: sum(b * p for b, p in zip(option[key]["bits"], option[key]["bits_prop"], strict=False))
-            for key in sizes
+            key: sum(b * p for b, p in zip(option[key]["bits"], option[key]["bits_prop"], strict=True)) for key in sizes
         }
         width = round(sum(means[key] * size for key, size in sizes.items()) / sum(sizes.values()))
         found = (1 - float(option["accuracy"]), float(option["total_bits"]))

@@ -174,7 +174,7 @@ class _Recorder(TorchDispatchMode):
             macs = [arguments[-2].numel() * arguments[-1].shape[-1]] * len(arguments)
         else:
             return next(filter(None, caches), "")
-        for cache, count in zip(caches, macs, strict=False):
+        for cache, count in zip(caches[: len(macs)], macs, strict=True):
             if cache:
                 self.flow.cached_macs[cache] += count
         return ""

@@ -106,7 +106,7 @@ def scores(
             peaks=base.peaks,
             interactions=None,
         )
-        for name, table in zip(chosen, made, strict=False)
+        for name, table in zip(chosen, made[: len(chosen)], strict=True)  # what runs along comes behind
     }
     costs = {name: _unit_costs(name, table, rows) for name, table in tables.items()}
     leading = [costs[name] for name in _LEADING if name in costs]

@@ -45,7 +45,7 @@ def counted(target, texts, dtype, quantizer=None):
     layers = mps.layers(model, x, target=target)
     names = [layer.name for layer in layers]
     options = mps.precisions(" ".join(texts) + " w16")
-    plan = {name: mps.Precision.parse(text) for name, (text, _) in zip(names, cases, strict=False)}
+    plan = {name: mps.Precision.parse(text) for name, (text, _) in zip(names[: len(cases)], cases, strict=True)}
     plan[names[-1]] = mps.Precision("16")
     resource = MemoryBytes(quantizer)(model, layers, options)
     cells = {name: resource.usage[row, options.index(plan[name])] for row, name in enumerate(names)}

@@ -100,15 +100,21 @@ print([name for name in ("torch", "pandas", "matplotlib", "optuna") if name in s
     assert run(code).strip() == "[]"
 
 
-def test_importing_loads_numpy_and_little_else():
-    code = """
+@pytest.mark.parametrize(
+    ("names", "loaded"),
+    [("__version__", "mpsearch True"), ("solve pareto Budget CostTable Plan", "mpsearch numpy True")],
+)
+def test_importing_loads_numpy_and_little_else(names, loaded):
+    code = f"""
 import sys
 before = set(sys.modules)
 import mpsearch
+for name in {names.split()}:
+    getattr(mpsearch, name)
 names = set(sys.modules) - before
-print(*sorted({name.split(".")[0] for name in names} - sys.stdlib_module_names), len(names) < 250)
+print(*sorted({{name.split(".")[0] for name in names}} - sys.stdlib_module_names), len(names) < 250)
 """
-    assert run(code).strip() == "mpsearch numpy True"
+    assert run(code).strip() == loaded
 
 
 def test_every_public_name_is_there():

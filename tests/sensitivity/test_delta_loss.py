@@ -57,7 +57,7 @@ def by_hand(model, batches, option, loss):
         gradients = torch.autograd.grad(value, [*weights, *points])
         row = [
             float((g * (w - layer.weight)).abs().sum().detach())
-            for g, w, layer in zip(gradients, weights, (model[0], model[2]), strict=False)
+            for g, w, layer in zip(gradients[:2], weights, (model[0], model[2]), strict=True)
         ]
         for number, change in enumerate(changes):
             row[number] += float((gradients[2 + number] * change).abs().sum())

@@ -84,7 +84,7 @@ def styles(precisions: Iterable[Precision]) -> dict[Precision, Style]:
         }
     found: dict[Precision, Style] = {}
     left = [colour for colour in COLOURS if colour not in own]
-    for precision, colour, marker in zip(wanted, own, MARKERS, strict=False):
+    for precision, colour, marker in zip(wanted, own, MARKERS[: len(wanted)], strict=True):
         taken = colour == GREY or any(style.colour == colour for style in found.values())
         found[precision] = Style(left.pop(0) if taken else colour, marker, "")
     return found

@@ -234,8 +234,8 @@ def _draw_mark(axes: Axes, mark: Solution | Plan, over: str) -> float:
 def _name(
     axes: Axes, names: Sequence[str], usage: Sequence[float], damage: Sequence[float] | Array, *, below: bool = False
 ) -> None:
-    """Names beside points."""
-    for name, x, y in zip(names, usage, damage, strict=False):
+    """Names beside the first points."""
+    for name, x, y in zip(names, usage[: len(names)], damage[: len(names)], strict=True):
         if math.isfinite(y):
             axes.annotate(
                 name, (x, y), xytext=(6, -11 if below else 5), textcoords="offset points", fontsize=8,

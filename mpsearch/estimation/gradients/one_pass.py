@@ -221,7 +221,7 @@ class _Check:
         self.scale[weight] = self.scale.get(weight, 0.0) + size * float(wide(g).norm())
 
     def compare(self, truths: Sequence[Tensor | None]) -> None:
-        for weight, truth in zip(self.places.column, truths, strict=False):  # behind these are outputs
+        for weight, truth in zip(self.places.column, truths[: len(self.places.column)], strict=True):  # then outputs
             if truth is None:
                 continue
             expected = float(wide(truth).norm())

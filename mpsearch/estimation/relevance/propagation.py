@@ -376,7 +376,9 @@ class Propagation(TorchFunctionMode):
 
     def _linear_map(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor:
         names = ("input", "weight", "bias")
-        given = dict(zip(names, args, strict=False)) | {k: kwargs.pop(k) for k in names if k in kwargs}
+        given = dict(zip(names[: len(args)], args[: len(names)], strict=True)) | {
+            k: kwargs.pop(k) for k in names if k in kwargs
+        }
 
         def apply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
             out: Tensor = func(x, weight, bias, *args[3:], **kwargs)

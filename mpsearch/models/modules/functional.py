@@ -216,7 +216,8 @@ def _convolution(function: Callable[..., Tensor], kind: str) -> Callable[..., It
     def readings(
         x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **settings: Any
     ) -> Iterator[_Reading]:
-        settings |= dict(zip(("stride", "padding", "dilation", "groups"), args, strict=False))
+        names = ("stride", "padding", "dilation", "groups")
+        settings |= dict(zip(names[: len(args)], args, strict=True))
         read = functools.partial(Convolution, function=function, settings=settings)
 
         def result(call: Call) -> Tensor:
