@@ -11,7 +11,9 @@ from torch.utils.checkpoint import CheckpointError
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
 from mpsearch.estimation.relative_error import Floats, cells_from_scores, unit_scores
-from mpsearch.estimation.relevance.propagation import Attention, Flow, Junction, Propagation, Rule
+from mpsearch.estimation.relevance.linear_maps import Flow, Rule
+from mpsearch.estimation.relevance.propagation import Propagation
+from mpsearch.estimation.relevance.rules import Attention, Junction
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.observing import by_sample
 from mpsearch.models.running import Batch, call, predictions, samples
