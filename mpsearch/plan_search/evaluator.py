@@ -1,26 +1,24 @@
 """Whole plans measured on one part of the data, sample by sample, so that plans are compared on common samples."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
+from mpsearch.calibration.plan_runs import PlanInModel, Reference, plan_run, unquantized_run
 from mpsearch.checkpoints.keys import PlanKey, PlanRuns
-from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.metric import Metric
-from mpsearch.metrics.runs import Run, run
 from mpsearch.metrics.statistics import ratio_of_samples
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.passes import PassBudget
-from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, weights
+from mpsearch.quantizers.fake_quantization import input_quantizers
 
 Floats = NDArray[np.float64]
-Options = NDArray[np.int64]
-#: Logits of the unquantized model that are kept; beyond, it is run again for each plan.
+Columns = NDArray[np.int64]
+#: Bytes of the unquantized model's outputs that are held; beyond, it is run again for each plan.
 REFERENCE_BYTES = 2**30
 
 
@@ -62,26 +60,26 @@ class Measurement:
 
 @dataclass(eq=False)
 class PlanEvaluator:
-    """Measures plans on one part of the data; a plan that was measured before costs nothing.
+    """Measures plans on one part of the data, batch by batch; a plan that was measured before costs nothing.
 
     Attributes:
-        name: of the part; names the results in the checkpoint.
-        context: model, units (the rows of a plan), precisions, quantizer, checkpoint; passes are counted there.
+        part: name of the part; names the results in the checkpoint.
+        context: model, decisions (the rows of a plan), precisions, quantizer, checkpoint; passes are counted there.
         batches: of this part.
         metric: what is measured.
         total: samples of all parts: one pass is a run over so many.
-        spending: is charged.
-        known: options of a plan -> what is known of it.
+        passes: are charged.
+        known: columns of a plan -> what is known of it.
     """
 
-    name: str
+    part: str
     context: Context
     batches: Sequence[Batch]
     metric: Metric
     total: int
-    spending: PassBudget
+    passes: PassBudget
     known: dict[tuple[int, ...], Measurement] = field(default_factory=dict)
-    _references: dict[int, "_Reference"] = field(default_factory=dict)
+    _references: dict[int, Reference] = field(default_factory=dict)
     _runs: dict[tuple[int, ...], list[int]] = field(default_factory=dict)  # of the model for each batch of a plan
     _paid: set[int] = field(default_factory=set)  # batches that the unquantized model has been charged for
     _again: bool = False  # it runs again for each plan
@@ -97,41 +95,41 @@ class PlanEvaluator:
         """Passes that a plan takes at most: its own, and those of the unquantized model where these have to be repeated."""
         return self.share * (2 if self._again else 1)
 
-    def measure(self, options: Options, stop: Callable[[Measurement], bool] | None = None) -> Measurement:
+    def measure(self, columns: Columns, stop: Callable[[Measurement], bool] | None = None) -> Measurement:
         """The damage of a plan on this part.
 
         Args:
-            options: (U,) column of each unit.
+            columns: (D,) column of each decision.
             stop: is shown what is known after each batch but the last; True ends the measurement there.
 
         Raises:
             EstimatorError: where the damage is not finite, or labels that it needs are missing.
         """
-        key = tuple(int(p) for p in options)
-        seen = self.known.get(key)
-        done = 0 if seen is None else self._ends.index(len(seen.sums)) + 1
+        key = tuple(int(p) for p in columns)
+        known = self.known.get(key)
+        done = 0 if known is None else self._ends.index(len(known.sums)) + 1
         stored = self.context.checkpoint.get(self._key(key)) if done < len(self._ends) else None
-        made: Made | None = None
+        plan: PlanInModel | None = None
         for number in range(done, len(self._ends)):
             if stored is not None and number < len(stored.runs):
-                seen = self._repeated(key, stored, number)
+                known = self._repeated(key, stored, number)
             else:
-                made = self.made(np.array(key)) if made is None else made
-                seen = self._longer(key, seen, made, number)
-            self.known[key] = seen
-            if stop is not None and number + 1 < len(self._ends) and stop(seen):
+                plan = self.in_model(np.array(key)) if plan is None else plan
+                known = self._longer(key, known, plan, number)
+            self.known[key] = known
+            if stop is not None and number + 1 < len(self._ends) and stop(known):
                 break
         return self.known[key]
 
-    def complete(self, options: Options) -> bool:
+    def complete(self, columns: Columns) -> bool:
         """True where a plan has been measured on the whole part."""
-        seen = self.known.get(tuple(int(p) for p in options))
-        return seen is not None and len(seen.sums) == self._ends[-1]
+        known = self.known.get(tuple(int(p) for p in columns))
+        return known is not None and len(known.sums) == self._ends[-1]
 
-    def recall(self) -> list[Options]:
+    def recall(self) -> list[Columns]:
         """Plans that an earlier search measured on this whole part: known from now on, at no cost."""
         column = {str(option): p for p, option in enumerate(self.context.precisions)}
-        free = [key for key in self.spending.free if isinstance(key, PlanKey) and key.part == self.name]
+        free = [key for key in self.passes.free if isinstance(key, PlanKey) and key.part == self.part]
         plans = []
         for key in sorted(free, key=lambda key: " ".join(key.precisions)):
             stored = self.context.checkpoint.get(key)
@@ -141,48 +139,35 @@ class PlanEvaluator:
         return plans
 
     def count(self, size: int) -> None:
-        """Somebody else has run the model on so many samples."""
+        """Count a run of the model on so many samples that was made elsewhere."""
         self.context.passes.add(self.total, forward=size)
-        self.spending.charge(size / self.total)
+        self.passes.charge(size / self.total)
 
-    def made(self, options: Options) -> "Made":
-        """What puts a plan (U,) into the model."""
+    def in_model(self, columns: Columns) -> PlanInModel:
+        """A plan (D,) as it is put into the model."""
         context = self.context
-        chosen = {
-            layer.name: context.precisions[p]
-            for decision, p in zip(context.decisions, options.tolist(), strict=True)
-            for layer in decision.layers
-        }
+        pairs = list(zip(context.decisions, columns.tolist(), strict=True))
+        precisions = {layer.name: context.precisions[p] for decision, p in pairs for layer in decision.layers}
         values = {
-            parameter: context.quantized(layer, chosen[layer.name])
+            parameter: context.quantized(layer, precisions[layer.name])
             for decision in context.decisions
             for parameter, layer in context.parameters(decision).items()
-            if chosen[layer.name].quantizes_weight
+            if precisions[layer.name].quantizes_weight
         }
-        return Made(values, input_quantizers(context.model, chosen, context.quantizer, context.ranges))
+        functions = input_quantizers(context.model, precisions, context.quantizer, context.ranges)
+        name = " ".join(f"{decision.name}={context.precisions[p]}" for decision, p in pairs)
+        return PlanInModel(values, functions, name)
 
-    def _longer(self, key: tuple[int, ...], seen: Measurement | None, made: "Made", number: int) -> Measurement:
+    def _longer(self, key: tuple[int, ...], known: Measurement | None, plan: PlanInModel, number: int) -> Measurement:
         """A measurement with one more batch."""
-        model, batch = self.context.model, self.batches[number]
         reference, runs = self._reference(number)
         runs += 1
-        with torch.no_grad(), weights(made.values), inputs(made.functions):
-            found = self._run(batch)
-            sums, counts = self.metric.of(model, batch, found, reference.run)
+        damage = plan_run(self.context.model, self.batches[number], plan, self.metric, reference, self._place(number))
         self.context.passes.add(self.total, forward=self._sizes[number])
-        self.spending.charge(runs * self._sizes[number] / self.total)
-        change = self.metric.damage(sums, reference.sums)
-        if not (np.isfinite(change).all() and (found is None or torch.isfinite(found.rows).all())):
-            raise EstimatorError(
-                f"the damage of a plan is not finite ({self.name} part, batch {number}): "
-                + " ".join(
-                    f"{decision.name}={self.context.precisions[p]}"
-                    for decision, p in zip(self.context.decisions, key, strict=True)
-                )
-            )
-        sums, counts = (
-            (change, counts) if seen is None else (np.append(seen.sums, change), np.append(seen.counts, counts))
-        )
+        self.passes.charge(runs * self._sizes[number] / self.total)
+        sums, counts = damage.sums, damage.counts
+        if known is not None:
+            sums, counts = np.append(known.sums, sums), np.append(known.counts, counts)
         every = self._runs.setdefault(key, [])
         every.append(runs)
         self.context.checkpoint.put(
@@ -193,67 +178,36 @@ class PlanEvaluator:
     def _repeated(self, key: tuple[int, ...], stored: PlanRuns, number: int) -> Measurement:
         """A measurement with one more batch, from the checkpoint; it is charged what it took."""
         work = self._key(key)
-        self.spending.charge(stored.runs[number] * self._sizes[number] / self.total, work)
+        self.passes.charge(stored.runs[number] * self._sizes[number] / self.total, work)
         self._runs.setdefault(key, []).append(stored.runs[number])
         self._again |= stored.again
-        if work not in self.spending.free:
+        if work not in self.passes.free:
             self._paid.add(number)
         return Measurement(stored.sums.numpy(), stored.counts.numpy()).first(self._ends[number])
 
-    def _run(self, batch: Batch) -> Run | None:
-        """The model as it stands; some metrics run it by themselves."""
-        return None if self.metric.runs_model else run(self.context.model, batch)
+    def _reference(self, number: int) -> tuple[Reference, int]:
+        """The unquantized model on a batch; held, for the first batches, up to `REFERENCE_BYTES` of outputs.
 
-    def _reference(self, number: int) -> tuple["_Reference", int]:
-        """What the unquantized model does on a batch; kept, for the first batches, up to `REFERENCE_BYTES` of logits.
-
-        Which ones are kept, and so what plans cost, does not depend on the order in which batches are run.
+        Which ones are held, and so what plans cost, does not depend on the order in which batches are run.
 
         Returns:
-            predictions and sums, and how many runs are to be charged for them.
+            what it makes of the batch, and how many runs are to be charged for that.
         """
         if number in self._references:
             return self._references[number], 0
-        model, batch, size = self.context.model, self.batches[number], self._sizes[number]
-        with torch.no_grad():
-            found = self._run(batch)
-            sums, _ = self.metric.of(model, batch, found, None)
-        if found is not None and not torch.isfinite(found.rows).all():
-            raise EstimatorError(
-                f"the output of the unquantized model is not finite ({self.name} part, batch {number}): nan or inf in the data?"
-            )
-        if found is not None and not self.metric.reads_output:
-            found = replace(found, output=None)
-        made = _Reference(found, sums)
-        fits = made.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
+        size = self._sizes[number]
+        reference = unquantized_run(self.context.model, self.batches[number], self.metric, self._place(number))
+        fits = reference.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
         if fits:
-            self._references[number] = made
+            self._references[number] = reference
         self._again |= not fits
         self.context.passes.add(self.total, forward=size)
         charged = number not in self._paid or not fits
         self._paid.add(number)
-        return made, int(charged)
+        return reference, int(charged)
+
+    def _place(self, number: int) -> str:
+        return f"{self.part} part, batch {number}"
 
     def _key(self, columns: tuple[int, ...]) -> PlanKey:
-        return PlanKey(self.name, tuple(str(self.context.precisions[p]) for p in columns))
-
-
-@dataclass(frozen=True, eq=False)
-class _Reference:
-    """Of the unquantized model on one batch."""
-
-    run: Run | None
-    sums: Floats
-
-    @property
-    def bytes(self) -> int:
-        """Size of what is kept."""
-        return 0 if self.run is None else self.run.bytes
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """A plan as it is put into the model."""
-
-    values: dict[nn.Parameter, Tensor]
-    functions: dict[nn.Module, Callable[[Tensor], Tensor]]
+        return PlanKey(self.part, tuple(str(self.context.precisions[p]) for p in columns))

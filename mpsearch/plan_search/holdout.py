@@ -1,12 +1,12 @@
 """Plans measured on data that the search never saw."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.calibration.plan_runs import Damage, PlanInModel, plan_runs
+from mpsearch.calibration.plan_runs import Damage, plan_runs
 from mpsearch.calibration.tally import Tally
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.estimation.estimator import Context
@@ -54,8 +54,7 @@ def report_on(
     plain = Tally(choice)
     in_model = []
     for name, options in plans.items():
-        made = meter.made(options)
-        in_model.append(PlanInModel(made.values, made.functions, name))
+        in_model.append(replace(meter.in_model(options), name=name))
     damages: dict[str, list[Damage]] = {name: [] for name in plans}
     names = list(plans)
     runs = 2 if choice.metric.runs_model else 1

@@ -44,7 +44,9 @@ def _tables(task: SearchTask, strategy: Strategy, evaluators: Evaluators) -> Sco
     chosen, members = starting(task.context, share, passes.limit, room, task.estimators, task.seed)
     _check_passes(task, strategy, evaluators, share * forecast(task.context, members))
     with passes.stage("tables"):
-        tables = scores(task.context, task.base, decision_of_layers(task), share, passes, chosen, members)
+        tables = scores(
+            task.calibration, task.context, task.base, decision_of_layers(task), share, passes, chosen, members
+        )
     _check_passes(task, strategy, evaluators, 0.0)  # estimators that do not tell what they take
     return tables
 

@@ -7,46 +7,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
-import numpy as np
 from torch import nn
 from tqdm.auto import tqdm
 
-from mpsearch.calibration.deciding import (
-    check_layers,
-    checked_precisions,
-    left_undecided,
-    resource_columns,
-)
+from mpsearch.calibration.calibration import Calibration
 from mpsearch.calibration.families import check_caches
-from mpsearch.calibration.identity import run_identity
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.budget import Budget
-from mpsearch.core.decision import decisions_of
 from mpsearch.core.layer import Layer
-from mpsearch.core.layer_options import LayerOptions, columns, layers_and_options, with_options
+from mpsearch.core.layer_options import LayerOptions
 from mpsearch.core.precision import Precision
 from mpsearch.core.settings import checked_number
-from mpsearch.core.table import CostTable
-from mpsearch.decisions.finding import layers as find_layers
-from mpsearch.decisions.mask import decidable, refused_options
 from mpsearch.errors import EstimatorError, nearest
-from mpsearch.estimation.estimator import Context
-from mpsearch.metrics.choice import check_metric, choose
+from mpsearch.metrics.choice import check_metric
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.registry import METRICS
 from mpsearch.models.data.batches import missing_labels, reading_of
 from mpsearch.models.data.splitting import check_sizes, few, split
-from mpsearch.models.determinism import PROBED, probed_output
+from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
 from mpsearch.models.running import (
     Batch,
     collect,
-    data_fingerprint,
-    logits_of,
-    preserved,
     samples,
-    state_fingerprint,
     targets_of,
 )
 from mpsearch.plan_search.environment import environment
@@ -59,9 +43,7 @@ from mpsearch.plan_search.result import SearchResult, measured_front
 from mpsearch.plan_search.schedule import Schedule
 from mpsearch.plan_search.starting_tables import FEW
 from mpsearch.plan_search.task import SearchTask, size
-from mpsearch.quantizers.fake_quantization import input_ranges
-from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
-from mpsearch.resources.columns import counted, refused_cells, table_fields
+from mpsearch.quantizers.registry import AnyQuantizer
 
 Effort = Literal["fast", "default", "thorough"]
 
@@ -138,15 +120,6 @@ def search(
     seed = checked_number(seed, "seed", int, 0, EstimatorError)  # numpy's whole numbers are none of JSON
     goal = goal_of(budget, tolerance=settings["tolerance"], minimize=settings["minimize"], front=settings["front"])
     schedule = Schedule.of(settings["proposers"])
-    chosen_layers, layer_options = layers_and_options(
-        layers,
-        exclude=settings["exclude"],
-        groups=settings["groups"],
-        allow=settings["allow"],
-        fixed=settings["fixed"],
-    )
-    offered = checked_precisions(precisions)
-    quantize = resolve_quantizer(quantizer)
     check_metric(metric)
     loss, estimators = settings["loss"], settings["estimators"]
     if loss is not None and metric != "loss":
@@ -161,84 +134,62 @@ def search(
         _check_labels(str(metric), data)
     parts = _parts(data, FEW_SHARES if sparing else SHARES, seed)
     _check_counted(parts)
-    before = state_fingerprint(model)
     start = time.perf_counter()
-    example = few(parts["score"][0], PROBED)
-    with preserved(model, example):
-        quantize = resolve_quantizer(quantize, model, parts["score"])
-        if chosen_layers is None:
-            chosen_layers = find_layers(model, parts["score"][0], **layer_options.finding)
-        with_own = with_options(chosen_layers, layer_options.allow, layer_options.fixed)
-        decided, offered = columns(with_own, offered)
-        check_layers(model, decided)
-        decided, without = decidable(decided, offered)
-        check_caches(estimators or (), decisions_of(decided))
-        usage = resource_columns(model, decided, offered, settings["resources"], quantize, example)
-        base = CostTable(
-            tuple(decided),
-            offered,
-            np.where(refused_cells(usage) | refused_options(decided, offered), np.nan, 0.0),
-            origin={
-                "undecided": left_undecided(model, decided, layer_options.exclude, without),
-                "counted": counted(usage),
-            },
-            **table_fields(usage),
-        )
-        goal.check(base)
-        base = without_outdone(base, goal)
-        output = probed_output(model, example)
-        everything = [batch for part in data.values() for batch in part]
-        choice = choose(
-            model, everything, output, example, metric, loss=loss, higher_is_better=settings["higher_is_better"]
-        )
+    with Calibration(
+        model,
+        parts["score"],
+        precisions,
+        layers=layers,
+        quantizer=quantizer,
+        metric=metric,
+        loss=loss,
+        resources=settings["resources"],
+        progress=False,
+        exclude=settings["exclude"],
+        groups=settings["groups"],
+        allow=settings["allow"],
+        fixed=settings["fixed"],
+        higher_is_better=settings["higher_is_better"],
+        whole=[batch for part in data.values() for batch in part],
+        example=few(parts["score"][0], PROBED),
+    ) as calibration:
+        check_caches(estimators or (), calibration.decisions)
+        goal.check(calibration.base)
+        base = without_outdone(calibration.base, goal)
+        choice = calibration.choice
         choice.warn(stacklevel=2)
         base = replace(base, unit=choice.metric.unit)
         identity = {
-            **run_identity(
-                model,
-                logits_of(output),
-                before,
-                data_fingerprint(everything),
-                decided,
-                offered,
-                quantize,
-                choice.comparison,
-            ),
+            **calibration.identity(choice.comparison),
             "parts": " ".join(f"{name}: {size(part)}" for name, part in parts.items()) + f", seed {seed}",
             "metric": choice.metric.name if choice.metric in _KNOWN else digest(described(choice.metric)),
         }
         earlier = _earlier(settings["previous"], identity)
         free = {} if earlier is None else earlier.finished.rows()
-        decisions = decisions_of(decided)
-        limit = _limit(effort, max_passes, len(decisions) * len(offered))
+        limit = _limit(effort, max_passes, len(calibration.decisions) * len(calibration.precisions))
         checkpoint = settings["checkpoint"]
-        with MemoryStore(identity) if checkpoint is None else SQLiteStore(checkpoint, identity) as store:
+        with (
+            MemoryStore(identity) if checkpoint is None else SQLiteStore(checkpoint, identity) as store,
+            _bar(limit, shown=settings["progress"]) as bar,
+        ):
             store.fill(free)
-            with _bar(limit, shown=settings["progress"]) as bar:
-                passes = PassBudget(limit, free=free, watch=bar.update)
-                looks = samples(parts["score"][0]) if layers is None or isinstance(layers, LayerOptions) else 0
-                # at a few: who reads the weights, their costs, and twice: is it random?
-                passes.charge((looks + 4 * samples(example)) / size(everything))
-                ranges = {}
-                if any(option.quantizes_activation for option in offered):
-                    ranges = input_ranges(model, parts["score"], [layer.name for layer in decided])
-                    passes.charge(2 * size(parts["score"]) / size(everything))  # again in `profile`
-                context = Context(
-                    model,
-                    parts["score"],
-                    decisions,
-                    offered,
-                    quantize,
-                    ranges,
-                    choice.comparison,
-                    _silent,
-                    checkpoint=store,
-                )
-                task = SearchTask(context, parts, base, choice, goal, passes, seed, estimators, schedule)
-                findings, scores = searched(task)
+            passes = PassBudget(limit, free=free, watch=bar.update)
+            calibration.keep_in(store)
+            passes.charge(_preparing(calibration, parts, found=layers is None or isinstance(layers, LayerOptions)))
+            task = SearchTask(
+                calibration,
+                calibration.context(choice.comparison),
+                parts,
+                base,
+                choice,
+                goal,
+                passes,
+                seed,
+                estimators,
+                schedule,
+            )
+            findings, scores = searched(task)
             finished = MemoryStore(identity, store.rows())
-    if state_fingerprint(model) != before:
-        raise EstimatorError("the search changed the model's parameters or buffers (the metric, or an estimator?)")
     uniform = next((row for row in findings.comparison if row.role == "uniform"), None)
     return SearchResult(
         plan=findings.plan,
@@ -258,13 +209,13 @@ def search(
             "metric": choice.metric.name,
             "unit": choice.metric.unit,
             "measured": choice.sentence,
-            "precisions": [str(option) for option in offered],
-            "quantizer": repr(quantize),
+            "precisions": [str(option) for option in calibration.precisions],
+            "quantizer": repr(calibration.quantizer),
             **({} if settings["proposers"] is None else {"proposers": [repr(part) for part in schedule.late]}),
             "seed": seed,
             **reading_of(data["batches"][0]),
             "samples": {name: size(part) for name, part in parts.items()},
-            "model_fingerprint": before,
+            "model_fingerprint": calibration.fingerprint,
             "stages": passes.stages,
             "environment": environment(),
         },
@@ -297,9 +248,20 @@ def _bar(limit: float, *, shown: bool) -> Any:
     )
 
 
-def _silent(iterable: Any, total: int, label: str) -> Any:
-    """No bar: the search has its own."""
-    return tqdm(iterable, total=total, desc=label, disable=True)
+def _preparing(calibration: Calibration, parts: Mapping[str, list[Batch]], *, found: bool) -> float:
+    """Passes that making the model ready takes.
+
+    Args:
+        calibration: with its output, and the ranges of its inputs.
+        parts: of the data.
+        found: whether the layers were looked for, by a run over the first batch.
+    """
+    score = parts["score"]
+    # at a few samples: who reads the weights, their costs, and twice: is it random?
+    runs = (samples(score[0]) if found else 0) + 4 * samples(calibration.example)
+    if any(option.quantizes_activation for option in calibration.precisions):
+        runs += size(score)
+    return runs / sum(map(size, parts.values()))
 
 
 def _parts(data: Mapping[str, list[Batch]], shares: Mapping[str, float], seed: int) -> dict[str, list[Batch]]:

@@ -52,6 +52,7 @@ class Scores:
 
 
 def scores(
+    calibration: Calibration,
     context: Context,
     base: CostTable,
     rows: np.ndarray[tuple[int], np.dtype[np.int64]],
@@ -63,6 +64,7 @@ def scores(
     """Fill the tables that the passes allow: one sweep of gradients, and one perturbation at a time.
 
     Args:
+        calibration: the prepared model, on the score part.
         context: model, score part, units, precisions.
         base: layers and resources.
         rows: (L,) unit of each layer.
@@ -74,18 +76,7 @@ def scores(
     Raises:
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
-    with Calibration(
-        context.model,
-        context.batches,
-        context.precisions,
-        layers=base.layers,
-        quantizer=context.quantizer,
-        metric=context.comparison,
-        resources=(),
-        checkpoint=context.checkpoint,
-        progress=False,
-    ) as calibration:
-        made = calibration.profile(members, loss=context.comparison, members=False)
+    made = calibration.profile(members, loss=context.comparison, members=False)
     for places in families(members):
         family = [members[place] for place in places]
         key = TablesKey(digest(*map(described, family)))

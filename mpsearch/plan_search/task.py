@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from mpsearch.calibration.calibration import Calibration
 from mpsearch.core.table import CostTable
 from mpsearch.estimation.estimator import Context, Estimator
 from mpsearch.metrics.choice import MetricChoice
@@ -17,6 +18,7 @@ class SearchTask:
     """All that is settled before the first pass for tables and plans.
 
     Attributes:
+        calibration: the prepared model, on the score part.
         context: model, score part, decisions, precisions, quantizer, checkpoint.
         parts: `score`, `select`, `report` -> batches.
         base: layers and resources, sensitivity 0; nan where an option is not allowed.
@@ -28,6 +30,7 @@ class SearchTask:
         schedule: who proposes plans.
     """
 
+    calibration: Calibration
     context: Context
     parts: Mapping[str, list[Batch]]
     base: CostTable

@@ -16,7 +16,7 @@ from mpsearch.metrics.own import Own
 from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.targets import Accuracy, Loss
 from mpsearch.models.running import samples, state_fingerprint
-from mpsearch.plan_search import evaluator
+from mpsearch.plan_search import evaluator as evaluator_module
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator
 from mpsearch.plan_search.passes import PassBudget
 from mpsearch.quantizers.fake_quantization import input_ranges
@@ -47,14 +47,14 @@ def wrong(model, batch):
     return 1 - right(model, batch)
 
 
-def meter_of(
+def evaluator_of(
     model=None,
     data=None,
     precisions="w2 w3 w4",
     damage=None,
     *,
     layers=None,
-    spending=None,
+    passes=None,
     total=None,
     checkpoint=None,
 ):
@@ -66,14 +66,14 @@ def meter_of(
     kept = MemoryStore({}) if checkpoint is None else checkpoint
     context = Context(model, data, decisions_of(found), options, RoundToNearest(), ranges, KL(), None, checkpoint=kept)
     every = sum(map(samples, data)) if total is None else total
-    return PlanEvaluator("select", context, data, damage or KL(), every, spending or PassBudget(100.0))
+    return PlanEvaluator("select", context, data, damage or KL(), every, passes or PassBudget(100.0))
 
 
-def plan_of(meter, options):
+def plan_of(evaluator, options):
     return mps.Plan(
         {
-            layer.name: meter.context.precisions[p]
-            for decision, p in zip(meter.context.decisions, options, strict=True)
+            layer.name: evaluator.context.precisions[p]
+            for decision, p in zip(evaluator.context.decisions, options, strict=True)
             for layer in decision.layers
         }
     )
@@ -97,12 +97,12 @@ class Runs:
     ids=["kl", "loss", "accuracy", "own up", "own down"],
 )
 def test_the_mean_is_that_of_evaluate(damage, precisions):
-    meter = meter_of(precisions=precisions, damage=damage)
+    evaluator = evaluator_of(precisions=precisions, damage=damage)
     metric = damage.function if damage.runs_model else None
     rises = []
     for options in ([0, 0, 0], [0, 2, 1], [0, 0, 1], [1, 0, 0]):
-        found = meter.measure(np.array(options))
-        expected = mps.evaluate(meter.context.model, batches(), plan_of(meter, options), metric=metric)
+        found = evaluator.measure(np.array(options))
+        expected = mps.evaluate(evaluator.context.model, batches(), plan_of(evaluator, options), metric=metric)
         before = expected.reference
         rise = {
             KL(): lambda new=expected: new.kl,
@@ -120,12 +120,12 @@ def test_the_mean_is_that_of_evaluate(damage, precisions):
 
 @pytest.mark.parametrize("metric", ["kl", "loss", "accuracy"])
 def test_the_standard_error_by_a_loop_over_samples(metric):
-    meter = meter_of(damage=METRICS[metric]())
-    found = [meter.measure(np.array(options)) for options in ([0, 0, 1], [2, 0, 0])]
+    evaluator = evaluator_of(damage=METRICS[metric]())
+    found = [evaluator.measure(np.array(options)) for options in ([0, 0, 1], [2, 0, 0])]
     ones = [(x[None], y[None]) for batch in batches() for x, y in zip(*batch, strict=True)]
     each = []
     for options in ([0, 0, 1], [2, 0, 0]):
-        every = [mps.evaluate(meter.context.model, [one], plan_of(meter, options)) for one in ones]
+        every = [mps.evaluate(evaluator.context.model, [one], plan_of(evaluator, options)) for one in ones]
         if metric == "kl":
             each.append([one.kl for one in every])
         else:
@@ -157,19 +157,19 @@ def test_predictions_of_one_sample_are_one_draw():
 
 
 def test_a_plan_that_is_dropped_keeps_its_first_batches_and_goes_on_from_there():
-    meter, whole = meter_of(), meter_of()
+    evaluator, whole = evaluator_of(), evaluator_of()
     seen = []
     options = np.array([0, 1, 2])
-    found = meter.measure(options, lambda one: seen.append(len(one.sums)) or len(one.sums) > 7)
+    found = evaluator.measure(options, lambda one: seen.append(len(one.sums)) or len(one.sums) > 7)
     assert seen == [7, 11]
-    assert not meter.complete(options)
-    runs = Runs(meter.context.model)
-    assert meter.measure(options, lambda _: False).value == whole.measure(options).value
-    assert meter.complete(options)
+    assert not evaluator.complete(options)
+    runs = Runs(evaluator.context.model)
+    assert evaluator.measure(options, lambda _: False).value == whole.measure(options).value
+    assert evaluator.complete(options)
     assert runs.count == 2 * (9 + 1)
-    assert np.array_equal(found.sums, meter.known[0, 1, 2].sums[:11])
+    assert np.array_equal(found.sums, evaluator.known[0, 1, 2].sums[:11])
     runs.count = 0
-    meter.measure(options, lambda _: pytest.fail("it is known"))
+    evaluator.measure(options, lambda _: pytest.fail("it is known"))
     assert runs.count == 0
 
 
@@ -177,56 +177,56 @@ def test_a_plan_that_is_dropped_keeps_its_first_batches_and_goes_on_from_there()
 @pytest.mark.parametrize("room", [2**30, 10 * 3 * 4], ids=["kept", "not kept"])
 def test_passes_are_calls_of_the_model(monkeypatch, damage, room):
     """Of the logits of 21 samples only those of the first batch have room in the second case."""
-    monkeypatch.setattr(evaluator, "REFERENCE_BYTES", room)
-    spending = PassBudget(100.0)
-    meter = meter_of(damage=damage, spending=spending, total=50)
-    runs = Runs(meter.context.model)
+    monkeypatch.setattr(evaluator_module, "REFERENCE_BYTES", room)
+    passes = PassBudget(100.0)
+    evaluator = evaluator_of(damage=damage, passes=passes, total=50)
+    runs = Runs(evaluator.context.model)
     price = 0.0
     for options in ([0, 1, 2], [0, 0, 0], [1, 1, 1]):
-        before = spending.used
-        meter.measure(np.array(options), lambda one: len(one.sums) > 10)
-        assert spending.used - before <= meter.share + meter.price + 1e-12
-        price = spending.used - before
-        assert spending.used == pytest.approx(runs.count / 50)
-    assert price <= meter.price + 1e-12
-    assert meter.context.passes.forward * 50 == pytest.approx(runs.count)
-    assert meter.share == 21 / 50
+        before = passes.used
+        evaluator.measure(np.array(options), lambda one: len(one.sums) > 10)
+        assert passes.used - before <= evaluator.share + evaluator.price + 1e-12
+        price = passes.used - before
+        assert passes.used == pytest.approx(runs.count / 50)
+    assert price <= evaluator.price + 1e-12
+    assert evaluator.context.passes.forward * 50 == pytest.approx(runs.count)
+    assert evaluator.share == 21 / 50
     again = room < 2**30 and not damage.runs_model
-    assert meter.price == meter.share * (2 if again else 1)
+    assert evaluator.price == evaluator.share * (2 if again else 1)
 
 
 @pytest.mark.parametrize("room", [2**30, 10 * 3 * 4], ids=["kept", "not kept"])
 def test_what_is_in_the_checkpoint_is_charged_what_it_took(monkeypatch, room):
     """An interrupted run goes on with the same numbers, to the last bit, after any number of batches."""
-    monkeypatch.setattr(evaluator, "REFERENCE_BYTES", room)
+    monkeypatch.setattr(evaluator_module, "REFERENCE_BYTES", room)
     plans = [np.array(options) for options in ([0, 1, 2], [0, 0, 0], [0, 1, 2], [1, 1, 1])]
 
-    def trail(meter, stop=None):
+    def trail(evaluator, stop=None):
         found = []
         for options in plans:
-            one = meter.measure(options, None if len(found) % 2 else lambda one: len(one.sums) > 7)
-            found.append((one.value, one.se, meter.spending.used, meter.price))
+            one = evaluator.measure(options, None if len(found) % 2 else lambda one: len(one.sums) > 7)
+            found.append((one.value, one.se, evaluator.passes.used, evaluator.price))
             if stop is not None and len(found) == stop:
                 break
         return found
 
-    expected = trail(meter_of())
+    expected = trail(evaluator_of())
     for stop in (1, 2, 3, 4):
         kept = MemoryStore({})
-        trail(meter_of(checkpoint=kept), stop)
+        trail(evaluator_of(checkpoint=kept), stop)
         rows = kept.rows()
-        resumed = meter_of(checkpoint=kept)
+        resumed = evaluator_of(checkpoint=kept)
         runs = Runs(resumed.context.model)
         assert trail(resumed) == expected
         if stop == 4:
             assert runs.count == 0
-        spending = PassBudget(100.0, free=rows)
+        passes = PassBudget(100.0, free=rows)
         other = MemoryStore({})
         other.fill(rows)
-        later = meter_of(checkpoint=other, spending=spending)
+        later = evaluator_of(checkpoint=other, passes=passes)
         runs = Runs(later.context.model)
         assert [one[:2] for one in trail(later)] == [one[:2] for one in expected]
-        assert spending.used == pytest.approx(runs.count / 21)
+        assert passes.used == pytest.approx(runs.count / 21)
 
 
 def test_layers_of_a_group_and_tied_weights_are_one_decision():
@@ -246,11 +246,11 @@ def test_layers_of_a_group_and_tied_weights_are_one_decision():
     tokens = [torch.randint(0, 9, (4, 5), generator=generator) for _ in range(2)]
     model = Tied().eval()
     layers = mps.layers(model, tokens[0], groups={"scores": ["q", "k"]})
-    meter = meter_of(model, tokens, "w2a8 w4a8", layers=layers)
-    assert sorted(len(decision.layers) for decision in meter.context.decisions) == [2, 2]
+    evaluator = evaluator_of(model, tokens, "w2a8 w4a8", layers=layers)
+    assert sorted(len(decision.layers) for decision in evaluator.context.decisions) == [2, 2]
     for options in ([0, 1], [1, 0]):
-        found = meter.measure(np.array(options))
-        plan = plan_of(meter, options)
+        found = evaluator.measure(np.array(options))
+        plan = plan_of(evaluator, options)
         assert plan["q"] == plan["k"]
         assert plan["embed"] == plan["head"]
         expected = mps.evaluate(model, tokens, plan)
@@ -261,9 +261,9 @@ def test_layers_of_a_group_and_tied_weights_are_one_decision():
 def test_a_model_in_bfloat16():
     model = net().bfloat16()
     data = [(x.bfloat16(), y) for x, y in batches()]
-    meter = meter_of(model, data)
-    found = meter.measure(np.array([0, 1, 2]))
-    expected = mps.evaluate(model, data, plan_of(meter, [0, 1, 2]))
+    evaluator = evaluator_of(model, data)
+    found = evaluator.measure(np.array([0, 1, 2]))
+    expected = mps.evaluate(model, data, plan_of(evaluator, [0, 1, 2]))
     assert (found.value, found.se) == pytest.approx((expected.kl, expected.kl_se), abs=1e-12)
 
 
@@ -276,23 +276,24 @@ def test_the_model_is_whole_after_an_interruption(error):
         if fails:
             raise error
 
-    meter = meter_of(model, precisions="w2a8 w4a8")
+    evaluator = evaluator_of(model, precisions="w2a8 w4a8")
     model[4].register_forward_pre_hook(interrupts)
     before, hooks = state_fingerprint(model), [len(m._forward_pre_hooks) for m in model.modules()]
     fails.append(True)
     with pytest.raises((mps.EstimatorError, KeyboardInterrupt)):
-        meter.measure(np.array([0, 0, 0]))
+        evaluator.measure(np.array([0, 0, 0]))
     assert state_fingerprint(model) == before
     assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
     fails.clear()
     assert (
-        meter.measure(np.array([0, 0, 0])).value == meter_of(precisions="w2a8 w4a8").measure(np.array([0, 0, 0])).value
+        evaluator.measure(np.array([0, 0, 0])).value
+        == evaluator_of(precisions="w2a8 w4a8").measure(np.array([0, 0, 0])).value
     )
 
 
 def test_damage_that_is_not_finite_is_refused_with_the_plan():
     model = net()
-    meter = meter_of(model)
+    evaluator = evaluator_of(model)
 
     def overflows(module, _args, output):
         return output if torch.equal(module.weight, weight) else output * math.inf
@@ -300,25 +301,25 @@ def test_damage_that_is_not_finite_is_refused_with_the_plan():
     weight = model[0].weight.detach().clone()
     model[0].register_forward_hook(overflows)
     with pytest.raises(mps.EstimatorError, match=r"not finite \(select part, batch 0\): 0=w2 2=w4 4=w4"):
-        meter.measure(np.array([0, 2, 2]))
+        evaluator.measure(np.array([0, 2, 2]))
 
 
 def test_a_metric_that_is_not_finite_is_refused():
     with pytest.raises(mps.EstimatorError, match="not finite"):
-        meter_of(damage=Own(lambda model, batch: math.nan)).measure(np.array([0, 2, 2]))
+        evaluator_of(damage=Own(lambda model, batch: math.nan)).measure(np.array([0, 2, 2]))
 
 
 def test_missing_labels_are_refused():
-    meter = meter_of(data=[x for x, _ in batches()], damage=Loss())
+    evaluator = evaluator_of(data=[x for x, _ in batches()], damage=Loss())
     with pytest.raises(mps.EstimatorError, match="the loss needs labels"):
-        meter.measure(np.array([0, 0, 0]))
+        evaluator.measure(np.array([0, 0, 0]))
 
 
 def test_data_that_is_not_finite_is_told_from_plans_that_are_not():
-    meter = meter_of()
-    meter.batches[2][0][4, 1] = math.nan
+    evaluator = evaluator_of()
+    evaluator.batches[2][0][4, 1] = math.nan
     with pytest.raises(mps.EstimatorError, match=r"the unquantized model is not finite \(select part, batch 2\)"):
-        meter.measure(np.array([0, 2, 2]))
+        evaluator.measure(np.array([0, 2, 2]))
 
 
 @pytest.mark.filterwarnings("error")
@@ -326,11 +327,14 @@ def test_data_that_is_not_finite_is_told_from_plans_that_are_not():
 def test_a_batch_without_any_prediction_counts_for_nothing(metric):
     data = batches()
     empty = [(data[0][0], torch.full_like(data[0][1], -100)), *data[1:]]
-    with_it, without = meter_of(data=empty, damage=METRICS[metric]()), meter_of(data=data[1:], damage=METRICS[metric]())
+    with_it, without = (
+        evaluator_of(data=empty, damage=METRICS[metric]()),
+        evaluator_of(data=data[1:], damage=METRICS[metric]()),
+    )
     seen = []
     with_it.measure(np.array([0, 2, 2]), lambda found: bool(seen.append((found.value, found.se))))
     assert all(math.isnan(value) for value in seen[0])
-    found, expected = (meter.measure(np.array([0, 2, 2])) for meter in (with_it, without))
+    found, expected = (evaluator.measure(np.array([0, 2, 2])) for evaluator in (with_it, without))
     assert found.value == pytest.approx(expected.value, abs=1e-12)
     assert found.se == pytest.approx(expected.se, abs=1e-12)
 
@@ -345,7 +349,7 @@ def test_a_batch_without_any_prediction_counts_for_nothing(metric):
 )
 def test_a_metric_that_fails_is_told(metric, words):
     with pytest.raises(mps.EstimatorError, match="the metric fails, expected metric") as caught:
-        meter_of(damage=Own(metric)).measure(np.array([0, 2, 2]))
+        evaluator_of(damage=Own(metric)).measure(np.array([0, 2, 2]))
     assert words in str(caught.value)
 
 
@@ -353,17 +357,17 @@ def test_a_metric_that_fails_is_told(metric, words):
 def test_labels_that_are_no_output_are_refused(shift):
     data = [(x, y + shift) for x, y in batches()]
     with pytest.raises(mps.EstimatorError, match="but the model has 3 outputs: expected 0 to 2"):
-        meter_of(data=data, damage=Loss()).measure(np.array([0, 2, 2]))
+        evaluator_of(data=data, damage=Loss()).measure(np.array([0, 2, 2]))
 
 
 def test_plans_of_an_earlier_search_are_recalled_at_no_cost_but_not_those_that_it_dropped():
-    first = meter_of()
+    first = evaluator_of()
     whole = first.measure(np.array([0, 2, 2]))
     first.measure(np.array([1, 1, 1]), lambda found: True)
     kept = first.context.checkpoint
-    second = meter_of(checkpoint=kept, spending=PassBudget(100.0, free=kept.rows()))
+    second = evaluator_of(checkpoint=kept, passes=PassBudget(100.0, free=kept.rows()))
     runs = Runs(second.context.model)
     assert [options.tolist() for options in second.recall()] == [[0, 2, 2]]
     assert second.known[0, 2, 2].sums.tolist() == whole.sums.tolist()
-    assert (second.spending.used, runs.count, len(second.known)) == (0.0, 0, 1)
-    assert meter_of(checkpoint=kept).recall() == []  # its own work, not that of an earlier search
+    assert (second.passes.used, runs.count, len(second.known)) == (0.0, 0, 1)
+    assert evaluator_of(checkpoint=kept).recall() == []  # its own work, not that of an earlier search

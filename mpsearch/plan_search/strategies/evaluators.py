@@ -64,7 +64,7 @@ class Evaluators:
         samples_between = mixed(pieces, task.seed, _DRAWS) if mixes and metric.compares and not few else []
         between, finalists = None, _FINALISTS if few else 0
         if samples_between:
-            between = evaluator("vicinal", samples_between)
+            between = evaluator("mixup", samples_between)
             finalists = int(_LAST * task.passes.limit / _later_draws(between))
             if finalists < 2:
                 between = None
