@@ -62,7 +62,7 @@ from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.statistics import Mean
 from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import reading_of
-from mpsearch.models.data.splitting import few
+from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.determinism import PROBED, probed_output
 from mpsearch.models.modules.experts import without_tokens
 from mpsearch.models.peak_memory import peak_memory
@@ -312,7 +312,7 @@ class Calibration:
             self.model,
             self.whole,
             self.output,
-            few(self.example, PROBED),
+            first_samples(self.example, PROBED),
             metric,
             loss=loss if callable(loss) else None,
             higher_is_better=self._higher_is_better,

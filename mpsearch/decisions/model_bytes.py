@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, layer_of, storage_of, weight_of
 from mpsearch.targets.rules import Target
 from mpsearch.targets.storage import Storage
@@ -45,7 +45,7 @@ def holders(model: nn.Module, layers: Sequence[Layer]) -> list[Holder]:
     """The layers that hold a weight, in their order; caches hold none.
 
     Args:
-        model: taken apart as for the search, see `unfused`.
+        model: taken apart as for the search, see `decomposed`.
         layers: their names are those of modules in it.
     """
     seen: set[Place] = set()
@@ -142,7 +142,7 @@ def plan_bytes(plan: Mapping[str, Precision], model: nn.Module, target: Target, 
     >>> plan_bytes({"0": Precision("4")}, nn.Sequential(nn.Linear(4, 8)), TARGETS["torchao"])
     PlanBytes(layers={'0': 72}, left_alone=32)
     """
-    with unfused(model):
+    with decomposed(model):
         held = holders(model, [Layer(name) for name in plan])
         layers = {
             one.layer.name: target.stored_bytes(one.layer, plan[one.layer.name], symmetric=symmetric)

@@ -17,7 +17,7 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.runs import Run, run
 from mpsearch.metrics.targets import Loss as TargetLoss
-from mpsearch.models.data.batches import given_of, missing_labels
+from mpsearch.models.data.batches import missing_labels, original_of
 from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import Batch, predictions, targets_of
 from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
@@ -168,7 +168,7 @@ class Context:
         """
         if callable(self.loss):
             try:
-                value = self.loss(self.model, given_of(batch))
+                value = self.loss(self.model, original_of(batch))
             except MpsearchError:
                 raise
             except Exception as error:

@@ -15,7 +15,7 @@ from mpsearch.core.wrapped_names import by_names_of
 from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.model_bytes import plan_bytes
 from mpsearch.errors import EstimatorError, ExportError, MpsearchWarning, nearest
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, storage_of, weight_of
 from mpsearch.quantizers import ggml
@@ -82,7 +82,7 @@ def fitted(
             return found.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     if model is not None:
-        with unfused(model):
+        with decomposed(model):
             named = [model.get_submodule(layer.name) for layer in layers.values()]
             tell_unnamed(model, [weight_of(module) for module in named if holds_weight(module)], len(plan))
     for layer in layers.values():
@@ -178,7 +178,7 @@ def named_in(plan: Plan, model: nn.Module | None) -> Plan:
     if model is None:
         names = [name.replace("_orig_mod.", "") for name in plan]
     else:
-        with unfused(model):
+        with decomposed(model):
             names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     return by_names_of(plan, names)
 
@@ -190,7 +190,7 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
         plan: the plan.
         model: the model.
         target: that carries it out, on modules as they are: what it cannot reach must be left alone, and is left out. None: nobody,
-            so that the parts that `unfused` makes are layers too.
+            so that the parts that `decomposed` makes are layers too.
 
     Raises:
         ExportError: for a name that is no quantizable layer of the model, or none that the target can reach.
@@ -198,7 +198,7 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
     if model is None:
         return {name: Layer(name) for name in plan}
     own = dict(model.named_modules(remove_duplicate=False))
-    with unfused(model):
+    with decomposed(model):
         modules = dict(model.named_modules(remove_duplicate=False))
     known = [name for name, module in modules.items() if kind_of(module) is not None]
     found = {}
@@ -240,7 +240,7 @@ def _out_of_reach(name: str, kind: str, own: Mapping[str, nn.Module]) -> str | N
     """Why another tool would pass a layer over, or put its codes where nobody reads them; None where it would not.
 
     Args:
-        name: of a layer inside `unfused`.
+        name: of a layer inside `decomposed`.
         kind: of the layer.
         own: the modules of the model outside.
     """
@@ -281,7 +281,7 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
     names = list(plan)
     found: list[tuple[str, tuple[str, ...]]] = []
     if model is not None:
-        with unfused(model):
+        with decomposed(model):
             every = dict(model.named_modules(remove_duplicate=False))
         modules = {n: m for n, m in every.items() if kind_of(m) is not None and holds_weight(m)}
         names = list(modules)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.core.plan import Plan
 from mpsearch.export.package import package
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import holds_weight, kind_of, weight_of
 
@@ -29,14 +29,14 @@ def experts_apart(model: nn.Module, plan: Plan) -> Iterator[None]:
     }
     with contextlib.ExitStack() as stack:
         for block in blocks:
-            stack.enter_context(unfused(own[block.rpartition(".")[0]]))
+            stack.enter_context(decomposed(own[block.rpartition(".")[0]]))
         yield
 
 
 def linear_layers(model: nn.Module) -> list[str]:
     """Names of the linear layers, those of experts among them, however they are kept."""
     own = dict(model.named_modules())
-    with unfused(model):
+    with decomposed(model):
         named = list(model.named_modules())
     return [name for name, module in named if isinstance(module, nn.Linear) and (name in own or place_of(name))]
 
@@ -60,7 +60,7 @@ def targets(names: Iterable[str], every: Iterable[str]) -> list[str]:
 
 def layer_weights(model: nn.Module) -> dict[str, Tensor]:
     """Layer -> its weight, each expert on its own."""
-    with unfused(model):
+    with decomposed(model):
         named = list(model.named_modules(remove_duplicate=False))
     return {name: weight_of(m).detach() for name, m in named if kind_of(m) is not None and holds_weight(m)}
 

@@ -15,7 +15,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import PlanBytes, plan_bytes
 from mpsearch.errors import VerificationError
 from mpsearch.export.fitting import counted_for, differing
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.weights import canonical, storage_of
 from mpsearch.quantizers.quantizer import checked_quantizer
 from mpsearch.quantizers.rounding import RoundToNearest
@@ -168,7 +168,7 @@ def verified(target: Target, version: str, read: Reader, plan: Plan, model: nn.M
         VerificationError: with every difference.
     """
     copied = copy.deepcopy(model)
-    with unfused(model):
+    with decomposed(model):
         weights = {name: canonical(model.get_submodule(name)).detach() for name in plan}
     counted = plan_bytes(plan, model, target, symmetric=checked_quantizer(options.get("quantizer")).symmetric)
     stored = read(replace(plan, usage={}), copied, **options)  # what its bytes should be is told below

@@ -12,7 +12,7 @@ from torch import nn
 from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.metrics.metric import Floats, Metric
 from mpsearch.metrics.runs import Run
-from mpsearch.models.data.batches import given_of
+from mpsearch.models.data.batches import original_of
 from mpsearch.models.running import Batch, samples
 
 
@@ -57,7 +57,7 @@ class Own(Metric):
 
     def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """See `Metric.of`."""
-        count, content = samples(batch), given_of(batch)
+        count, content = samples(batch), original_of(batch)
         arguments: tuple[Any, ...] = (model, content)
         if self.reads_output:
             assert run is not None

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.models.data.splitting import few
+from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.running import Batch, call, logits_of, not_finite, output_of
 
 #: Samples that are run twice.
@@ -25,7 +25,7 @@ def probed_output(model: nn.Module, batch: Batch) -> Any:
     Raises:
         EstimatorError: where the passes differ, or the output is not finite.
     """
-    samples = few(batch, PROBED)
+    samples = first_samples(batch, PROBED)
     with torch.no_grad():
         output = output_of(model, samples)
         first, second = logits_of(output), call(model, samples)

@@ -22,8 +22,8 @@ from mpsearch.models.data.batches import inputs_of as inputs_of
 from mpsearch.models.data.batches import moved as moved
 from mpsearch.models.data.batches import samples as samples
 from mpsearch.models.data.batches import targets_of as targets_of
-from mpsearch.models.data.held import held, random_states
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.data.snapshot import random_states, snapshot
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.functional import operands
 
 #: Attribute of a model that is taken apart, as long as the search looks at it.
@@ -173,7 +173,7 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
             ) from None
         with contextlib.ExitStack() as inside:
             if not inner:
-                for context in (torch.inference_mode(False), _uncompiled(), unfused(model)):
+                for context in (torch.inference_mode(False), _uncompiled(), decomposed(model)):
                     inside.enter_context(context)  # what is made inside may take gradients
                 vars(model)[APART] = True
                 inside.callback(vars(model).pop, APART, None)
@@ -186,11 +186,11 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Outside, the model and every random generator are as they were, whatever happens inside.
 
-    Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.models.data.held`), hooks and random
+    Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.models.data.snapshot`), hooks and random
     states are put back; what a model keeps elsewhere (globals of its file) is not. Parameters are never written to: quantized weights
     are put in their place and taken out again (`mpsearch.quantizers.fake_quantization.weights`).
     """
-    restore = held(model)
+    restore = snapshot(model)
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         with random_states():

@@ -24,7 +24,7 @@ from mpsearch.metrics.choice import check_metric
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.registry import METRICS
 from mpsearch.models.data.batches import missing_labels, reading_of
-from mpsearch.models.data.splitting import check_sizes, few, split
+from mpsearch.models.data.splitting import check_sizes, first_samples, split
 from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
 from mpsearch.models.running import (
@@ -151,7 +151,7 @@ def search(
         fixed=settings["fixed"],
         higher_is_better=settings["higher_is_better"],
         whole=[batch for part in data.values() for batch in part],
-        example=few(parts["score"][0], PROBED),
+        example=first_samples(parts["score"][0], PROBED),
     ) as calibration:
         check_caches(estimators or (), calibration.decisions)
         goal.check(calibration.base)

@@ -53,7 +53,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
     PLACES = (room, determinism, searching, running, fake_quantization)
     counted(running, "state_fingerprint")
-    counted(running, "unfused")
+    counted(running, "decomposed")
     counted(fake_quantization, "input_ranges")
     counted(determinism, "probed_output")
     return counter
@@ -61,7 +61,7 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def test_a_profile_prepares_once(counts: Counter[str]) -> None:
     mps.profile(net(), batches(), [FisherProjection(), KLDivergence(), RelativeWeightError()], OPTIONS)
-    assert counts == {"state_fingerprint": 2, "unfused": 1, "input_ranges": 1, "probed_output": 1}
+    assert counts == {"state_fingerprint": 2, "decomposed": 1, "input_ranges": 1, "probed_output": 1}
 
 
 def test_several_calls_prepare_once(counts: Counter[str]) -> None:
@@ -72,7 +72,7 @@ def test_several_calls_prepare_once(counts: Counter[str]) -> None:
         assert plan is not None
         calibration.measure([plan, plan], batches(2, seed=5))
         calibration.evaluate(plan)
-    assert counts == {"state_fingerprint": 2, "unfused": 1, "input_ranges": 1, "probed_output": 1}
+    assert counts == {"state_fingerprint": 2, "decomposed": 1, "input_ranges": 1, "probed_output": 1}
 
 
 def test_calls_inside_give_what_the_doors_give() -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 import mpsearch as mps
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 
 HIDDEN, INNER, HEADS, VOCABULARY = 64, 128, 4, 96
 
@@ -110,7 +110,7 @@ def experts_plan():
     """A plan of text: `experts_plan(model, text, others)` asks `text(block, number, part)` of every layer of an expert."""
 
     def make(model, text, others):
-        with unfused(model):
+        with decomposed(model):
             names = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and name != "lm_head"]
         chosen = dict.fromkeys(names, others)
         for name in names:

@@ -19,7 +19,7 @@ from mpsearch.models.data.batches import (
     samples,
     targets_of,
 )
-from mpsearch.models.data.splitting import few, split
+from mpsearch.models.data.splitting import first_samples, split
 from mpsearch.models.running import call
 
 IDS = torch.randint(5, (8, 4), generator=torch.Generator().manual_seed(0))
@@ -150,7 +150,7 @@ def test_what_is_assumed_holds_for_all_batches_and_their_parts():
     with pytest.warns(UserWarning, match="labels") as told:
         first, second = collect([(IDS, zeros), (IDS, IDS)], Optional())
     assert len(told) == 1
-    for batch in (first, second, few(first, 2), *split([first], {"a": 0.5, "b": 0.5}, 0)["a"]):
+    for batch in (first, second, first_samples(first, 2), *split([first], {"a": 0.5, "b": 0.5}, 0)["a"]):
         assert targets_of(arranged(batch, Optional())).shape == (samples(batch), 4)
 
 
@@ -195,7 +195,7 @@ def test_batches_nested_at_any_depth():
     x = torch.randn(24, 4, generator=torch.Generator().manual_seed(0))
     batch = ({"tree": {"a": ["text", ({"x": x},)], "n": 3}}, torch.arange(24) % 3)
     assert samples(batch) == 24
-    assert few(batch, 2)[0]["tree"]["a"][1][0]["x"].shape == (2, 4)
+    assert first_samples(batch, 2)[0]["tree"]["a"][1][0]["x"].shape == (2, 4)
     result = mps.search(
         Nested(), [batch], mps.Budget(average_bits=4), mps.precisions("w2 w4 w8"), max_passes=12, progress=False
     )

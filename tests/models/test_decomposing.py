@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 import mpsearch as mps
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.weights import canonical
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources import MemoryBytes
@@ -57,7 +57,7 @@ def test_attention_gives_what_torch_gives(settings, average, masked):
         "padding": {"key_padding_mask": torch.tensor([[False] * 4 + [True]] * batch), "attn_mask": causal},
     }[masked]
     expected, weights = model(q, k, v, average_attn_weights=average, **masks)
-    with unfused(model):
+    with decomposed(model):
         found, seen = model(q, k, v, average_attn_weights=average, **masks)
         alone, nothing = model(q, k, v, need_weights=False, **masks)
     torch.testing.assert_close(found, expected)
@@ -72,7 +72,7 @@ def test_attention_of_one_sample_without_a_batch():
         x = torch.randn(4, 8)
         padding = torch.tensor([False, False, True, False])
         expected = model(x, x, x, key_padding_mask=padding)
-        with unfused(model):
+        with decomposed(model):
             found = model(x, x, x, key_padding_mask=padding)
         torch.testing.assert_close(found, expected)
 
@@ -87,13 +87,13 @@ def test_the_model_comes_back_with_its_modules_and_its_memory():
     model = encoder(training=True)
     modules, keys = list(model.modules()), list(model.state_dict())
     whole = model[0].layers[0].self_attn
-    with unfused(model):
+    with decomposed(model):
         inner = model[0].layers[0].self_attn
         assert inner.q_proj.weight.data_ptr() == whole.in_proj_weight.data_ptr()
         assert inner.training
         assert inner.embed_dim == 8
     assert list(model.modules()) == modules
-    with pytest.raises(RuntimeError), unfused(model):
+    with pytest.raises(RuntimeError), decomposed(model):
         model(torch.ones(1, 2, 3))
     assert list(model.modules()) == modules
     assert list(model.state_dict()) == keys
@@ -103,7 +103,7 @@ def test_the_model_comes_back_with_its_modules_and_its_memory():
 def test_a_module_in_two_places_stays_one_module():
     shared = attention(batch_first=True)
     model = nn.ModuleList([Calls(shared), Calls(shared)])
-    with unfused(model):
+    with decomposed(model):
         assert model[0].module is model[1].module
         assert model[0].module is not shared
 
@@ -112,7 +112,7 @@ def test_hooks_of_the_user_still_run():
     model = Calls(attention())
     seen = []
     model.module.register_forward_hook(lambda *_: seen.append(1))
-    with unfused(model):
+    with decomposed(model):
         model(*[torch.randn(2, 1, 8)] * 3)
     assert seen == [1]
 
@@ -135,7 +135,7 @@ def test_a_parametrized_weight_is_decided_on_as_it_comes_out(make):
     model = nn.Sequential(make(), nn.ReLU(), nn.Linear(4, 2)).eval()
     x = torch.randn(3, 4)
     expected, state = model(x), copy.deepcopy(model.state_dict())
-    with unfused(model):
+    with decomposed(model):
         torch.testing.assert_close(model(x), expected)
         assert isinstance(model[0].weight, nn.Parameter)
     found = mps.layers(model, x)
@@ -155,7 +155,7 @@ def test_an_embedding_of_limited_norm_is_not_written_into(bag):
     tokens = torch.tensor([[0, 1, 2], [3, 3, 1]])
     before = table.weight.detach().clone()
     clipped = before / before.norm(dim=1, keepdim=True).clamp(min=1)
-    with unfused(model):
+    with decomposed(model):
         inside = model(tokens)
         torch.testing.assert_close(model[0].weight, clipped)
     names = [layer.name for layer in mps.layers(model, tokens)]
@@ -194,7 +194,7 @@ def test_bytes_of_the_parts_are_those_of_the_whole():
     model, x = encoder(), torch.randn(2, 5, 8)
     found = mps.layers(model, x)
     whole = sum(p.numel() * 4 for p in model.parameters())
-    with unfused(model):
+    with decomposed(model):
         memory = MemoryBytes()(model, found, mps.precisions("w16"))
         assert sum(canonical(model.get_submodule(layer.name)).numel() for layer in found) * 4 == memory.usage.sum()
     assert memory.usage.sum() + memory.fixed == memory.reference == whole

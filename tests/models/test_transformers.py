@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import mpsearch as mps
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.weights import canonical, restore
 from mpsearch.models.running import preserved
 from mpsearch.quantizers.rounding import RoundToNearest
@@ -149,7 +149,7 @@ def test_listed_profiled_solved_evaluated(name):
     model, batch = build(name)
     with torch.no_grad():
         expected = model(**batch).logits
-        with unfused(model):
+        with decomposed(model):
             torch.testing.assert_close(model(**batch).logits, expected)
     assert all("shared weight" in layer.group for layer in mps.layers(model, batch) if layer.group)
     layers = mps.layers(model, batch, groups="fused")

@@ -19,7 +19,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.estimation.estimator import Estimate
-from mpsearch.models.data.mixup import mixed
+from mpsearch.models.data.mixup import mixup
 from mpsearch.models.data.splitting import split
 from mpsearch.models.running import state_fingerprint
 from mpsearch.plan_search import findings
@@ -876,7 +876,7 @@ def test_among_plans_as_good_as_the_best_the_one_that_is_best_between_the_sample
     ((evaluators, search),) = runs
     parts = split(data(), SHARES, 0)
     seen = [*parts["select"], *parts["score"]]
-    between = mixed(evaluators.select.batches, 0, 3)
+    between = mixup(evaluators.select.batches, 0, 3)
     assert sum(len(x) for x, _ in between) == 3 * sum(len(x) for x, _ in seen)
 
     def divergences(plan, batches):

@@ -12,7 +12,7 @@ from mpsearch.estimation.estimator import Context
 from mpsearch.metrics.metric import Comparison, by_sample
 from mpsearch.metrics.statistics import wide
 from mpsearch.metrics.targets import Loss
-from mpsearch.models.data.batches import given_of
+from mpsearch.models.data.batches import original_of
 from mpsearch.models.running import Batch, samples
 
 #: `token_weights(model, batch)`: (B, T) weights of tokens, of mean 1.
@@ -48,7 +48,7 @@ class Source:
         if self.token_weights is None:
             return None
         with torch.no_grad():
-            given = self.token_weights(model, given_of(batch))
+            given = self.token_weights(model, original_of(batch))
         return given.sqrt() if self.root else given
 
 

@@ -19,7 +19,7 @@ from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.export.tools.llama_quantize import tensor_name, tensor_names
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files.writing import replacing
-from mpsearch.models.modules.decomposing import unfused
+from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import storage_of, weight_of
 from mpsearch.models.unwrapping import unwrapped
@@ -119,7 +119,7 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> S
 def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple[str, Tensor]]:
     """Tensor name -> its type and value: rows in the order of llama.cpp, experts of a block in one tensor (experts, out, in)."""
     layers = layer_weights(model)
-    with unfused(model):
+    with decomposed(model):
         parameters = dict(model.named_parameters())  # shared weights once, as llama.cpp reads them
     found: dict[str, tuple[str, Tensor]] = {}
     experts: dict[str, list[Tensor]] = {}

@@ -1,4 +1,4 @@
-"""What a batch is: which parts of it the model takes, which are labels, how many samples it has."""
+"""How a batch is read: which parts of it the model takes, which are labels, how many samples it has."""
 
 import copy
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, MpsearchWarning
-from mpsearch.models.data.held import random_states
+from mpsearch.models.data.snapshot import random_states
 
 #: Whatever a data loader yields; `arranged` tells how it is read.
 Batch = Any
@@ -25,20 +25,20 @@ class Arranged:
     """A batch whose parts are read in another way than `(inputs, targets)`.
 
     Attributes:
-        given: the batch itself, as functions of the user's take it.
+        original: the batch itself, as functions of the user's take it.
         names: of the parts that the model takes, by place or by field, in its order.
         target: of the part that holds the labels; None: no part.
         keywords: the model takes its parts by name.
     """
 
-    given: Any
+    original: Any
     names: tuple[int | str, ...]
     target: int | str | None
     keywords: bool = False
 
     def part(self, name: int | str) -> Any:
         """One part of the batch."""
-        return getattr(self.given, name) if isinstance(name, str) else self.given[name]
+        return getattr(self.original, name) if isinstance(name, str) else self.original[name]
 
     @property
     def inputs(self) -> Any:
@@ -103,7 +103,9 @@ def collect(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     if assumed:
         warnings.warn(assumed[1], MpsearchWarning, stacklevel=3)
     readings = [
-        dataclasses.replace(assumed[0], given=batch.given) if assumed and doubt and _like(batch, assumed[0]) else batch
+        dataclasses.replace(assumed[0], original=batch.original)
+        if assumed and doubt and _like(batch, assumed[0])
+        else batch
         for batch, doubt in read
     ]
     for number, batch in enumerate(readings):
@@ -197,7 +199,7 @@ def _forward(model: nn.Module) -> inspect.Signature | None:
 
 
 def _parameters(model: nn.Module) -> tuple[tuple[str, ...], int, float]:
-    """Parameters of `forward` that may be given by place, how many are needed, and how many there may be."""
+    """Parameters of `forward` that may be passed by place, how many are needed, and how many there may be."""
     signature = _forward(model)
     if signature is None:
         return (), 0, math.inf
@@ -212,8 +214,8 @@ def holds_keywords(inputs: Mapping[str, Any], model: nn.Module) -> bool:
     """False for a mapping that is itself the one input of `forward`: none of its keys is a parameter.
 
     >>> class OfDict(nn.Module):
-    ...     def forward(self, features): ...
-    >>> holds_keywords({"x": 1}, OfDict()), holds_keywords({"features": 1}, OfDict())
+    ...     def forward(self, fields): ...
+    >>> holds_keywords({"x": 1}, OfDict()), holds_keywords({"fields": 1}, OfDict())
     (False, True)
     """
     signature = _forward(model)
@@ -240,9 +242,9 @@ def reading_of(batch: Batch) -> dict[str, Any]:
     return {"batch": {"inputs": list(batch.names), "labels": batch.target}} if isinstance(batch, Arranged) else {}
 
 
-def given_of(batch: Batch) -> Any:
-    """The batch as it was given, for a function of the user's."""
-    return batch.given if isinstance(batch, Arranged) else batch
+def original_of(batch: Batch) -> Any:
+    """The batch as the data loader yielded it, for a function of the user's."""
+    return batch.original if isinstance(batch, Arranged) else batch
 
 
 def inputs_of(batch: Batch) -> Any:
@@ -259,7 +261,7 @@ def inputs_of(batch: Batch) -> Any:
 
 
 def target_part(batch: Batch) -> Any:
-    """The part of a batch that holds its labels, as it is given; None: no part."""
+    """The part of a batch that holds its labels, of whatever type; None: no part."""
     if isinstance(batch, Arranged):
         return None if batch.target is None else batch.part(batch.target)
     if isinstance(batch, Mapping):
@@ -302,7 +304,7 @@ def samples(batch: Batch) -> int:
     first = next((tensor for tensor in tensors if tensor.ndim), None)
     if first is None:
         raise EstimatorError(
-            f"a batch without a tensor: {type(given_of(batch)).__name__}"
+            f"a batch without a tensor: {type(original_of(batch)).__name__}"
             + ("; its tensors hold one number each, expected an axis of samples" if tensors else "")
         )
     return len(first)
@@ -329,8 +331,8 @@ def moved(value: Any, device: torch.device) -> Any:
 
 def _moved(leaf: Any, device: torch.device) -> Any:
     if isinstance(leaf, Tensor):
-        there = leaf.to(device)  # loaded in inference mode, it would take no gradients
-        return there.clone() if there.is_inference() and not torch.is_inference_mode_enabled() else there
+        copied = leaf.to(device)  # loaded in inference mode, it would take no gradients
+        return copied.clone() if copied.is_inference() and not torch.is_inference_mode_enabled() else copied
     return copy.copy(leaf).to(device) if _moves_itself(leaf) else leaf
 
 
@@ -342,7 +344,7 @@ def _moves_itself(value: Any) -> bool:
 def leaves(value: Any) -> Iterator[Any]:
     """Everything in nested containers that is none, in order: tensors, arrays, numbers, text."""
     if isinstance(value, Arranged):
-        value = value.given
+        value = value.original
     parts = _parts(value)
     if parts is None:
         yield value
@@ -371,7 +373,7 @@ def mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     {'a': [2, (3, 4)]}
     """
     if isinstance(value, Arranged):
-        return dataclasses.replace(value, given=mapped(value.given, change))
+        return dataclasses.replace(value, original=mapped(value.original, change))
     if _parts(value) is None:
         return change(value)
     return rebuilt(value, lambda part: mapped(part, change))
@@ -424,7 +426,7 @@ def data_fingerprint(batches: Sequence[Batch]) -> str:
         parts = _parts(value)
         if isinstance(value, Arranged):
             digest.update(f"{value.names} {value.target}".encode())
-            add(value.given)
+            add(value.original)
         elif isinstance(value, Mapping):
             for key in sorted(value, key=str):
                 digest.update(f"{key!r}:".encode())

@@ -1,4 +1,4 @@
-"""Samples between samples: more data of the same kind for a damage that needs no labels."""
+"""Mixup: means of two samples, more data of the same kind for a damage that needs no labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,12 +10,12 @@ from torch import Tensor
 from mpsearch.models.data.batches import Batch, inputs_of, leaves, mapped, samples
 
 
-def mixed(batches: Sequence[Batch], seed: int, draws: int = 1) -> list[Batch]:
+def mixup(batches: Sequence[Batch], seed: int, draws: int = 1) -> list[Batch]:
     """Every sample averaged with another one of its batch, as often as partners are drawn.
 
-    x'_i = (x_i + x_j) / 2: vicinal samples (Chapelle et al., NIPS 2000), by mixup with a share of one half (Zhang et al., ICLR
-    2018, 1710.09412). The unquantized model is less sure of them than of the data, above all of data that it was trained on;
-    so plans that do little damage to few sure samples by luck are told from those that do little damage at large.
+    x'_i = (x_i + x_j) / 2: mixup with a share of one half (Zhang et al., ICLR 2018, 1710.09412), samples of the vicinity of the data
+    (Chapelle et al., NIPS 2000). The unquantized model is less sure of them than of the data, above all of data that it was trained on;
+    so plans that do little damage to few sure samples by luck are told apart from those that do little damage at large.
 
     Args:
         batches: whatever the model takes; labels are left out.
@@ -26,25 +26,25 @@ def mixed(batches: Sequence[Batch], seed: int, draws: int = 1) -> list[Batch]:
         batches, without those of one sample; none where samples cannot be averaged: inputs that are not floating point (tokens,
         masks).
 
-    >>> mixed([torch.tensor([[0.0], [1.0]])], seed=0)
+    >>> mixup([torch.tensor([[0.0], [1.0]])], seed=0)
     [tensor([[0.5000],
             [0.5000]])]
-    >>> mixed([torch.tensor([[3, 7], [1, 2]])], seed=0)
+    >>> mixup([torch.tensor([[3, 7], [1, 2]])], seed=0)
     []
     """
     generator = np.random.default_rng(seed)
     several = [batch for batch in batches if samples(batch) > 1]
     if not all(_averages(inputs_of(batch), samples(batch)) for batch in several):
         return []
-    found = []
+    mixtures: list[Batch] = []
     for batch in several * draws:
         count = samples(batch)
         order = generator.permutation(count)
         partner = np.empty(count, np.int64)
         partner[order] = np.roll(order, 1)
         between = _between(inputs_of(batch), torch.from_numpy(partner), count)
-        found.append(between if isinstance(batch, Mapping | Tensor) else (between, None))
-    return found
+        mixtures.append(between if isinstance(batch, Mapping | Tensor) else (between, None))
+    return mixtures
 
 
 def _averages(inputs: Any, count: int) -> bool:

@@ -35,22 +35,22 @@ def split(batches: Sequence[Batch], shares: Mapping[str, float], seed: int) -> d
     ([4, 12], 15)
     """
     generator = np.random.default_rng(seed)
-    found: dict[str, list[Batch]] = {name: [] for name in shares}
-    wanted = np.array(list(shares.values()))
+    parts: dict[str, list[Batch]] = {name: [] for name in shares}
+    fractions = np.array(list(shares.values()))
     dealt = np.zeros(len(shares))
     for batch in batches:
         count = samples(batch)
         places = np.zeros(count, np.int64)
         for place in range(count):
-            places[place] = np.argmax(wanted * (dealt.sum() + 1) - dealt)
+            places[place] = np.argmax(fractions * (dealt.sum() + 1) - dealt)
             dealt[places[place]] += 1
         places = generator.permutation(places)
-        for part, name in enumerate(shares):
-            chosen = np.flatnonzero(places == part)
+        for number, name in enumerate(shares):
+            chosen = np.flatnonzero(places == number)
             if len(chosen):
-                found[name].append(_taken(batch, torch.from_numpy(chosen), count))
+                parts[name].append(_selected(batch, torch.from_numpy(chosen), count))
     check_sizes({name: int(size) for name, size in zip(shares, dealt, strict=True)})
-    return found
+    return parts
 
 
 def check_sizes(sizes: Mapping[str, int]) -> None:
@@ -72,38 +72,39 @@ def cut(batches: Sequence[Batch], pieces: int) -> list[Batch]:
     >>> [len(batch) for batch in cut([torch.arange(10)], 4)]
     [3, 3, 3, 1]
     """
-    most = max(1, -(-sum(map(samples, batches)) // pieces))
-    found = []
+    largest = max(1, -(-sum(map(samples, batches)) // pieces))
+    smaller: list[Batch] = []
     for batch in batches:
         count = samples(batch)
-        if count <= most:
-            found.append(batch)
+        if count <= largest:
+            smaller.append(batch)
             continue
-        found += [
-            _taken(batch, torch.arange(first, min(first + most, count)), count) for first in range(0, count, most)
+        smaller += [
+            _selected(batch, torch.arange(first, min(first + largest, count)), count)
+            for first in range(0, count, largest)
         ]
-    return found
+    return smaller
 
 
-def few(batch: Batch, count: int) -> Batch:
+def first_samples(batch: Batch, count: int) -> Batch:
     """The first samples of a batch.
 
-    >>> few((torch.arange(10), torch.arange(10)), 2)
+    >>> first_samples((torch.arange(10), torch.arange(10)), 2)
     (tensor([0, 1]), tensor([0, 1]))
     """
-    return _taken(batch, torch.arange(min(count, samples(batch))), samples(batch))
+    return _selected(batch, torch.arange(min(count, samples(batch))), samples(batch))
 
 
-def _taken(value: Any, chosen: Tensor, count: int) -> Any:
+def _selected(value: Any, chosen: Tensor, count: int) -> Any:
     if isinstance(value, Arranged):
-        return replace(value, given=_taken(value.given, chosen, count))
+        return replace(value, original=_selected(value.original, chosen, count))
     if isinstance(value, Tensor):
         return value[chosen.to(value.device)] if value.ndim and len(value) == count else value
     if isinstance(value, np.ndarray):
         return value[chosen.numpy()] if value.ndim and len(value) == count else value
     if isinstance(value, list | tuple) and len(value) == count and not any(map(_holds_tensor, value)):
         return like(value, [value[i] for i in chosen.tolist()])  # labels that are plain numbers
-    return rebuilt(value, lambda part: _taken(part, chosen, count))
+    return rebuilt(value, lambda part: _selected(part, chosen, count))
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What lies inside something larger, each in a module of its own for as long as the search looks at a model."""
+"""Layers that lie inside larger modules, as modules of their own for as long as the search looks at a model."""
 
 import contextlib
 import math
@@ -16,12 +16,12 @@ from torch.nn.utils.weight_norm import WeightNorm
 from mpsearch.models.modules.kv_cache import with_caches
 from mpsearch.models.modules.weights import kind_of
 
-#: Hooks that make a weight anew before each call.
+#: Hooks that compute a weight anew before each call.
 _RECOMPUTED = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 @contextlib.contextmanager
-def unfused(model: nn.Module) -> Iterator[None]:
+def decomposed(model: nn.Module) -> Iterator[None]:
     """Inside, every weight that can be decided on is the `weight` of a module that is really called.
 
     - `nn.MultiheadAttention` has the linear layers `q_proj`, `k_proj`, `v_proj`, `out_proj` instead of `in_proj_weight`.
@@ -35,23 +35,23 @@ def unfused(model: nn.Module) -> Iterator[None]:
     modules are those that they were. The model itself is never replaced, only modules in it.
 
     >>> model = nn.Sequential(nn.MultiheadAttention(4, 2))
-    >>> with unfused(model):
+    >>> with decomposed(model):
     ...     [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     ['0.q_proj', '0.k_proj', '0.v_proj', '0.out_proj']
     >>> type(model[0]).__name__
     'MultiheadAttention'
     """
     places: list[tuple[nn.Module, str, nn.Module]] = []
-    made: dict[nn.Module, nn.Module | None] = {}
+    replacements: dict[nn.Module, nn.Module | None] = {}
     fast = torch.backends.mha.get_fastpath_enabled()
     try:
         for parent in list(model.modules()):
             for key, child in parent._modules.items():
                 if child is None:
                     continue
-                if child not in made:
-                    made[child] = _replacement(child)
-                new = made[child]
+                if child not in replacements:
+                    replacements[child] = _replacement(child)
+                new = replacements[child]
                 if new is not None:
                     places.append((parent, key, child))
                     parent._modules[key] = new
@@ -170,7 +170,7 @@ def _holds_experts(module: nn.Module) -> bool:
 
 
 class _Experts(_StandIn):
-    """Experts, each with linear layers of its own; one that is given no token is not called."""
+    """Experts, each with linear layers of its own; one without tokens is not called."""
 
     def __init__(self, original: Any) -> None:
         super().__init__(original)
@@ -203,7 +203,7 @@ class _Experts(_StandIn):
 
 
 def _plain(module: nn.Module) -> nn.Module | None:
-    """A layer with the weight that is really used as its parameter; None for a module that has it already."""
+    """A copy of a layer whose parameter is the weight that it computes with; None for a module whose parameter is that already."""
     hooks = {key: hook for key, hook in module._forward_pre_hooks.items() if isinstance(hook, _RECOMPUTED)}
     values: dict[str, Tensor] = {}
     inner: set[str] = set()
@@ -228,8 +228,8 @@ def _plain(module: nn.Module) -> nn.Module | None:
     state["_buffers"] = {key: buffer for key, buffer in module._buffers.items() if key not in inner}
     state["_parameters"] = {key: parameter for key, parameter in module._parameters.items() if key not in inner}
     state["_parameters"] |= {name: nn.Parameter(value.detach().clone()) for name, value in values.items()}
-    kept = [(key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks]
-    state["_forward_pre_hooks"] = OrderedDict(kept)
+    others = [(key, hook) for key, hook in module._forward_pre_hooks.items() if key not in hooks]
+    state["_forward_pre_hooks"] = OrderedDict(others)
     if clipped is not None:
         state["max_norm"] = None  # its forward would write into the weight
     new.__dict__ = state
@@ -244,7 +244,7 @@ def _clipped(module: nn.Module) -> Tensor | None:
 
 
 def _recomputed(hook: Any, module: nn.Module) -> tuple[str, Tensor]:
-    """Name and value of the weight that a hook makes before each call in evaluation mode."""
+    """Name and value of the weight that a hook computes before each call in evaluation mode."""
     if isinstance(hook, BasePruningMethod):
         return hook._tensor_name, hook.apply_mask(module)
     settings = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
@@ -252,9 +252,9 @@ def _recomputed(hook: Any, module: nn.Module) -> tuple[str, Tensor]:
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer around tensors that are there already."""
-    made = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    made.weight = nn.Parameter(weight.detach())
+    """A linear layer around existing tensors, which are not copied."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.detach())
     if bias is not None:
-        made.bias = nn.Parameter(bias.detach())
-    return made
+        layer.bias = nn.Parameter(bias.detach())
+    return layer

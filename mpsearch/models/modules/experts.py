@@ -1,4 +1,4 @@
-"""Mixture of experts: which layers belong to an expert, which route, and what an expert without tokens is given."""
+"""Mixture of experts: which layers belong to an expert, which route, and the scores of an expert without tokens."""
 
 import re
 import warnings
@@ -83,7 +83,7 @@ def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
             holder = name.rpartition(".")[0]
             for block in {holder, _beside_experts(holder)}:
                 counts.setdefault(block, set()).add(module.layout.matrices)
-    found = []
+    names: list[str] = []
     for name, module in layers.items():
         parent, _, last = name.rpartition(".")
         above, _, within = parent.rpartition(".")
@@ -91,8 +91,8 @@ def routers(model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         beside = counts.get(parent, ())
         deeper = counts.get(above, ()) if _ROUTER.search(within) else ()
         if outputs in beside or outputs in deeper or (outputs == 1 and "gate" in last and beside):
-            found.append(name)
-    return found
+            names.append(name)
+    return names
 
 
 def _beside_experts(name: str) -> str:
@@ -139,7 +139,7 @@ def filled(scores: NDArray[np.float64], layers: Sequence[Layer], unseen: NDArray
     [4.0, 3.0, 2.0]
     """
     places = [place_of(layer.name) for layer in layers]
-    found = scores.copy()
+    complete = scores.copy()
     seen: dict[tuple[str, str], list[int]] = {}
     for row, place in enumerate(places):
         if place is not None and not unseen[row]:
@@ -147,12 +147,12 @@ def filled(scores: NDArray[np.float64], layers: Sequence[Layer], unseen: NDArray
     for row, place in enumerate(places):
         if place is not None and unseen[row]:
             others = seen.get((place.block, place.part))
-            found[row] = scores[others].mean(axis=0) if others else np.nan
-    return found
+            complete[row] = scores[others].mean(axis=0) if others else np.nan
+    return complete
 
 
 def report(unseen: Iterable[str]) -> None:
-    """Say which layers were given the mean of others."""
+    """Warn of layers whose score is the mean of other experts'."""
     names = sorted(unseen)
     shown = ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
     warnings.warn(

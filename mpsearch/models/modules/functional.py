@@ -1,4 +1,4 @@
-"""Parameters that a model multiplies itself: found by running an example, and each read a call of a module that can be watched."""
+"""Parameters that a model multiplies itself: found by running an example; each read becomes the call of a module."""
 
 import contextlib
 import functools
@@ -27,7 +27,7 @@ class _Reading:
     """One parameter, or a view of it, in the arguments of a function.
 
     Attributes:
-        view: it.
+        view: the parameter or the view.
         kind: of layer that it makes.
         read: what is done with it.
         rows: its dimensions that outputs have too.
@@ -115,22 +115,22 @@ def _einsum(equation: Any, *operands: Any) -> Iterator[_Reading]:
             continue
         strides = dict(zip(own, view.stride(), strict=True))
         summed.sort(key=lambda c: -strides[c])
-        given = x.permute([other.index(c) for c in stack + rest + summed])
+        ordered = x.permute([other.index(c) for c in stack + rest + summed])
         size = dict(zip(own + other, (*view.shape, *x.shape), strict=True))
 
         def result(
             call: Call,
-            given: Tensor = given,
+            ordered: Tensor = ordered,
             stack: Any = stack,
             rest: Any = rest,
             outputs: Any = outputs,
             size: Any = size,
         ) -> Tensor:
             lead = [size[c] for c in stack]
-            y = call(given.reshape(*lead, math.prod(size[c] for c in rest), -1))
+            y = call(ordered.reshape(*lead, math.prod(size[c] for c in rest), -1))
             y = y.reshape(*lead, *(size[c] for c in rest), *(size[c] for c in outputs))
-            made = stack + rest + outputs
-            return y.permute([made.index(c) for c in out])
+            axes = stack + rest + outputs
+            return y.permute([axes.index(c) for c in out])
 
         axes = [[own.index(c) for c in part] for part in (stack, outputs, summed)]
         yield _matrix(view, axes[0], axes[1], axes[2], result)
@@ -143,8 +143,8 @@ def _tensordot(a: Tensor, b: Tensor, dims: Any = 2, out: Tensor | None = None) -
         pairs = list(zip(*(([axes] if isinstance(axes, int) else list(axes)) for axes in dims), strict=True))
     letters = "abcdefghijklmnopqrstuvwxyz"
     left, right = list(letters[: a.ndim]), list(letters[a.ndim : a.ndim + b.ndim])
-    for one, other in pairs:
-        right[other % b.ndim] = left[one % a.ndim]
+    for first, second in pairs:
+        right[second % b.ndim] = left[first % a.ndim]
     shared = set(left) & set(right)
     result = [c for c in left + right if c not in shared]
     yield from _einsum(f"{''.join(left)},{''.join(right)}->{''.join(result)}", a, b)
@@ -191,14 +191,14 @@ def _embedding_bag(
         if padding_idx is not None:
             counted = numbers != padding_idx % len(weight)
             flat, bag = flat[counted], bag[counted]
-        made = flat.new_zeros(bags, flat.shape[-1])
+        sums = flat.new_zeros(bags, flat.shape[-1])
         if mode == "max":
             index = bag[:, None].expand_as(flat)
-            return made.scatter_reduce(0, index, flat, "amax", include_self=False)
-        made = made.index_add(0, bag, flat)
+            return sums.scatter_reduce(0, index, flat, "amax", include_self=False)
+        sums = sums.index_add(0, bag, flat)
         if mode == "sum":
-            return made
-        return made / torch.bincount(bag, minlength=bags).clamp(min=1)[:, None]
+            return sums
+        return sums / torch.bincount(bag, minlength=bags).clamp(min=1)[:, None]
 
     if max_norm is None:
         yield _Reading(weight, "embedding", Lookup, (0,), result)
@@ -266,7 +266,7 @@ def operands(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], ob
 
     One run of the example finds them. A matrix of no layer (`x @ self.proj`, an LSTM's) is named as the parameter, or as its module where
     that holds a single `weight`; a layer that is never called, only its weight read, keeps its name. The functions compute what they
-    always do where nobody watches; else the product is made by an `Operand`, equal up to rounding.
+    always do where nobody observes them; else an `Operand` computes the product, equal up to rounding.
 
     Args:
         model: comes back as it was.
@@ -277,16 +277,18 @@ def operands(model: nn.Module, example: Any, call: Callable[[nn.Module, Any], ob
         yield
         return
     with one_memory(model) as views:
-        seen = _Seen(model, views)
-        with seen.running(), torch.no_grad(), seen:
+        recorder = _Recorder(model, views)
+        with recorder.running(), torch.no_grad(), recorder:
             call(model, example)
-        found = vars(model)[OPERANDS] = seen.operands()
+        read = vars(model)[OPERANDS] = recorder.operands()
         try:
-            if not (found.decided or found.reads):
+            if not (read.decided or read.reads):
                 yield
                 return
-            calls = _Calls({one.weight: one for one in (*found.decided.values(), *found.reads.values())}, views)
-            owners = {name: model.get_submodule(name) for name in found.reads}
+            calls = _Calls(
+                {operand.weight: operand for operand in (*read.decided.values(), *read.reads.values())}, views
+            )
+            owners = {name: model.get_submodule(name) for name in read.reads}
             with _running(owners, calls.busy), calls:
                 yield
         finally:
@@ -359,11 +361,11 @@ class _Reads(TorchFunctionMode):
         raise NotImplementedError
 
     def read(self, parameter: nn.Parameter, reading: _Reading, plainly: Callable[[], Tensor]) -> Any:
-        """What the function returns."""
+        """What a function that reads a parameter returns; `plainly` calls it as it is."""
         raise NotImplementedError
 
     def recurrent(self, steps: Callable[..., Any], kind: str, func: Any, args: Sequence[Any]) -> Any:
-        """What a recurrent function returns."""
+        """What a recurrent function returns; `steps` does the same by single products."""
         raise NotImplementedError
 
 
@@ -372,15 +374,15 @@ def _times(weight: Tensor, x: Tensor) -> _Reading:
 
 
 @dataclass(eq=False)
-class _Found:
-    """A parameter that is read: how."""
+class _Use:
+    """How functions read a parameter."""
 
     kind: str
     layout: Layout
     groups: int = 1
 
 
-class _Seen(_Reads):
+class _Recorder(_Reads):
     """Notes which parameters are read by functions, and how."""
 
     def __init__(self, model: nn.Module, views: Views) -> None:
@@ -396,7 +398,7 @@ class _Seen(_Reads):
             for key, parameter in module._parameters.items():
                 if parameter is not None and parameter.ndim > 1 and parameter.numel():
                     self.places.setdefault(parameter, (name, module, key))
-        self.found: dict[nn.Parameter, _Found] = {}
+        self.uses: dict[nn.Parameter, _Use] = {}
         self.called: set[nn.Parameter] = set()
 
     @contextlib.contextmanager
@@ -416,44 +418,42 @@ class _Seen(_Reads):
 
     def parameter(self, tensor: Tensor) -> nn.Parameter | None:
         """The parameter that a tensor is, or is a view of."""
-        for one in (tensor, tensor._base):
-            if isinstance(one, nn.Parameter) and one in self.places:
-                return one
+        for owner in (tensor, tensor._base):
+            if isinstance(owner, nn.Parameter) and owner in self.places:
+                return owner
         return None
 
     def read(self, parameter: nn.Parameter, reading: _Reading, plainly: Callable[[], Tensor]) -> Any:
-        """Note it."""
-        if parameter not in self.found:
-            self.found[parameter] = _Found(reading.kind, _layout(parameter, reading), reading.groups)
+        """Note how the parameter is read."""
+        if parameter not in self.uses:
+            self.uses[parameter] = _Use(reading.kind, _layout(parameter, reading), reading.groups)
         return plainly()
 
     def recurrent(self, steps: Callable[..., Any], kind: str, func: Any, args: Sequence[Any]) -> Any:
-        """Note its matrices."""
+        """Note the matrices among the arguments."""
         for part in args:
             for tensor in part if isinstance(part, list | tuple) else [part]:
                 if isinstance(tensor, Tensor) and tensor.ndim == 2 and (own := self.parameter(tensor)) is not None:
-                    self.found.setdefault(own, _Found("linear", _layout(own, _times(tensor, tensor))))
+                    self.uses.setdefault(own, _Use("linear", _layout(own, _times(tensor, tensor))))
         return func(*args)
 
     def operands(self) -> Operands:
         """By name: those of no layer or of one that is never called, and further reads of weights of layers."""
         of_layers = {weight_of(module): name for name, module in reversed(self.layers.items())}
-        alike = {
-            self._likeness(parameter): found for parameter, found in self.found.items() if parameter not in of_layers
-        }
+        alike = {self._likeness(parameter): use for parameter, use in self.uses.items() if parameter not in of_layers}
         decided, reads = dict[str, Operand](), dict[str, Operand]()
         for parameter in self.places:
             if parameter in of_layers:
-                name, found = of_layers[parameter], self.found.get(parameter)
-                if found is None:
+                name, use = of_layers[parameter], self.uses.get(parameter)
+                if use is None:
                     continue
                 called = parameter in self.called
-                kind = found.kind if called else kind_of(self.layers[name]) or found.kind
-                (reads if called else decided)[name] = Operand(parameter, kind, found.layout, found.groups)
-            else:  # an expert that is given no token is read as the others are
-                found = self.found.get(parameter) or alike.get(self._likeness(parameter))
-                if found is not None and found.layout.fits(parameter):
-                    decided[self._name(parameter)] = Operand(parameter, found.kind, found.layout, found.groups)
+                kind = use.kind if called else kind_of(self.layers[name]) or use.kind
+                (reads if called else decided)[name] = Operand(parameter, kind, use.layout, use.groups)
+            else:  # an expert without tokens is read as the others are
+                use = self.uses.get(parameter) or alike.get(self._likeness(parameter))
+                if use is not None and use.layout.fits(parameter):
+                    decided[self._name(parameter)] = Operand(parameter, use.kind, use.layout, use.groups)
         return Operands(decided, reads, self.views.within)
 
     def _likeness(self, parameter: nn.Parameter) -> Any:
@@ -462,12 +462,13 @@ class _Seen(_Reads):
 
     def _name(self, parameter: nn.Parameter) -> str:
         name, module, key = self.places[parameter]
-        single = [one for one in module._parameters.values() if one is not None and one.ndim > 1] == [parameter]
+        matrices = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.ndim > 1]
+        single = matrices == [parameter]
         return name if name and key == "weight" and single else f"{name}.{key}".lstrip(".")
 
 
 class _Calls(_Reads):
-    """Hands reads that somebody watches to operands."""
+    """Hands reads that somebody observes to operands."""
 
     def __init__(self, operands: dict[nn.Parameter, Operand], views: Views) -> None:
         super().__init__(views)
@@ -475,21 +476,21 @@ class _Calls(_Reads):
 
     def parameter(self, tensor: Tensor) -> nn.Parameter | None:
         """The parameter that a tensor is, or is a view of."""
-        for one in (tensor, tensor._base):
-            if isinstance(one, nn.Parameter) and one in self.operands:
-                return one
+        for owner in (tensor, tensor._base):
+            if isinstance(owner, nn.Parameter) and owner in self.operands:
+                return owner
         return None
 
     def read(self, parameter: nn.Parameter, reading: _Reading, plainly: Callable[[], Tensor]) -> Any:
-        """By the operand, if anybody watches."""
+        """By the operand, if anybody observes it."""
         operand = self.operands[parameter]
         return reading.result(self._call(operand, reading)) if _apart(operand) else plainly()
 
     def recurrent(self, steps: Callable[..., Any], kind: str, func: Any, args: Sequence[Any]) -> Any:
-        """By products, if anybody watches one."""
+        """By products, if anybody observes one."""
         tensors = [x for part in args for x in (part if isinstance(part, list | tuple) else [part])]
         own = [self.parameter(x) for x in tensors if isinstance(x, Tensor)]
-        if not any(one is not None and _apart(self.operands[one]) for one in own):
+        if not any(parameter is not None and _apart(self.operands[parameter]) for parameter in own):
             return func(*args)
 
         def times(weight: Tensor, x: Tensor) -> Tensor:
@@ -507,8 +508,8 @@ class _Calls(_Reads):
 
 
 def _apart(operand: Operand) -> bool:
-    """True where products are made by operands: somebody watches, or differentiates, for which fused functions may have no rule."""
-    return operand.watched or torch.is_grad_enabled()
+    """True where products are made by operands: somebody observes, or differentiates, for which fused functions may have no rule."""
+    return operand.has_hooks or torch.is_grad_enabled()
 
 
 def _layout(parameter: nn.Parameter, reading: _Reading) -> Layout:
@@ -542,5 +543,5 @@ def _layout(parameter: nn.Parameter, reading: _Reading) -> Layout:
         shape.append(whole)
         summed.append(bool(parts))
     order = sorted(range(len(shape)), key=lambda d: summed[d])
-    one = view.numel() // max(1, math.prod(view.shape[axis] for axis in rows[:stack]))
-    return Layout(tuple(shape), tuple(order), summed.count(False), max(1, parameter.numel() // max(1, one)))
+    matrix = view.numel() // max(1, math.prod(view.shape[axis] for axis in rows[:stack]))
+    return Layout(tuple(shape), tuple(order), summed.count(False), max(1, parameter.numel() // max(1, matrix)))

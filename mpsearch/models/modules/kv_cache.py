@@ -12,16 +12,16 @@ from torch import Tensor, nn
 
 
 class KVCache(nn.Module):
-    """Keys or values of one attention layer, as they are stored: (batch, heads, tokens, size). It returns what it is given.
+    """Keys or values of one attention layer, as they are stored: (batch, heads, tokens, size). It returns its input.
 
     A decision without a weight: at a precision such as `w4`, each head of each token is quantized to the weight format, with scales of
     its own (of groups along its numbers with `w4g32`) taken on the spot; an activation format says nothing of it. Attention of
-    transformers is given such modules for as long as the search looks (`with_caches`); a model of one's own has them in place:
+    transformers gets such modules for as long as the search looks (`with_caches`); a model of one's own has them in place:
 
         keys, values = self.k_cache(keys), self.v_cache(values)
 
     Attributes:
-        window: tokens that are kept at most; None keeps all.
+        window: most tokens that are stored; None: all.
         weight: of no elements, and not part of the state: nothing of a cache is stored with the model.
     """
 
@@ -31,7 +31,7 @@ class KVCache(nn.Module):
         self.__dict__["weight"] = nn.Parameter(torch.empty(0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """What it is given: (batch, heads, tokens, size)."""
+        """The input, unchanged: (batch, heads, tokens, size)."""
         return x
 
 
@@ -42,8 +42,8 @@ def with_caches(model: nn.Module) -> Iterator[None]:
     These are after rotation by position, and also where the model is run without a cache; DeepSeek's attention stores two latent tensors
     instead, in the same two places.
     """
-    found = [module for module in model.modules() if _fills_a_cache(module)]
-    inner = [one for one in found if not any(_fills_a_cache(part) for part in one.modules() if part is not one)]
+    attention = [module for module in model.modules() if _fills_a_cache(module)]
+    inner = [module for module in attention if not any(map(_fills_a_cache, list(module.modules())[1:]))]
     handles = []
     try:
         for module in inner:
@@ -82,7 +82,7 @@ def _cache_argument(module: nn.Module) -> tuple[int, str] | None:
 
 
 def _window(module: Any) -> int | None:
-    """Tokens that the cache of an attention layer keeps at most."""
+    """Most tokens that the cache of an attention layer stores; None: all."""
     layers = _empty_cache(config=module.config).layers
     return getattr(layers[module.layer_idx], "sliding_window", None) if module.layer_idx < len(layers) else None
 
@@ -94,9 +94,9 @@ def _empty_cache(**settings: Any) -> Any:
 
 def _enter(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
     """The arguments of attention with its cache behind the two modules."""
-    found = _cache_argument(module)
-    assert found is not None
-    place, name = found
+    argument = _cache_argument(module)
+    assert argument is not None
+    place, name = argument
     cache = args[place] if place < len(args) else keywords.get(name)
     if cache is None and getattr(module, "is_causal", False):
         cache = _empty_cache()
@@ -109,12 +109,12 @@ def _enter(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -
 
 def _through(module: Any, cache: Any) -> Any:
     """A cache with the contents of another, which everything enters through the modules."""
-    made = copy.copy(cache)
+    wrapped = copy.copy(cache)
     if hasattr(cache, "self_attention_cache"):
-        made.self_attention_cache = _through(module, cache.self_attention_cache)
-        made.cross_attention_cache = _through(module, cache.cross_attention_cache)
+        wrapped.self_attention_cache = _through(module, cache.self_attention_cache)
+        wrapped.cross_attention_cache = _through(module, cache.cross_attention_cache)
     else:
-        made.update = lambda keys, values, *rest, **more: cache.update(
+        wrapped.update = lambda keys, values, *rest, **more: cache.update(
             module.k_cache(keys), module.v_cache(values), *rest, **more
         )
-    return made
+    return wrapped

@@ -23,8 +23,8 @@ class Views:
 
     def live(self, tensor: Tensor) -> Tensor:
         """What the tensor stands for as it is now, in the graph; any other tensor itself."""
-        found = self.of.get(id(tensor))
-        return tensor if found is None else found[1](found[0])
+        part = self.of.get(id(tensor))
+        return tensor if part is None else part[1](part[0])
 
 
 @contextlib.contextmanager
@@ -61,8 +61,8 @@ def one_memory(model: nn.Module) -> Iterator[Views]:
                     module._parameters[key] = owner
                     continue
                 stand_in = parameter.detach()
-                for one in (parameter, stand_in):
-                    views.of[id(one)] = owner, View.of(parameter, owner)
+                for tensor in (parameter, stand_in):
+                    views.of[id(tensor)] = owner, View.of(parameter, owner)
                 del module._parameters[key]
                 vars(module)[key] = stand_in
                 views.within[name] = owner_name
@@ -78,10 +78,10 @@ def _size(place: tuple[str, str, nn.Module, nn.Parameter]) -> int:
     return -place[-1].numel()
 
 
-def _inside(one: Tensor, whole: Tensor) -> bool:
+def _inside(tensor: Tensor, whole: Tensor) -> bool:
     """True for a tensor itself, and for one that lies wholly in another without gaps."""
-    (first, last), (start, end) = _span(one), _span(whole)
-    return one is whole or (end - start == whole.numel() and start <= first and last <= end)
+    (first, last), (start, end) = _span(tensor), _span(whole)
+    return tensor is whole or (end - start == whole.numel() and start <= first and last <= end)
 
 
 def _span(tensor: Tensor) -> tuple[int, int]:

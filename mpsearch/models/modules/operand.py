@@ -95,7 +95,7 @@ class Lookup:
 
     Attributes:
         view: (rows, columns).
-        padding: number of a row that is given no gradient.
+        padding: number of a row without a gradient.
     """
 
     view: View
@@ -124,7 +124,7 @@ Read = Product | Lookup | Convolution
 
 
 class Operand(nn.Module):
-    """A parameter that is read by functions: each read is a call, so that it can be watched, and its input quantized.
+    """A parameter that is read by functions: each read is a call of a module, whose hooks see it and whose input can be quantized.
 
     Attributes:
         weight: the parameter itself.
@@ -143,8 +143,8 @@ class Operand(nn.Module):
         self.eval()
 
     @property
-    def watched(self) -> bool:
-        """True where anybody wants to see its calls."""
+    def has_hooks(self) -> bool:
+        """True where somebody observes its calls."""
         return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def forward(self, x: Tensor, read: Read) -> Tensor:

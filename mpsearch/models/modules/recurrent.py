@@ -42,7 +42,7 @@ def sequence(kind: str, times: Times, args: Sequence[Any]) -> tuple[Tensor, ...]
 
     Args:
         kind: of them.
-        times: the product of a weight and what it is given: of all steps at once, of the state step by step.
+        times: the product of a weight and its input, that of all steps at once, that of the state step by step.
         args: of the function, by position.
     """
     if isinstance(args[3], list | tuple):  # packed: rows of all steps behind each other
@@ -58,23 +58,24 @@ def sequence(kind: str, times: Times, args: Sequence[Any]) -> tuple[Tensor, ...]
     for number in range(layers * (2 if both else 1)):
         backward = both and number % 2
         if not backward:
-            given, outputs = x, []
+            layer_input, outputs = x, []
         own = tensors[number * per : (number + 1) * per]
         biases = own[2:4] if biased else (None, None)
         weights = _Weights(own[0], own[1], biases[0], biases[1], own[-1] if per % 2 else None)
-        inner = _plus(times(weights.inputs, given), weights.input_bias)
+        inner = _plus(times(weights.inputs, layer_input), weights.input_bias)
         parts = list(inner.split(steps)) if packed else list(inner.unbind(1 if batch_first else 0))
         h, c = hidden[number], None if cells is None else cells[number]
-        made = []
+        hidden_states = []
         order = range(len(parts))
         for step in reversed(order) if backward else order:
             size = len(parts[step])
             new, new_c = _step(kind, times, weights, parts[step], h[:size], None if c is None else c[:size])
-            made.append(new)
+            hidden_states.append(new)
             h = torch.cat([new, h[size:]])
             c = None if c is None or new_c is None else torch.cat([new_c, c[size:]])
-        made = made[::-1] if backward else made
-        outputs.append(torch.cat(made) if packed else torch.stack(made, 1 if batch_first else 0))
+        if backward:
+            hidden_states.reverse()
+        outputs.append(torch.cat(hidden_states) if packed else torch.stack(hidden_states, 1 if batch_first else 0))
         last_h.append(h)
         if c is not None:
             last_c.append(c)
@@ -85,21 +86,21 @@ def sequence(kind: str, times: Times, args: Sequence[Any]) -> tuple[Tensor, ...]
 
 
 def _step(
-    kind: str, times: Times, weights: _Weights, given: Tensor, h: Tensor, c: Tensor | None
+    kind: str, times: Times, weights: _Weights, product: Tensor, h: Tensor, c: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     state = _plus(times(weights.states, h), weights.state_bias)
     if kind == "lstm":
         assert c is not None
-        i, f, g, o = (given + state).chunk(4, -1)
+        i, f, g, o = (product + state).chunk(4, -1)
         c = f.sigmoid() * c + i.sigmoid() * g.tanh()
         h = o.sigmoid() * c.tanh()
         return h if weights.projection is None else times(weights.projection, h), c
     if kind == "gru":
-        (reset, update, new), (by_reset, by_update, by_new) = given.chunk(3, -1), state.chunk(3, -1)
+        (reset, update, new), (by_reset, by_update, by_new) = product.chunk(3, -1), state.chunk(3, -1)
         z = (update + by_update).sigmoid()
         n = (new + (reset + by_reset).sigmoid() * by_new).tanh()
         return (1 - z) * n + z * h, None
-    return ((given + state).tanh() if kind == "rnn_tanh" else (given + state).relu()), None
+    return ((product + state).tanh() if kind == "rnn_tanh" else (product + state).relu()), None
 
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:

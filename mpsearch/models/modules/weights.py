@@ -43,8 +43,8 @@ class Operands:
 
 def operands_of(model: nn.Module) -> Operands:
     """The parameters of a model that functions read."""
-    found: Operands = vars(model).get(OPERANDS) or Operands()
-    return found
+    operands: Operands = vars(model).get(OPERANDS) or Operands()
+    return operands
 
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -59,15 +59,15 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     within: dict[str, list[str]] = {}
     for name in (name for name in decided if name not in modules):
         within.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in modules.items():
         if name in decided:
-            found[name] = decided[name]
+            layers[name] = decided[name]
         elif kind_of(module) is not None:
-            found[name] = module
+            layers[name] = module
         for inner in within.get(name, ()):
-            found.setdefault(inner, decided[inner])
-    return found
+            layers.setdefault(inner, decided[inner])
+    return layers
 
 
 def layer_of(model: nn.Module, name: str) -> nn.Module:
@@ -80,9 +80,9 @@ def layer_of(model: nn.Module, name: str) -> nn.Module:
 
 
 def holders(model: nn.Module) -> Iterator[nn.Module]:
-    """Every module that a weight may be watched at: those that stand for parameters that functions read in the place of their own."""
+    """Every module whose calls show how a weight is used; operands come in the place of modules whose parameters functions read."""
     operands = operands_of(model)
-    stood_for = {one.weight for one in operands.decided.values()}
+    stood_for = {operand.weight for operand in operands.decided.values()}
     for module in model.modules():
         weight = module._parameters.get("weight")
         if weight is None or weight not in stood_for:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mpsearch.models.data.mixup import mixed
+from mpsearch.models.data.mixup import mixup
 from mpsearch.models.data.splitting import cut
 from mpsearch.models.running import Batch
 from mpsearch.plan_search.evaluator import PlanEvaluator
@@ -61,7 +61,7 @@ class Evaluators:
         pieces = cut(task.parts["select"], _PIECES)
         if not few:
             pieces += task.parts["score"]
-        samples_between = mixed(pieces, task.seed, _DRAWS) if mixes and metric.compares and not few else []
+        samples_between = mixup(pieces, task.seed, _DRAWS) if mixes and metric.compares and not few else []
         between, finalists = None, _FINALISTS if few else 0
         if samples_between:
             between = evaluator("mixup", samples_between)

@@ -1,4 +1,4 @@
-"""What a model and the random generators hold, so that it can be put back."""
+"""The state of a model and of the random generators, taken before a run and put back after it."""
 
 import contextlib
 import functools
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 Restore = Callable[[], object]
 
 
-def held(model: nn.Module) -> Restore:
-    """Note the attributes of all modules, and what is in them; parameters aside, which nobody writes to.
+def snapshot(model: nn.Module) -> Restore:
+    """Note the attributes of all modules and their contents, except parameters, which nobody writes to.
 
     Contents of lists, dicts, sets, queues, tensors (buffers and plain ones), arrays and random generators are noted, one in another at
     any depth, and those of the attributes of other objects, one object deep.
@@ -27,16 +27,16 @@ def held(model: nn.Module) -> Restore:
 
     >>> model = nn.Identity()
     >>> model.calls, model.seen = [1], {"sum": torch.zeros(2)}
-    >>> restore = held(model)
+    >>> restore = snapshot(model)
     >>> model.calls.append(2); model.seen["sum"] += 1; model.new = 3
     >>> restore()
     >>> model.calls, model.seen, hasattr(model, "new")
     ([1], {'sum': tensor([0., 0.])}, False)
     """
-    noted = _Noted()
+    state = _Snapshot()
     for module in model.modules():
-        noted.add(vars(module), inside=False)
-    return noted.restore
+        state.add(vars(module), inside=False)
+    return state.restore
 
 
 @contextlib.contextmanager
@@ -58,12 +58,12 @@ def random_states() -> Iterator[None]:
 _FIXED = frozenset({str, bytes, int, float, bool, type(None), type, torch.dtype, torch.device, types.FunctionType})
 
 
-class _Noted:
+class _Snapshot:
     def __init__(self) -> None:
         self._empty: list[dict[Any, Any]] = []  # a module has a dozen: of hooks, buffers, submodules
         self._mappings: list[tuple[dict[Any, Any], tuple[tuple[Any, Any], ...]]] = []
         self._restores: list[Restore] = []
-        self._seen: dict[int, Any] = {}  # values are kept, so that no address is given out twice
+        self._seen: dict[int, Any] = {}  # values stay alive, so that no address is given out twice
 
     def add(self, value: Any, *, inside: bool) -> None:
         """Note a value; of an object `inside` another one, attributes are not looked at."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import mpsearch as mps
-from mpsearch.models.data.held import held
+from mpsearch.models.data.snapshot import snapshot
 from mpsearch.sensitivity import Fisher, KLDivergence
 
 OPTIONS = mps.precisions("w2 w4")
@@ -131,7 +131,7 @@ def test_tensors_that_change_their_shape_and_hold_no_numbers():
     model.grown, model.blank = torch.ones(2), torch.full((2,), torch.nan)
     with torch.inference_mode():
         model.inferred = torch.ones(2)
-    restore = held(model)
+    restore = snapshot(model)
     model.grown.resize_(4).zero_()
     model.blank.zero_()
     with torch.inference_mode():
@@ -147,7 +147,7 @@ def test_parts_of_the_process_are_left_alone():
 
     model = nn.Identity()
     model.log, model.lock, model.teacher = logging.getLogger("teacher"), threading.Lock(), [nn.Linear(1, 1)]
-    restore = held(model)
+    restore = snapshot(model)
     handler = logging.NullHandler()
     model.log.addHandler(handler)
     model.teacher[0].note = 1
