@@ -52,7 +52,7 @@ def test_a_search_hashes_twice_takes_apart_once_and_calibrates_ranges_once(monke
     torch.manual_seed(0)
     model, batches = Attention(), [torch.randn(16, 4, 8) for _ in range(8)]
     hashes = counted(monkeypatch, "state_fingerprint", "mpsearch.models.running")
-    apart = counted(monkeypatch, "unfused", "mpsearch.models.running")
+    apart = counted(monkeypatch, "decomposed", "mpsearch.models.running")
     ranges = counted(monkeypatch, "input_ranges", "mpsearch.quantizers.fake_quantization")
     options = {"goal": mps.WithinBudget(mps.Budget(average_bits=5)), **options}
     with contextlib.suppress(mps.InfeasibleError):
