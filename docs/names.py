@@ -117,7 +117,7 @@ def page() -> str:
         exporters=exporters,
         packed=PACKED.text,
         storages="\n".join(_stored(name, target) for name, target in TARGETS.items()),
-        importers=_rows((*IMPORTERS.items(), *TABLE_IMPORTERS.items())),
+        importers=_rows((x.name, x.read) for x in (*IMPORTERS.values(), *TABLE_IMPORTERS.values())),
     )
 
 

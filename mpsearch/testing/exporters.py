@@ -60,7 +60,7 @@ def exporter_checks(exporter: Exporter, *, model: nn.Module | None = None, examp
     >>> for name, check in exporter_checks(EXPORTERS["neutral"]):
     ...     check()
     """
-    suite = _Suite(exporter, _transformer() if model is None else model, _EXAMPLE if model is None else example)
+    suite = _Suite(exporter, small_transformer() if model is None else model, _EXAMPLE if model is None else example)
     yield "declaration", suite.check_declaration
     yield "takes a plan", suite.check_plan
     if exporter.stable_bytes:
@@ -312,7 +312,8 @@ def _state(model: nn.Module) -> dict[str, Any]:
     return state
 
 
-def _transformer() -> nn.Module:
+def small_transformer() -> nn.Module:
+    """One block with the names of Llama: attention, an MLP, an output layer."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return _Transformer().eval()
