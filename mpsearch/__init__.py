@@ -57,7 +57,7 @@ if TYPE_CHECKING:  # type checkers read these; a test holds them against the lis
     from mpsearch.plan_search.goals import WithinBudget as WithinBudget
     from mpsearch.plan_search.proxy_search import ProxyTruth as ProxyTruth
     from mpsearch.plan_search.proxy_search import evolve_proxy as evolve_proxy
-    from mpsearch.plan_search.result import SearchResult as SearchResult
+    from mpsearch.plan_search.results.result import SearchResult as SearchResult
     from mpsearch.plan_search.searching import search as search
     from mpsearch.quantizers.quantizer import Quantizer as Quantizer
 
@@ -93,7 +93,7 @@ _MODULES = {
     "ProxyEvolution": "mpsearch.estimation.proxies.evolution",
     "ProxyTruth": "mpsearch.plan_search.proxy_search",
     "Quantizer": "mpsearch.quantizers.quantizer",
-    "SearchResult": "mpsearch.plan_search.result",
+    "SearchResult": "mpsearch.plan_search.results.result",
     "Solution": "mpsearch.core.solution",
     "Solver": "mpsearch.core.solution",
     "SolverError": "mpsearch.errors",

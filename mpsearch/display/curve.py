@@ -11,7 +11,7 @@ from mpsearch.core import amounts, printing
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
 from mpsearch.display.fragments import precision_counts, table
-from mpsearch.plan_search.result import SearchResult
+from mpsearch.plan_search.results.result import SearchResult
 
 #: Layers up to which the bars of a plan have gaps between them.
 _APART = 150

@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from mpsearch.core.plan import Plan
     from mpsearch.core.solution import Solution
     from mpsearch.core.table import CostTable
-    from mpsearch.plan_search.result import Compared, MeasuredFront, SearchResult
+    from mpsearch.plan_search.results.compared import Compared
+    from mpsearch.plan_search.results.measured_front import MeasuredFront
+    from mpsearch.plan_search.results.result import SearchResult
 
 #: Rows that are shown of a longer table, half of them from its end.
 _SHOWN = 20

@@ -14,7 +14,7 @@ from mpsearch.core import amounts, printing
 from mpsearch.core.plan import Plan
 from mpsearch.display import curve, fragments
 from mpsearch.files.writing import write_atomically
-from mpsearch.plan_search.result import SearchResult
+from mpsearch.plan_search.results.result import SearchResult
 
 _COLUMN = {"name": "name", "kind": "text", "group": "name", "precision": "text"}
 _OUTCOME = {True: "wins", False: "loses", None: "level"}

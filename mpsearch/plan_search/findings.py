@@ -18,7 +18,7 @@ from mpsearch.plan_search.evaluator import PlanEvaluator
 from mpsearch.plan_search.holdout import Reported, report_on
 from mpsearch.plan_search.loop import learned
 from mpsearch.plan_search.proposers import Columns
-from mpsearch.plan_search.result import Compared
+from mpsearch.plan_search.results.compared import Compared
 from mpsearch.plan_search.strategies.search_context import SearchContext
 from mpsearch.plan_search.strategies.strategy import Outcome, Strategy
 from mpsearch.plan_search.task import size

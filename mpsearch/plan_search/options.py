@@ -12,7 +12,7 @@ from mpsearch.errors import nearest
 from mpsearch.estimation.estimator import Estimator, Loss
 from mpsearch.models.running import Batch
 from mpsearch.plan_search.proposers import Proposer
-from mpsearch.plan_search.result import SearchResult
+from mpsearch.plan_search.results.result import SearchResult
 from mpsearch.resources.columns import ResourceFunction
 
 

@@ -39,7 +39,8 @@ from mpsearch.plan_search.options import SearchOptions, with_defaults
 from mpsearch.plan_search.outdone import without_outdone
 from mpsearch.plan_search.passes import PassBudget
 from mpsearch.plan_search.planning import searched
-from mpsearch.plan_search.result import SearchResult, measured_front
+from mpsearch.plan_search.results.measured_front import measured_front
+from mpsearch.plan_search.results.result import SearchResult
 from mpsearch.plan_search.schedule import Schedule
 from mpsearch.plan_search.starting_tables import FEW
 from mpsearch.plan_search.task import SearchTask, size

@@ -80,16 +80,20 @@ def tolerance_verdict(
     >>> tolerance_verdict("memory_bytes", 750.0, "w4", 1000.0, 0.1, 0.08, 0.02, "nats", chosen=False).text
     'mixed precision takes 25.0 % less memory than uniform w4; damage 0.08 ± 0.02 nats on held-out data, 0.1 tolerated'
     """
-    found = f"damage {printing.damage(damage, se)} {unit} on held-out data, {printing.damage(tolerance)} tolerated"
+    damage_text = (
+        f"damage {printing.damage(damage, se)} {unit} on held-out data, {printing.damage(tolerance)} tolerated"
+    )
     if damage - CLEAR * se > tolerance:
-        found += ": more than the tolerance; give more data, or a smaller tolerance"
+        damage_text += ": more than the tolerance; give more data, or a smaller tolerance"
     if uniform is None:
-        return Verdict(True, f"no uniform precision stays within the tolerance; {found}")
+        return Verdict(True, f"no uniform precision stays within the tolerance; {damage_text}")
     if chosen:
-        return Verdict(False, f"uniform {uniform} is the cheapest plan found; {found}")
+        return Verdict(False, f"uniform {uniform} is the cheapest plan found; {damage_text}")
     if use >= uniform_use:
-        return Verdict(None, f"mixed precision takes as much {amounts.label(resource)} as uniform {uniform}; {found}")
+        return Verdict(
+            None, f"mixed precision takes as much {amounts.label(resource)} as uniform {uniform}; {damage_text}"
+        )
     saved = printing.percent(1 - use / uniform_use)
     return Verdict(
-        True, f"mixed precision takes {saved} less {amounts.label(resource)} than uniform {uniform}; {found}"
+        True, f"mixed precision takes {saved} less {amounts.label(resource)} than uniform {uniform}; {damage_text}"
     )

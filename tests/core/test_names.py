@@ -15,7 +15,7 @@ import mpsearch as mps
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.export.tools.neutral import neutral
 from mpsearch.imports import import_plan
-from mpsearch.plan_search.result import measured_front
+from mpsearch.plan_search.results.measured_front import measured_front
 
 BREAKS = "\r\n\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"
 SIGNS = st.one_of(

@@ -13,7 +13,7 @@ from mpsearch.display import figures
 from mpsearch.display.blocks import blocks
 from mpsearch.display.figures.figure import COLOURS, empty, styles
 from mpsearch.display.figures.pareto import certified
-from mpsearch.plan_search.result import measured_front
+from mpsearch.plan_search.results.measured_front import measured_front
 from mpsearch.solvers import Greedy
 
 

@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> Answer:
     """Write the page."""
-    from mpsearch.plan_search.result import SearchResult
+    from mpsearch.plan_search.results.result import SearchResult
 
     if not options.out.lower().endswith((".html", ".htm")):
         raise UsageError(f"{options.out}: expected a name that ends with .html")

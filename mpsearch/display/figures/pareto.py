@@ -34,7 +34,7 @@ from mpsearch.display.figures.figure import (
 from mpsearch.errors import MpsearchError
 
 if TYPE_CHECKING:
-    from mpsearch.plan_search.result import MeasuredFront
+    from mpsearch.plan_search.results.measured_front import MeasuredFront
 
 _MEASURED = (GREEN, PINK, SKY, BLACK)
 #: Points at which the proven bound is drawn, over the whole front.

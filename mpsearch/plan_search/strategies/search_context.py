@@ -11,8 +11,8 @@ from mpsearch.core.plan import Plan
 from mpsearch.core.problem import Problem, named, uniform_options
 from mpsearch.errors import SolverError
 from mpsearch.plan_search.loop import PlanSearch
+from mpsearch.plan_search.plan_usage import with_usage
 from mpsearch.plan_search.proposers import Columns, Record
-from mpsearch.plan_search.result import with_usage
 from mpsearch.plan_search.starting_tables import FEW, Scores
 from mpsearch.plan_search.strategies.evaluators import Evaluators
 from mpsearch.plan_search.task import SearchTask

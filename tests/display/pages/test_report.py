@@ -24,7 +24,10 @@ from mpsearch import cli
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.display.page import page
-from mpsearch.plan_search.result import Compared, SearchResult, measured_front, with_usage
+from mpsearch.plan_search.plan_usage import with_usage
+from mpsearch.plan_search.results.compared import Compared
+from mpsearch.plan_search.results.measured_front import measured_front
+from mpsearch.plan_search.results.result import SearchResult
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 PRECISIONS = mps.precisions("w2 w4 w8a8")

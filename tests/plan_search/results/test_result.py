@@ -22,7 +22,7 @@ from mpsearch.checkpoints.keys import PlanKey, ReferenceKey, ShiftIndexKey, Shif
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.values import checksum
 from mpsearch.core.measured_plans import MeasuredPlans
-from mpsearch.plan_search.result import measured_front
+from mpsearch.plan_search.results.measured_front import measured_front
 
 
 @pytest.fixture(scope="module")
