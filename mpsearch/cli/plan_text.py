@@ -15,19 +15,19 @@ def plan_text(plan: mps.Plan, screen: Screen) -> str:
     greatest = max(8, *(precision.weight_bits for precision in precisions))
     if len(plan) <= MOST:
         room = min(24, screen.width // 3)
-        header = ["layer", "precision", "weight bits".ljust(room)]
-        rows = [
-            [name, str(precision), printing.bar(precision.weight_bits, greatest, room).ljust(room)]
+        header = ["layer", "precision", "weight bits"]
+        rows: list[list[str | printing.Bar]] = [
+            [name, str(precision), printing.Bar(precision.weight_bits, greatest, room)]
             for name, precision in plan.items()
         ]
     else:
         room = min(16, screen.width // 5)
-        header = ["block", "layers", "precisions", "bits", "weight bits".ljust(room)]
+        header = ["block", "layers", "precisions", "bits", "weight bits"]
         rows = []
         for block in blocks(list(plan)):
             members = precisions[block.start : block.stop]
             bits = sum(precision.weight_bits for precision in members) / len(members)
-            bar = printing.bar(bits, greatest, room).ljust(room)
+            bar = printing.Bar(bits, greatest, room)
             rows.append([block.label, str(len(members)), _counts(members, 3), f"{bits:.1f}", bar])
     whole = screen.prose(f"{len(plan)} layers: {_counts(precisions)}")
     return f"{screen.table(header, rows)}\n{whole}"

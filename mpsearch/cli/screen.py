@@ -9,8 +9,8 @@ from typing import TextIO
 
 from mpsearch.core import printing
 
-_BOLD, _RED, _GREEN, _YELLOW, _BAR = "1", "1;31", "1;32", "1;33", "36"
-_OWN_CODES = re.compile(f"(\x1b\\[(?:0|{'|'.join((_BOLD, _RED, _GREEN, _YELLOW, _BAR))})m)")
+#: What the styles below, and headers, rules and bars of tables, are on a terminal; names may come from anywhere.
+_OWN_CODES = re.compile("(\x1b\\[(?:0|1|2|36|1;31|1;32|1;33)m)")
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Screen:
     def of(cls, stream: TextIO, environ: Mapping[str, str]) -> "Screen":
         """What a stream is: a terminal of some width, with colours unless `NO_COLOR` is set; or 80 columns without.
 
+        Not asked of rich, which keeps bold text under `NO_COLOR` and takes an empty `NO_COLOR` for a set one before version 14.
+
         Args:
             stream: where the text goes.
             environ: `NO_COLOR` (https://no-color.org) wins over `FORCE_COLOR` (https://force-color.org), both over the rest.
@@ -41,11 +43,9 @@ class Screen:
             colour = False
         return cls(shutil.get_terminal_size().columns if terminal else 80, colour)
 
-    def table(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[str | printing.Bar]]) -> str:
         """A table that fits, its header bold and its bars coloured."""
-        head, rule, *lines = printing.table(header, rows, self.width).split("\n")
-        bars = [re.sub("█+", lambda bar: self._painted(bar[0], _BAR), line) for line in lines]
-        return "\n".join([self._painted(head, _BOLD), rule, *bars])
+        return printing.table(header, rows, self.width, colour=self.colour)
 
     def prose(self, text: str) -> str:
         """Lines folded to the width.
@@ -64,15 +64,15 @@ class Screen:
 
     def title(self, text: str) -> str:
         """The sentence that matters most."""
-        return self._lines(text, _BOLD)
+        return self._styled(text, "bold")
 
     def verdict(self, text: str, wins: bool | None) -> str:
         """Whether mixed precision is worth it."""
-        return self._lines(f"verdict: {text}", _GREEN if wins else _YELLOW)
+        return self._styled(f"verdict: {text}", "bold green" if wins else "bold yellow")
 
     def error(self, text: str) -> str:
         """The first word of an error."""
-        return self._painted(text, _RED)
+        return printing.styled(text, "bold red", colour=self.colour)
 
     def printable(self, text: str) -> str:
         """Text without characters that steer a terminal, but for the colours of this screen: names may come from anywhere.
@@ -86,8 +86,5 @@ class Screen:
             for place, piece in enumerate(pieces)
         )
 
-    def _lines(self, text: str, code: str) -> str:
-        return "\n".join(self._painted(line, code) for line in self.prose(text).split("\n"))
-
-    def _painted(self, text: str, code: str) -> str:
-        return f"\x1b[{code}m{text}\x1b[0m" if self.colour else text
+    def _styled(self, text: str, style: str) -> str:
+        return printing.styled(self.prose(text), style, colour=self.colour)

@@ -1,8 +1,17 @@
-"""Text for a person: aligned tables, damages, shares, bars, names that fit; amounts of a resource are in `mpsearch.core.amounts`."""
+"""Text for a person: tables, damages, shares, names that fit; amounts of a resource are in `mpsearch.core.amounts`.
+
+Tables, bars and colours are rich's, which is loaded when the first of them is printed.
+"""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+    from rich.measure import Measurement
 
 #: Metric -> what its damage is, on an axis.
 DAMAGE = {
@@ -19,37 +28,117 @@ DAMAGE = {
 WORTH_A_WORD = 0.01
 #: Names in one sentence.
 _NAMED = 5
+#: Columns of text that a name has at least, and more than any table has.
+_NARROWEST, _WIDEST = 12, 10_000
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = 80) -> str:
-    """Columns aligned, the first to the left, the others to the right, and cut to fit.
+@dataclass(frozen=True)
+class Bar:
+    """A cell of a table: a bar in blocks of an eighth.
+
+    Attributes:
+        value: what it is as long as.
+        most: what fills the whole width.
+        width: columns.
+    """
+
+    value: float
+    most: float
+    width: int
+
+
+@dataclass(frozen=True)
+class _Name:
+    """A cell that rich may make narrower, by shortening the name."""
+
+    name: str
+
+    def __rich_measure__(self, console: "Console", options: "ConsoleOptions") -> "Measurement":
+        from rich.measure import Measurement
+
+        return Measurement(min(len(self.name), _NARROWEST), len(self.name))
+
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.text import Text
+
+        yield Text(short(self.name, options.max_width))
+
+
+def table(
+    header: Sequence[str], rows: Sequence[Sequence[str | Bar]], width: int | None = 80, *, colour: bool = False
+) -> str:
+    """Columns aligned, the first one and bars to the left, the others to the right, and cut to fit.
 
     Args:
         header: names of the columns.
         rows: cells.
-        width: columns of text; names in the first column are shortened to fit, but not below 12; None: no limit.
+        width: columns of text; names in the first column are shortened to fit, but not below 12, other cells never; None: no limit.
+        colour: codes of a terminal for the header and the bars.
 
     >>> print(table(["layer", "bits"], [["conv1", "8"], ["fc", "16"]]))
     layer  bits
     -----  ----
     conv1     8
     fc       16
-    >>> print(table(["layer", "bits"], [["model.layers.10.q_proj", "8"]], width=20))
+    >>> print(table(["layer", "bits"], [["model.layers.10.q_proj", "8"]], width=19))
     layer          bits
     -------------  ----
     m.l.10.q_proj     8
     """
-    lines = [list(row) for row in [header, *rows]]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    if width is not None:
-        room = max(width - sum(widths[1:]) - 2 * (len(widths) - 1), 12)
-        for line in lines:
-            line[0] = short(line[0], room)
-        widths[0] = max(len(line[0]) for line in lines)
-    lines.insert(1, ["-" * w for w in widths])
-    return "\n".join(
-        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip() for line in lines
-    )
+    from rich.measure import Measurement
+    from rich.rule import Rule
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    bars = {place for line in rows for place, cell in enumerate(line) if isinstance(cell, Bar)}
+    for place, name in enumerate(header):
+        left = place == 0 or place in bars
+        grid.add_column(Text(name) if place else _Name(name), justify="left" if left else "right", no_wrap=place > 0)
+    grid.add_row(*(Rule(characters="-", style="dim") for _ in header))
+    for line in rows:
+        grid.add_row(_Name(str(line[0])), *map(_drawn, line[1:]))
+    console = _console(colour)
+    longest = max(len(str(line[0])) for line in (header, *rows))
+    whole = Measurement.get(console, console.options, grid).maximum
+    least = whole - longest + min(longest, _NARROWEST)
+    with console.capture() as capture:
+        console.print(grid, width=max(_WIDEST if width is None else width, least), no_wrap=True, crop=False)
+    lines = capture.get().rstrip("\n").split("\n")
+    return "\n".join(re.sub(r" +(\x1b\[0m)?$", r"\1", line) for line in lines)
+
+
+def _drawn(cell: str | Bar) -> "RenderableType":
+    from rich.bar import Bar as Blocks
+    from rich.text import Text
+
+    if isinstance(cell, str):
+        return Text(cell)
+    return Blocks(cell.most, 0, cell.value, width=cell.width, color="cyan", bgcolor=None)  # type: ignore[arg-type]
+
+
+def styled(text: str, style: str, *, colour: bool) -> str:
+    """Lines in a style of rich, each by itself, so that a pager shows all of them in it.
+
+    >>> styled("a", "bold red", colour=True), styled("a", "bold red", colour=False)
+    ('\\x1b[1;31ma\\x1b[0m', 'a')
+    """
+    if not colour:
+        return text
+    from rich.color import ColorSystem
+    from rich.style import Style
+
+    return "\n".join(Style.parse(style).render(line, color_system=ColorSystem.STANDARD) for line in text.split("\n"))
+
+
+def _console(colour: bool) -> "Console":
+    """A terminal of rich that is none and has room: what the stream can show is known already (`mpsearch.cli.screen`)."""
+    from rich.console import Console
+
+    return Console(
+        width=_WIDEST, color_system="standard" if colour else None, force_terminal=colour, no_color=not colour, highlight=False,
+        legacy_windows=False, _environ={},
+    )  # fmt: skip
 
 
 def passes(forward: float, backward: float) -> str:
@@ -94,15 +183,6 @@ def percent(value: float | None, se: float | None = None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:.1f} %" if se is None or not math.isfinite(se) else f"{100 * value:.1f} ± {100 * se:.1f} %"
-
-
-def bar(bits: float, most: float, width: int = 24) -> str:
-    """A bar for a number of bits.
-
-    >>> bar(4, 8, 8)
-    '████'
-    """
-    return "█" * max(1, round(width * bits / most)) if bits else ""
 
 
 def short(name: str, width: int = 32) -> str:

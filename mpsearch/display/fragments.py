@@ -82,7 +82,7 @@ def plan(shown: "Plan") -> str:
     """The precision of every layer, with bars for weight bits."""
     most = max(precision.weight_bits for precision in shown.values())
     rows = [
-        [name, str(precision), printing.bar(precision.weight_bits, most, 12)]
+        [name, str(precision), _bar(precision.weight_bits, most, 12)]
         for _, (name, precision) in _ends(list(shown.items()))
     ]
     counts = Counter(str(precision) for precision in shown.values())
@@ -264,3 +264,12 @@ def _picture(figure: "Figure", text: str) -> str:
 def _block(content: str, *notes: str) -> str:
     lines = "".join(f"<div>{escape(note)}</div>" for note in notes if note)
     return f'<div style="overflow-x:auto">{content}{lines}</div>'
+
+
+def _bar(bits: float, most: float, width: int) -> str:
+    """A bar for a number of bits.
+
+    >>> _bar(4, 8, 8)
+    '████'
+    """
+    return "█" * max(1, round(width * bits / most)) if bits else ""

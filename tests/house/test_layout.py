@@ -95,7 +95,7 @@ layers = (mps.Layer("a", weight_shape=(10,)), mps.Layer("b", weight_shape=(10,))
 table = mps.CostTable(layers, mps.precisions("w2 w4"), [[2, 1], [2, 1]])
 mps.solve(table, mps.Budget(average_bits=3)); mps.pareto(table, "average_bits")
 import mpsearch.cli
-print([name for name in ("torch", "pandas", "matplotlib", "optuna") if name in sys.modules])
+print([name for name in ("torch", "pandas", "matplotlib", "optuna", "rich") if name in sys.modules])
 """
     assert run(code).strip() == "[]"
 

@@ -13,6 +13,7 @@ import pytest
 
 from mpsearch.cli import main
 from mpsearch.cli.screen import Screen
+from mpsearch.core import printing
 
 PARTS = ("self_attention_module.query_projection", "self_attention_module.output_projection", "mlp.down_projection")
 
@@ -29,16 +30,24 @@ def table(layers):
     return "\n".join(lines)
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def solved(tmp_path_factory):
+    """A folder of tables and plans, made once, since a plan of 1000 tied layers takes a while."""
+    folder = tmp_path_factory.mktemp("tables")
     for layers in (6, 40, 1000):
-        (tmp_path / f"{layers}.csv").write_text(table(layers))
-        main(["solve", f"{layers}.csv", "--budget", "memory_bytes=40%", "-o", f"{layers}.json", "--quiet"])
+        (folder / f"{layers}.csv").write_text(table(layers))
+        plan = ["-o", str(folder / f"{layers}.json"), "--quiet"]
+        main(["solve", str(folder / f"{layers}.csv"), "--budget", "memory_bytes=40%", *plan])
     plans = "\n".join(f"{n / 7},{','.join(f'w{2 + (n + i) % 3}' for i in range(6))}" for n in range(9))
     names = [line.split(",")[0] for line in table(6).split("\n")[1:]]
-    (tmp_path / "plans.csv").write_text(f"damage,{','.join(dict.fromkeys(names))}\n{plans}")
-    return tmp_path
+    (folder / "plans.csv").write_text(f"damage,{','.join(dict.fromkeys(names))}\n{plans}")
+    return folder
+
+
+@pytest.fixture
+def here(solved, monkeypatch):
+    monkeypatch.chdir(solved)
+    return solved
 
 
 COMMANDS = [
@@ -72,7 +81,7 @@ def test_no_layer_is_lost(here, capsys):
     capsys.readouterr()
     main(["show", "1000.json"])
     out = capsys.readouterr().out
-    blocks = re.findall(r"^\S.*? (\d+)  +\d+ w\d.*█$", out, re.MULTILINE)
+    blocks = re.findall(r"^\S.*? (\d+)  +\d+ w\d.*[█-▏]$", out, re.MULTILINE)
     assert sum(map(int, blocks)) == 1000
     assert "1000 layers: " in out
     main(["show", "40.json"])
@@ -175,3 +184,36 @@ def test_a_closed_pipe_is_no_error(here):
     command = f"{sys.executable} -m mpsearch show 1000.csv | head -1"
     done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
     assert (done.stdout.count("\n"), done.stderr) == (1, "")
+
+
+def test_rich_is_loaded_when_something_is_printed_and_not_before(here):
+    code = (
+        "import sys; import mpsearch as mps; table = mps.CostTable.load('6.csv'); "
+        "mps.solve(table, mps.Budget(average_bits=4)); print('rich' in sys.modules); "
+        "from mpsearch.cli import main; main(['solve', '6.csv', '--budget', 'average_bits=4', '--json', '--quiet']); "
+        "print('rich' in sys.modules); main(['show', '6.json']); print('rich' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert re.findall("^(?:True|False)$", done.stdout, re.MULTILINE) == ["False", "False", "True"]
+
+
+@pytest.mark.parametrize("width", [20, 40, 60, None])
+def test_a_number_is_never_cut(width):
+    """Only names in the first column are: where the others need more room than there is, the table is wider."""
+    rows = [[f"model.layers.{n}.self_attention.q_proj", "1234.5678", "0.0123 ± 0.0012"] for n in range(3)]
+    lines = printing.table(["layer", "bits", "damage"], rows, width).split("\n")
+    assert all(line.endswith("1234.5678  0.0123 ± 0.0012") for line in lines[2:])
+    assert max(map(len, lines)) == max(12 + 2 + 9 + 2 + 15, min(width or 99, 36 + 2 + 9 + 2 + 15))
+    assert all("q_proj" in line or width for line in lines[2:])
+
+
+def test_markup_and_colours_of_names_are_text():
+    names = ["[bold]x[/bold]", ":smile:", "12.5", "a\x1b[31mb"]
+    text = printing.table(["[red]layer"], [[name] for name in names])
+    assert text.split("\n") == ["[red]layer", "-" * 14, "[bold]x[/bold]", ":smile:", "12.5", "a�[31mb"]
+    assert "31" not in re.sub("a�.31mb", "", printing.table(["layer"], [[name] for name in names], colour=True))
+
+
+@pytest.mark.parametrize(("value", "blocks"), [(8, "█" * 8), (4, "█" * 4), (2.5, "██▌"), (0, ""), (9, "█" * 8)])
+def test_bars_are_exact_to_an_eighth(value, blocks):
+    assert printing.table(["a", "bits"], [["x", printing.Bar(value, 8, 8)]]).split("\n")[2] == f"x  {blocks}".rstrip()
