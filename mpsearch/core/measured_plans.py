@@ -14,7 +14,7 @@ from mpsearch.core import shown
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
-from mpsearch.core.table_fields import UNITS, Array, numbers
+from mpsearch.core.tables.fields import UNITS, Array, numbers
 from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.files.schema import checked, parse_json
 from mpsearch.files.writing import comment_lines, csv_rows, csv_text, write_atomically

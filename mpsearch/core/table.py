@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core import shown, table_files
+from mpsearch.core import shown
 from mpsearch.core.layer import Layer
-from mpsearch.core.table_fields import UNITS as UNITS
-from mpsearch.core.table_fields import Array as Array
-from mpsearch.core.table_fields import Interactions as Interactions
-from mpsearch.core.table_fields import Peak as Peak
-from mpsearch.core.table_fields import TableFields, numbers, unique
+from mpsearch.core.tables import files
+from mpsearch.core.tables.fields import UNITS as UNITS
+from mpsearch.core.tables.fields import Array as Array
+from mpsearch.core.tables.fields import Interactions as Interactions
+from mpsearch.core.tables.fields import Peak as Peak
+from mpsearch.core.tables.fields import TableFields, numbers, unique
 from mpsearch.errors import PlanError, TableError, nearest
 from mpsearch.files.writing import write_atomically
 
@@ -148,7 +149,7 @@ class CostTable(TableFields):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the table as long CSV, or as NPZ where the name ends in `.npz`; atomic, and exact to the last bit."""
-        write = table_files.to_npz if Path(path).suffix == ".npz" else table_files.to_csv
+        write = files.to_npz if Path(path).suffix == ".npz" else files.to_csv
         write_atomically(path, write(self))
 
     @classmethod
@@ -161,7 +162,7 @@ class CostTable(TableFields):
         """
         path = Path(path)
         data = path.read_bytes()
-        read = table_files.from_npz if path.suffix == ".npz" else table_files.from_csv
+        read = files.from_npz if path.suffix == ".npz" else files.from_csv
         try:
             return cls(**vars(read(data)))
         except (TableError, PlanError) as error:
@@ -171,7 +172,7 @@ class CostTable(TableFields):
         """The table as a long data frame, one row for each layer and allowed precision, columns as in the CSV."""
         import pandas as pd
 
-        columns, rows = table_files.columns_and_rows(self)
+        columns, rows = files.columns_and_rows(self)
         return pd.DataFrame(list(rows), columns=columns)
 
     def plot(self, path: str | os.PathLike[str] | None = None, *, title: str = "") -> "Figure":

@@ -120,7 +120,7 @@ class SearchResult:
             OSError: names the file that cannot be written whole, or the folder that cannot be made.
         """
         from mpsearch.checkpoints.sqlite import SQLiteStore
-        from mpsearch.core.table_files import to_csv
+        from mpsearch.core.tables.files import to_csv
 
         files = {
             "plan.json": self.plan.to_json().encode(),

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.core.table_fields import Array, Interactions, Peak, TableFields, numbers, unique
+from mpsearch.core.tables.fields import Array, Interactions, Peak, TableFields, numbers, unique
 from mpsearch.errors import FileError, PlanError, TableError, nearest
 from mpsearch.files.schema import checked, parse_json, read_json
 from mpsearch.files.writing import comment_lines, csv_rows, csv_text

@@ -1,0 +1,1 @@
+"""What a cost table holds, and its files."""
