@@ -9,6 +9,7 @@ from typing import Any
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.plan_search.proposers import PROPOSERS
+from mpsearch.quantizers import QUANTIZERS
 from mpsearch.resources import DEVICES, RESOURCES
 from mpsearch.sensitivity import ESTIMATORS
 from mpsearch.solvers import SOLVERS
@@ -52,6 +53,15 @@ measures next, in turn; by default `additive-output` begins, `thompson` goes on,
 | name | what it proposes | settings |
 | --- | --- | --- |
 {proposers}
+
+## Quantizers
+
+`--quantizer NAME`, `--quantizer-option NAME=VALUE` of `profile`, `search` and `evaluate`; `quantizer="NAME"` in Python,
+`mpsearch.quantizers`. What looks at the inputs of layers takes them from the data of the run, in `evaluate` from `--calibration`.
+
+| name | method | settings |
+| --- | --- | --- |
+{quantizers}
 
 ## Resources
 
@@ -112,6 +122,7 @@ def page() -> str:
         estimators=_rows(ESTIMATORS.items(), lambda name: _fields(ESTIMATORS[name])),
         solvers=_rows(SOLVERS.items(), lambda name: _fields(SOLVERS[name])),
         proposers=_rows(PROPOSERS.items(), lambda name: _fields(PROPOSERS[name])),
+        quantizers=_rows(QUANTIZERS.items(), lambda name: _fields(QUANTIZERS[name])),
         resources=_rows(RESOURCES.items(), lambda name: _fields(RESOURCES[name])),
         devices=", ".join(f"`{name}`" for name in DEVICES),
         exporters=exporters,

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mpsearch.quantizers.quantizer import Quantizer
+
 
 def add_model_and_data(parser: argparse.ArgumentParser) -> None:
     """MODEL and --data, both needed."""
@@ -37,6 +39,23 @@ def add_solver(parser: argparse.ArgumentParser, about: str) -> None:
     parser.add_argument("--solver", help=about)
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --solver; may be repeated"
+    )
+
+
+def add_quantizer(parser: argparse.ArgumentParser) -> None:
+    """--quantizer and its settings."""
+    parser.add_argument(
+        "--quantizer",
+        default="rtn",
+        metavar="NAME",
+        help="what rounds weights and inputs, such as gptq (docs/names.md), or module:Class (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantizer-option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="setting of --quantizer, such as symmetric=false; may be repeated",
     )
 
 
@@ -222,6 +241,18 @@ def resources(options: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]"
     from mpsearch.cli.resource_text import resource_functions
 
     return resource_functions(options.resources)
+
+
+def quantizer(options: argparse.Namespace) -> "Quantizer":
+    """The quantizer that is named, with its settings.
+
+    Raises:
+        UsageError: for an unknown quantizer or setting.
+    """
+    from mpsearch.quantizers.quantizer import checked_quantizer
+    from mpsearch.quantizers.registry import QUANTIZERS
+
+    return checked_quantizer(part(options.quantizer, QUANTIZERS, "quantizer", options.quantizer_option))
 
 
 def solver(options: argparse.Namespace) -> mps.Solver | None:

@@ -103,7 +103,13 @@ def part(name: str, known: Mapping[str, type], what: str, options: Sequence[str]
         settings[key] = _value(hints[key], text.strip(), f"option {key} of {name}")
     with _one_line(f"{what} {name!r} cannot be made"):
         instance = cls(**settings)
-    needed = {"estimator": "estimate", "solver": "choose", "resource": "__call__", "proposer": "propose"}.get(what)
+    needed = {
+        "estimator": "estimate",
+        "solver": "choose",
+        "resource": "__call__",
+        "quantizer": "__call__",
+        "proposer": "propose",
+    }.get(what)
     if needed and not callable(getattr(instance, needed, None)):
         raise UsageError(f"{what} {name!r} has no method {needed!r}")
     check_settings(instance, UsageError)

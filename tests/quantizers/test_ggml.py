@@ -128,7 +128,9 @@ def test_bytes_and_noise_are_the_published_ones(name):
     w = weights(shape=(40, 1024))
     codes = RoundToNearest().codes(w, Precision(name))
     packed = codes.pack()
-    assert packed.nbytes == packed_bytes(w.numel(), 40, 4, Precision(name), None) == w.numel() * BITS[name] / 8
+    assert (
+        packed.nbytes == packed_bytes(w.numel(), 40, 4, Precision(name), RoundToNearest()) == w.numel() * BITS[name] / 8
+    )
     assert torch.equal(packed.unpack((40, 1024)), codes.values())
     error = float((codes.values() - w).square().mean())
     assert error == pytest.approx(NOISE.get(name, error), rel=0.06)
@@ -209,7 +211,7 @@ def test_rows_that_do_not_fit_are_refused():
     with pytest.raises(mps.EstimatorError, match=r"q4_k packs rows of a multiple of 256 weights, got 40"):
         RoundToNearest()(torch.ones(3, 40), Precision("q4_k"))
     with pytest.raises(mps.EstimatorError, match=r"q4_0 packs rows of a multiple of 32 weights, got 40"):
-        packed_bytes(120, 3, 4, Precision("q4_0"), None)
+        packed_bytes(120, 3, 4, Precision("q4_0"), RoundToNearest())
     with pytest.raises(mps.EstimatorError, match=r"q4_k has blocks of 256 by definition: write wq4_k, without g128"):
         RoundToNearest()(torch.ones(3, 256), Precision.parse("wq4_kg128"))
 
@@ -225,7 +227,7 @@ def test_the_bits_of_llama_3_1_8b_at_q4_k_m():
         better = "q6_k" if i in more else "q4_k"
         layers += [(hidden, hidden, "q4_k"), (kv, hidden, "q4_k"), (kv, hidden, better), (hidden, hidden, "q4_k")]
         layers += [(ffn, hidden, "q4_k"), (ffn, hidden, "q4_k"), (hidden, ffn, better)]
-    total = sum(packed_bytes(n * k, n, 4, Precision(name), None) for n, k, name in layers)
+    total = sum(packed_bytes(n * k, n, 4, Precision(name), RoundToNearest()) for n, k, name in layers)
     numel = sum(n * k for n, k, _ in layers)
     floats = hidden * (2 * count + 1) + 64
     assert round(8 * (total + 4 * floats) / (numel + floats), 4) == 4.8944

@@ -17,6 +17,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan, .json")
+    arguments.add_quantizer(parser)
+    parser.add_argument(
+        "--calibration",
+        help="data for the ranges of quantized inputs and for a quantizer that looks at inputs, as --data (default: that of --data)",
+    )
     arguments.add_metric(parser)
     arguments.add_plot(parser, "the plan with what was measured")
 
@@ -24,9 +29,13 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> Answer:
     """Measure the plan."""
     plan = mps.Plan.load(options.plan)
+    quantizer = arguments.quantizer(options)
     model = arguments.model(options.model)
     data = arguments.data(options.data, model)
-    found = mps.evaluate(model, data, plan, metric=arguments.metric(options.metric))
+    calibration = None if options.calibration is None else arguments.data(options.calibration, model)
+    found = mps.evaluate(
+        model, data, plan, metric=arguments.metric(options.metric), quantizer=quantizer, calibration=calibration
+    )
     if options.plot:
         from mpsearch.models.running import collect
 

@@ -20,6 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --estimator; may be repeated"
     )
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
+    arguments.add_quantizer(parser)
     arguments.add_metric(parser, " or loss")
     parser.add_argument("--loss", help="kl, cross-entropy, or file.py:function(model, batch), in place of --metric")
     arguments.add_layers(parser)
@@ -36,6 +37,7 @@ def run(options: argparse.Namespace) -> Answer:
     from mpsearch.sensitivity import ESTIMATORS
 
     estimator = part(options.estimator, ESTIMATORS, "estimator", options.option)
+    quantizer = arguments.quantizer(options)
     loss = options.loss if options.loss in (None, "kl", "cross-entropy") else load(options.loss, "loss")
     model = arguments.model(options.model)
     data = arguments.data(options.data, model)
@@ -56,6 +58,7 @@ def run(options: argparse.Namespace) -> Answer:
         metric=arguments.metric(options.metric),
         loss=loss,
         layers=layers,
+        quantizer=quantizer,
         resources=arguments.resources(options),
         checkpoint=options.checkpoint,
     )

@@ -19,6 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     arguments.add_model_and_data(parser)
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
+    arguments.add_quantizer(parser)
     arguments.add_budget(parser, required=False, about="upper limit, or lower..upper; may be repeated")
     parser.add_argument(
         "--effort",
@@ -74,6 +75,7 @@ def run(options: argparse.Namespace) -> Answer:
     loss = None if options.loss is None else load(options.loss, "loss")
     if options.max_passes is not None and options.effort != "default":
         raise UsageError("--effort and --max-passes at once; give one of them")
+    quantizer = arguments.quantizer(options)
     model = arguments.model(options.model)
     data = arguments.data(options.data, model)
     further: dict[str, Any] = {
@@ -90,6 +92,7 @@ def run(options: argparse.Namespace) -> Answer:
         max_passes=options.max_passes,
         metric=metric,
         loss=loss,
+        quantizer=quantizer,
         higher_is_better=options.higher_is_better,
         tolerance=options.tolerance,
         minimize=options.minimize,
