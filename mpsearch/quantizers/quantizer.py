@@ -24,7 +24,7 @@ class Quantizer(Protocol):
     """What turns weights and inputs into what a device will compute with, and tells what that takes.
 
     `Around` has all of it: a class of one's own derives from it, and says what is different. A plain function
-    `quantizer(weight, precision)` is accepted by every door too. `mpsearch.testing.quantizers.quantizer_checks` holds a quantizer against
+    `quantizer(weight, precision)` is accepted by every door too. `mpsearch.testing.quantizer_checks` holds a quantizer against
     this contract.
     """
 

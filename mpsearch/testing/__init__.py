@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from mpsearch.testing.estimators import check_estimator as check_estimator
     from mpsearch.testing.estimators import estimator_checks as estimator_checks
     from mpsearch.testing.exporters import exporter_checks as exporter_checks
+    from mpsearch.testing.formats import format_checks as format_checks
     from mpsearch.testing.importers import importer_checks as importer_checks
     from mpsearch.testing.proposers import proposer_checks as proposer_checks
+    from mpsearch.testing.quantizers import quantizer_checks as quantizer_checks
     from mpsearch.testing.resources import resource_checks as resource_checks
     from mpsearch.testing.solvers import check_solver as check_solver
     from mpsearch.testing.solvers import solver_checks as solver_checks
@@ -31,7 +33,9 @@ _MODULES = {
     "check_solver": "mpsearch.testing.solvers",
     "estimator_checks": "mpsearch.testing.estimators",
     "exporter_checks": "mpsearch.testing.exporters",
+    "format_checks": "mpsearch.testing.formats",
     "importer_checks": "mpsearch.testing.importers",
+    "quantizer_checks": "mpsearch.testing.quantizers",
     "resource_checks": "mpsearch.testing.resources",
     "proposer_checks": "mpsearch.testing.proposers",
     "solver_checks": "mpsearch.testing.solvers",

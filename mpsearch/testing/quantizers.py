@@ -259,7 +259,7 @@ def _bytes(case: _Case) -> None:
 
 
 def _size(part: Tensor | bytes) -> int:
-    return len(part) if isinstance(part, bytes) else part.numel() * part.element_size()
+    return len(part) if isinstance(part, bytes) else part.nbytes
 
 
 def _least_bytes(values: Tensor, precision: Precision, quantizer: Quantizer) -> int:
@@ -267,7 +267,8 @@ def _least_bytes(values: Tensor, precision: Precision, quantizer: Quantizer) -> 
     rows = values.reshape(1 if quantizer.granularity == "tensor" else len(values), -1)
     size = group_of(precision) or rows.shape[1]
     parts = [part for row in rows for part in row.split(size)]
-    return math.ceil(sum(part.numel() * math.ceil(math.log2(max(1, len(part.unique())))) for part in parts) / 8)
+    least: int = math.ceil(sum(part.numel() * math.ceil(math.log2(max(1, len(part.unique())))) for part in parts) / 8)
+    return least
 
 
 def _inputs(case: _Case) -> None:

@@ -146,7 +146,16 @@ class Format(ABC):
         """
 
     def steps(self, scales: Tensor, tensor_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """(S, 1) what the values of the grid are multiplied by, from the stored scales."""
+        """What the values of the grid are multiplied by, from the stored scales.
+
+        Args:
+            scales: (S, 1) as they are stored.
+            tensor_scale: (1,) NVFP4's second scale, or None.
+            dtype: to compute in.
+
+        Returns:
+            (S, 1).
+        """
         del tensor_scale, dtype
         return scales
 
