@@ -42,7 +42,7 @@ from mpsearch.checkpoints.memory import NoStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.checkpoints.store import Store
 from mpsearch.core.callers_line import stacklevel
-from mpsearch.core.decision import decisions_of
+from mpsearch.core.decision import Decision, decisions_of
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Groups, LayerOptions, Options, columns, layers_and_options, with_options
@@ -54,7 +54,9 @@ from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.decisions.mask import decidable, only_allowed, refused_options
 from mpsearch.errors import EstimatorError, MpsearchWarning, PlanError, nearest
-from mpsearch.estimation.estimator import Context, Decision, Estimator, Loss, Passes
+from mpsearch.estimation.context import Context, Loss, OutputObserver
+from mpsearch.estimation.estimator import Estimator
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.choice import MetricChoice, check_metric, choose
 from mpsearch.metrics.metric import Comparison, Metric
 from mpsearch.metrics.own import Own
@@ -406,12 +408,22 @@ class Calibration:
 
     @overload
     def profile(
-        self, estimator: Estimator, *, loss: Differentiated | None = None, members: bool = True
+        self,
+        estimator: Estimator,
+        *,
+        loss: Differentiated | None = None,
+        members: bool = True,
+        observers: Sequence[OutputObserver] = (),
     ) -> CostTable: ...
 
     @overload
     def profile(
-        self, estimator: Sequence[Estimator], *, loss: Differentiated | None = None, members: bool = True
+        self,
+        estimator: Sequence[Estimator],
+        *,
+        loss: Differentiated | None = None,
+        members: bool = True,
+        observers: Sequence[OutputObserver] = (),
     ) -> list[CostTable]: ...
 
     def profile(
@@ -420,6 +432,7 @@ class Calibration:
         *,
         loss: Differentiated | None = None,
         members: bool = True,
+        observers: Sequence[OutputObserver] = (),
     ) -> CostTable | list[CostTable]:
         """Fill a cost table with each estimator; those of one family share their runs. See `mps.profile`.
 
@@ -427,6 +440,8 @@ class Calibration:
             estimator: one, or several.
             loss: what outputs are compared by, in place of what this calibration chose.
             members: runs of the model may be spent on the layers of a tie alone.
+            observers: are shown the outputs of estimators that run one perturbation at a time, such as
+                `mpsearch.estimation.surrogate.OutputShifts`.
 
         Returns:
             A table, or of several estimators a list of them.
@@ -453,6 +468,7 @@ class Calibration:
                 quantizer=self._allowed,
                 passes=passes,
                 checkpoint=results,
+                observers=observers,
             )
             start = time.perf_counter()
             with unchanged(self.model), peak_memory(device_of(self.model)) as peak:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.estimation.passes import Passes
+from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.runs import Run, run
 from mpsearch.metrics.targets import Loss as TargetLoss
@@ -45,6 +46,29 @@ class QuantizedWeights:
             self.held_bytes += size_bytes
 
 
+class OutputObserver(Protocol):
+    """Is shown the output of every perturbation that estimators of one perturbation at a time run, and takes from it what it wants.
+
+    What it takes has to last where the run has a checkpoint: it is not shown again what it has seen.
+    """
+
+    @property
+    def settings(self) -> str:
+        """Tells it from other observers."""
+        ...
+
+    def observe(self, context: "Context", probe: Probe, reference: Output, output: Output) -> None:
+        """See one batch.
+
+        Args:
+            context: of the run.
+            probe: the perturbation.
+            reference: what the unquantized model says.
+            output: what the perturbed model says.
+        """
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Context:
     """Everything that an estimator may use. The door has checked it, and restores the model afterwards.
@@ -62,6 +86,7 @@ class Context:
         checkpoint: where finished work goes, and is found again after an interruption.
         quantized_weights: those that `quantized` keeps.
         beside: what outputs are compared by beside a loss of the user's own.
+        observers: are shown the outputs of perturbations.
     """
 
     model: nn.Module
@@ -76,6 +101,7 @@ class Context:
     checkpoint: Store = field(default_factory=NoStore)
     quantized_weights: QuantizedWeights = field(default_factory=QuantizedWeights)
     beside: Comparison | None = None
+    observers: Sequence[OutputObserver] = ()
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""

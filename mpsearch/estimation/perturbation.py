@@ -1,63 +1,32 @@
-"""One perturbation at a time: each unit perturbed with all else left alone, and the output compared."""
+"""One perturbation at a time: each decision perturbed with all else left alone, and the output compared."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpsearch.checkpoints.keys import CellKey, TurnKey
 from mpsearch.core.wrapped_names import plain
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate, Members
+from mpsearch.estimation.passes import Passes
+from mpsearch.estimation.probes import Output as Output
+from mpsearch.estimation.probes import Perturbation as Perturbation
+from mpsearch.estimation.probes import Probe as Probe
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import Resumption, record
 from mpsearch.models.running import Batch, call, inputs_of, samples
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
 
-
-@dataclass(frozen=True)
-class Output:
-    """What the model says of one batch.
-
-    Attributes:
-        logits: (N, C), one row for each prediction that counts.
-        labels: (N,) int64, or None.
-        index: (N,) sample of each.
-        samples: of the batch.
-    """
-
-    logits: Tensor
-    labels: Tensor | None
-    index: Tensor
-    samples: int
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What is put into the model: weights, and functions through which inputs pass."""
-
-    weights: Mapping[nn.Parameter, Tensor]
-    inputs: Mapping[nn.Module, Callable[[Tensor], Tensor]]
-
-
-@dataclass(frozen=True)
-class Probe:
-    """One perturbation of one unit.
-
-    Attributes:
-        unit: its number.
-        name: of the perturbation, unique within the unit: `w4`, `masked`.
-        perturbation: makes it; called when its turn comes, so that one is held at a time.
-    """
-
-    decision: int
-    name: str
-    perturbation: Callable[[], Perturbation]
+#: Number of a decision, and name of a perturbation of it.
+_ProbeKey = tuple[int, str]
 
 
 class OneAtATime:
@@ -67,13 +36,13 @@ class OneAtATime:
         unit: of the table, `nats` or `relative`.
         needs_labels: True where `damage` reads them.
         scores_caches: True where the probes perturb a cache of keys or values.
-        scores_members: `runs` where units may overlap, each of them taking its runs: layers of a tie are scored alone too.
+        scores_members: `runs` where decisions may overlap, each of them taking its runs: layers of a tie are scored alone too.
     """
 
     unit: ClassVar[str] = "relative"
     needs_labels: ClassVar[bool] = False
     scores_caches: ClassVar[bool] = True
-    scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
+    scores_members: ClassVar[Members] = "no"
 
     @staticmethod
     def together(context: Context, estimators: Sequence[Any]) -> list[Estimate]:
@@ -96,14 +65,13 @@ class OneAtATime:
         return Passes(1 + (1 + 1 / batches) + decisions * self.probes_per_unit(precisions), 0)
 
     def probes_per_unit(self, precisions: int) -> int:
-        """Number of perturbations of each unit."""
+        """Number of perturbations of each decision."""
         return precisions
 
     def probes(self, context: Context) -> list[Probe]:
-        """By default each unit at each precision."""
+        """By default each decision at each precision."""
         return [
-            Probe(u, str(context.precisions[p]), lambda u=u, p=p: _cell(context, u, p))  # type: ignore[misc]
-            for u, p in context.cells()
+            Probe(u, str(context.precisions[p]), functools.partial(_cell, context, u, p)) for u, p in context.cells()
         ]
 
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
@@ -114,7 +82,7 @@ class OneAtATime:
         """(N,) what each prediction weighs in the mean; None: alike."""
         return None
 
-    def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
+    def finish(self, context: Context, means: Mapping[_ProbeKey, Mean]) -> Estimate:
         """By default the mean damage of each cell."""
         names = [str(precision) for precision in context.precisions]
         value = np.array([[means[u, name].value for name in names] for u in range(len(context.decisions))])
@@ -126,21 +94,22 @@ def one_at_a_time(context: Context, estimators: Sequence[OneAtATime]) -> list[Es
     """Run every probe of every estimator once, sharing runs, and re-run only what a probe can change.
 
     Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the
-    units come in the order of the model; each batch is held at the entry of the unit (`mpsearch.models.replay`), so a unit
+    decisions come in the order of the model; each batch is held at the entry of the decision (`mpsearch.models.replay`), so one
     at depth d costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
 
-    Results of each probe and turn go to the checkpoint as they are finished.
+    Observers of the context are shown every output beside the unquantized one. Results of each probe and turn go to the checkpoint as
+    they are finished, and what an observer was shown is written down there, so that it is shown what it has not seen.
     """
     for estimator in estimators:
         if estimator.needs_labels and not context.has_labels():
             raise EstimatorError(f"{estimator!r} needs labels; give batches (inputs, targets)")
-    probes: dict[tuple[int, str], Probe] = {}
-    readers: dict[tuple[int, str], list[OneAtATime]] = {}
+    probes: dict[_ProbeKey, Probe] = {}
+    readers: dict[_ProbeKey, list[OneAtATime]] = {}
     for estimator in dict.fromkeys(estimators):  # an estimator given twice runs once
         for probe in estimator.probes(context):
             probes.setdefault((probe.decision, probe.name), probe)
             readers.setdefault((probe.decision, probe.name), []).append(estimator)
-    means = {(estimator, key): Mean() for key, found in readers.items() for estimator in found}
+    means = {(estimator, key): Mean() for key, members in readers.items() for estimator in members}
     with torch.no_grad():
         run = _Run(context, probes, readers, means)
         bar = context.progress(None, len(probes) * len(context.batches), "One at a time")
@@ -156,9 +125,9 @@ def one_at_a_time(context: Context, estimators: Sequence[OneAtATime]) -> list[Es
 @dataclass(eq=False)
 class _Run:
     context: Context
-    probes: Mapping[tuple[int, str], Probe]
-    readers: Mapping[tuple[int, str], list[OneAtATime]]
-    means: dict[tuple[OneAtATime, tuple[int, str]], Mean]
+    probes: Mapping[_ProbeKey, Probe]
+    readers: Mapping[_ProbeKey, list[OneAtATime]]
+    means: dict[tuple[OneAtATime, _ProbeKey], Mean]
 
     def __post_init__(self) -> None:
         context = self.context
@@ -191,40 +160,51 @@ class _Run:
     def turn(self, number: int, turn: list[tuple[int, Batch]], bar: Any) -> None:
         """All probes over the batches of a turn.
 
-        What is found counts once the outputs of `prefix` have been confirmed; where the calls depend on the data, all
-        probes of this turn and of later ones run the whole model.
+        Means count once the replayed outputs have been confirmed; where the calls depend on the data, all probes of this turn and of
+        later ones run the whole model.
         """
         checkpoint = self.context.checkpoint
         confirmed = TurnKey(number)
         digests = {estimator: digest(described(estimator)) for estimator, _ in self.means}
-        cells = {
-            (estimator, key): CellKey(digests[estimator], plain(self.context.decisions[key[0]].name), key[1], number)
-            for estimator, key in self.means
+        cells = {(estimator, key): self._key(digests[estimator], key, number) for estimator, key in self.means}
+        seen = {
+            key: [self._key(digest(observer.settings), key, number) for observer in self.context.observers]
+            for key in self.order
         }
         stored = {place: checkpoint.get(cell) for place, cell in cells.items()}
-        found = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
-        left = {key for key in self.order if any((estimator, key) not in found for estimator in self.readers[key])}
-        bar.update(len(turn) * (len(self.order) - len(left)))
-        if left or checkpoint.get(confirmed) is None:
-            fresh = self._measure(turn, left, cells, bar)
+        means = {place: Mean.restored(state) for place, state in stored.items() if state is not None}
+        todo = {
+            key
+            for key in self.order
+            if any((estimator, key) not in means for estimator in self.readers[key])
+            or any(checkpoint.get(mark) is None for mark in seen[key])
+        }
+        bar.update(len(turn) * (len(self.order) - len(todo)))
+        if todo or checkpoint.get(confirmed) is None:
+            fresh = self._measure(turn, todo, cells, seen, bar)
             if fresh is None:
-                checkpoint.delete(list(cells.values()))
+                checkpoint.delete([*cells.values(), *itertools.chain(*seen.values())])
                 self.entries = [0] * len(self.entries)
                 bar.update(-len(turn) * len(self.order))
-                fresh = self._measure(turn, set(self.order), cells, bar)
-            found |= fresh or {}
+                fresh = self._measure(turn, set(self.order), cells, seen, bar)
+            means |= fresh or {}
             checkpoint.put(confirmed, True)
-        for place, mean in found.items():
+        for place, mean in means.items():
             self.means[place].merge(mean)
+
+    def _key(self, reader: str, key: _ProbeKey, turn: int) -> CellKey:
+        """Where the results of a reader, an estimator or an observer, are found again."""
+        return CellKey(reader, plain(self.context.decisions[key[0]].name), key[1], turn)
 
     def _measure(
         self,
         turn: list[tuple[int, Batch]],
-        left: set[tuple[int, str]],
-        cells: Mapping[tuple[OneAtATime, tuple[int, str]], CellKey],
+        todo: set[_ProbeKey],
+        cells: Mapping[tuple[OneAtATime, _ProbeKey], CellKey],
+        seen: Mapping[_ProbeKey, Sequence[CellKey]],
         bar: Any,
-    ) -> dict[tuple[OneAtATime, tuple[int, str]], Mean] | None:
-        """The means of the probes that are left; None where the outputs of `prefix` are not those of the model."""
+    ) -> dict[tuple[OneAtATime, _ProbeKey], Mean] | None:
+        """The means of the probes that are still to do; None where the replayed outputs are not those of the model."""
         context = self.context
         raw = []
         references = []
@@ -234,18 +214,18 @@ class _Run:
             rows, labels, index = context.predictions(raw[-1], batch)
             references.append(Output(rows, labels, index, samples(batch)))
         held = [Resumption(context.model, batch, self.trace) for _, batch in turn]
-        found: dict[tuple[OneAtATime, tuple[int, str]], Mean] = {}
+        means: dict[tuple[OneAtATime, _ProbeKey], Mean] = {}
         try:
             for key in self.order:
                 probe, entry = self.probes[key], self.entries[key[0]]
-                for one in held:
-                    self._spend(self.trace.share(one.entry) - self.trace.share(entry))
-                    one.advance(entry)
-                if key not in left:
+                for run in held:
+                    self._spend(self.trace.share(run.entry) - self.trace.share(entry))
+                    run.advance(entry)
+                if key not in todo:
                     continue
                 damages = self._probe(probe, turn, held, references)
                 for estimator in self.readers[key]:
-                    mean = found[estimator, key] = Mean()
+                    mean = means[estimator, key] = Mean()
                     for (batch_number, _), damage, reference in zip(turn, damages[estimator], references, strict=True):
                         self._check(estimator, probe, batch_number, damage)
                         index = reference.index
@@ -254,8 +234,10 @@ class _Run:
                         else:  # one number for the batch
                             mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
                     context.checkpoint.put(cells[estimator, key], mean.state())
+                for mark in seen[key]:
+                    context.checkpoint.put(mark, [])
                 bar.update(len(turn))
-            return found if self._confirmed(held, raw) else None
+            return means if self._confirmed(held, raw) else None
         except EstimatorError:
             if any(self.entries):  # the fault may lie in outputs that another path through the model does not have
                 return None
@@ -265,10 +247,10 @@ class _Run:
         """A run through all entries of the turn gives the output of a whole run."""
         if not any(self.entries):
             return True
-        for one, expected in zip(held, raw, strict=True):
-            self._spend(self.trace.share(one.entry))
+        for run, expected in zip(held, raw, strict=True):
+            self._spend(self.trace.share(run.entry))
             scale = float(expected.abs().max())
-            if not torch.allclose(one.run(), expected, rtol=1e-6, atol=1e-6 * scale):
+            if not torch.allclose(run.run(), expected, rtol=1e-6, atol=1e-6 * scale):
                 return False
         return True
 
@@ -279,30 +261,32 @@ class _Run:
         held: list[Resumption],
         references: list[Output],
     ) -> dict[OneAtATime, list[Tensor]]:
-        """Damage of one probe on each batch, for each estimator that reads it."""
+        """Damage of one probe on each batch, for each estimator that reads it; observers are shown its outputs."""
         context = self.context
         estimators = self.readers[probe.decision, probe.name]
         damages: dict[OneAtATime, list[Tensor]] = {estimator: [] for estimator in estimators}
-        made = probe.perturbation()
-        changed = bool(made.inputs) or any(not torch.equal(new, old.data) for old, new in made.weights.items())
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(weights(made.weights))
-            stack.enter_context(inputs(made.inputs))
-            for (number, batch), one, reference in zip(turn, held, references, strict=True):
-                if changed:
-                    now, _, _ = context.predictions(one.run(), batch)
-                    self._spend(self.trace.share(one.entry))
-                    if not torch.isfinite(now).all():
-                        raise EstimatorError(
-                            f"the output with layer {context.decisions[probe.decision].name!r} at {probe.name} is not finite "
-                            f"(batch {number})"
-                        )
-                for estimator in estimators:
-                    damages[estimator].append(
-                        estimator.damage(context, probe, reference, replace(reference, logits=now))
-                        if changed
-                        else torch.zeros(len(reference.index), device=reference.logits.device)
+        perturbation = probe.perturbation()
+        changed = bool(perturbation.inputs) or any(
+            not torch.equal(new, old.data) for old, new in perturbation.weights.items()
+        )
+        with weights(perturbation.weights), inputs(perturbation.inputs):
+            for (number, batch), run, reference in zip(turn, held, references, strict=True):
+                if not changed:
+                    for estimator in estimators:
+                        damages[estimator].append(torch.zeros(len(reference.index), device=reference.logits.device))
+                    continue
+                rows, _, _ = context.predictions(run.run(), batch)
+                self._spend(self.trace.share(run.entry))
+                if not torch.isfinite(rows).all():
+                    raise EstimatorError(
+                        f"the output with layer {context.decisions[probe.decision].name!r} at {probe.name} is not finite "
+                        f"(batch {number})"
                     )
+                output = replace(reference, logits=rows)
+                for estimator in estimators:
+                    damages[estimator].append(estimator.damage(context, probe, reference, output))
+                for observer in context.observers:
+                    observer.observe(context, probe, reference, output)
         return damages
 
     def _check(self, estimator: OneAtATime, probe: Probe, batch: int, damage: Tensor) -> None:
@@ -315,10 +299,10 @@ class _Run:
 
 
 def _cell(context: Context, u: int, p: int) -> Perturbation:
-    chosen = {layer.name: context.precisions[p] for layer in context.decisions[u].layers}
+    precisions = {layer.name: context.precisions[p] for layer in context.decisions[u].layers}
     return Perturbation(
-        quantized_weights(context.model, chosen, context.quantizer),
-        input_quantizers(context.model, chosen, context.quantizer, context.ranges),
+        quantized_weights(context.model, precisions, context.quantizer),
+        input_quantizers(context.model, precisions, context.quantizer, context.ranges),
     )
 
 

@@ -11,57 +11,78 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.checkpoints.keys import ReferenceKey, ShiftIndex, ShiftIndexKey, ShiftKey
+from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.store import Store
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context
-from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.models.running import fingerprint
 
 
-@dataclass(frozen=True)
-class LogitShift(OneAtATime):
-    """Keeps, beside the damage of each cell, the shift of the output that it makes on a fixed sample of predictions.
+@dataclass(eq=False)
+class OutputShifts:
+    """Takes from a run of one perturbation at a time the shift of the output that each cell makes, on a fixed sample of predictions.
 
-    It shares its runs with `KLDivergence` and `OutputDamage`. Shifts go to the checkpoint of the run, and are read from there by
-    `surrogate`. Of the KL they are those of the log probabilities; of other metrics those of H^(1/2) times the output, whose summed
-    squares are the damage, on a random sample of the numbers.
+    An observer (`mpsearch.estimation.context.OutputObserver`): it adds no run. Of the KL, shifts are those of the log probabilities; of
+    other metrics those of H^(1/2) times the output, whose summed squares are the damage, on a random sample of the numbers. `surrogate`
+    of it is the product.
 
     Attributes:
-        predictions: how many are kept, spread over the batches.
+        store: where shifts go as they are seen, and are found again; by default in memory.
+        predictions: how many are taken, spread over the batches.
         classes: how many classes are told apart: the likeliest ones of the unquantized model, and all others as one; of other
-            metrics, how many numbers of a prediction are kept.
+            metrics, how many numbers of a prediction are taken.
     """
 
+    store: Store = field(default_factory=lambda: MemoryStore({}))
     predictions: int = 256
     classes: int = 64
-    unit = "nats"
 
-    def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
-        """Damage of each prediction; writes the shift of the sample."""
+    @property
+    def settings(self) -> str:
+        """See `OutputObserver.settings`."""
+        return f"shifts of {self.classes} numbers of {self.predictions} predictions"
+
+    def observe(self, context: Context, probe: Probe, reference: Output, output: Output) -> None:
+        """See `OutputObserver.observe`.
+
+        Raises:
+            EstimatorError: for a loss that compares with nothing.
+        """
         metric = context.comparison
         if metric is None:
-            raise EstimatorError("LogitShift compares with the unquantized output, which a loss of one's own does not")
+            raise EstimatorError(
+                "shifts of the output compare with the unquantized output, which a loss of one's own does not"
+            )
         rows = math.ceil(self.predictions / len(context.batches))
         if isinstance(metric, KL):
-            before, chosen = _coarse(reference.logits[:rows], self.classes, None)
-            after, _ = _coarse(output.logits[:rows], self.classes, chosen)
-            key, shift = fingerprint([before]), after - before
+            before, classes = _coarse(reference.logits[:rows], self.classes, None)
+            after, _ = _coarse(output.logits[:rows], self.classes, classes)
+            batch, shift = fingerprint([before]), after - before
         else:
-            key = fingerprint([reference.logits])
+            batch = fingerprint([reference.logits])
             change = wide(output.logits) - wide(reference.logits)
             whitened = metric.root(reference.logits, change, reference.index, reference.samples) / math.sqrt(2)
             shift = _sampled(whitened, rows, self.classes)
             before = torch.zeros_like(shift)
-        index = context.checkpoint.get(ShiftIndexKey())
+        index = self.store.get(ShiftIndexKey())
         known = [] if index is None else index.rows
-        if key not in known:
-            context.checkpoint.put(ReferenceKey(key), before)
-            context.checkpoint.put(ShiftIndexKey(), ShiftIndex([*known, key], not isinstance(metric, KL)))
-        context.checkpoint.put(ShiftKey(key, probe.decision, probe.name), shift)
-        return metric.terms(reference.logits, output.logits, reference.index, reference.samples)[0]
+        if batch not in known:
+            self.store.put(ReferenceKey(batch), before)
+            self.store.put(ShiftIndexKey(), ShiftIndex([*known, batch], not isinstance(metric, KL)))
+        self.store.put(ShiftKey(batch, probe.decision, probe.name), shift)
+
+    def surrogate(self, decisions: int, precisions: Sequence[Precision]) -> "Surrogate | None":
+        """What was seen, as a model of the damage; None where that is nothing.
+
+        Args:
+            decisions: how many.
+            precisions: the options.
+        """
+        return surrogate(self.store, decisions, precisions)
 
 
 def _sampled(values: Tensor, rows: int, columns: int) -> Tensor:
@@ -145,7 +166,7 @@ class Surrogate:
 
 
 def surrogate(checkpoint: Store, decisions: int, precisions: Sequence[Precision]) -> Surrogate | None:
-    """The surrogate from what `LogitShift` has written to a checkpoint; None where that is nothing.
+    """The surrogate from what `OutputShifts` has put into a store; None where that is nothing.
 
     A cell that changes nothing has no shift.
     """

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from mpsearch.calibration.profiling import profile
+from mpsearch.calibration.calibration import Calibration
 from mpsearch.checkpoints.keys import FormulaKey
 from mpsearch.checkpoints.memory import NoStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
@@ -21,18 +21,17 @@ from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.settings import checked_number
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Loss
+from mpsearch.estimation.context import Loss
 from mpsearch.estimation.proxies.evolution import Candidate, ProxyEvolution
 from mpsearch.estimation.proxies.inputs import weight_inputs
 from mpsearch.estimation.proxies.tree import INPUTS, Tree
-from mpsearch.estimation.relative_error import relative_error
 from mpsearch.metrics.ranking import spearman
 from mpsearch.metrics.statistics import wide
-from mpsearch.models.determinism import probed_output
 from mpsearch.models.fingerprints import described, digest, output_identity
-from mpsearch.models.running import Batch, collect
+from mpsearch.models.running import Batch, collect, logits_of
 from mpsearch.quantizers.registry import AnyQuantizer
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
+from mpsearch.sensitivity.relative_weight_error import RelativeWeightError
 
 Floats = NDArray[np.float64]
 
@@ -100,7 +99,7 @@ def evolve_proxy(
 
     Damage that is the squared weights' relative error times the mean absolute weight of a layer:
 
-    >>> from mpsearch import Plan, Precision, precisions
+    >>> from mpsearch import Plan, Precision, precisions, profile
     >>> from mpsearch.quantizers.rounding import RoundToNearest
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
@@ -111,10 +110,10 @@ def evolve_proxy(
     >>> plans = [Plan({str(l): table.precisions[p] for l, p in enumerate(row)}) for row in rows]
     >>> damage = [sum(table.sensitivity[l, p] for l, p in enumerate(row)) for row in rows]
     >>> only = dict.fromkeys(("gradient", "activation", "hessian", "virtual_gradient"), 0)
-    >>> found = evolve_proxy(
+    >>> proxy = evolve_proxy(
     ...     ProxyTruth(model, [torch.ones(1, 4)], MeasuredPlans(plans, damage)), ProxyEvolution(8, 12, priors=only)
     ... )
-    >>> print(found, round(found.origin["fitness"], 3))
+    >>> print(proxy, round(proxy.origin["fitness"], 3))
     abs(weight) 1.0
     """
     settings = ProxyEvolution() if evolution is None else evolution
@@ -124,11 +123,11 @@ def evolve_proxy(
     truths = [truth] if isinstance(truth, ProxyTruth) else list(truth)
     if not truths:
         raise EstimatorError("no truth given: expected a model with measured plans")
-    problems = [_problem(one, names, num_samples, seed, progress) for one in truths]
+    problems = [_problem(model_and_plans, names, num_samples, seed, progress) for model_and_plans in truths]
     store: Store = NoStore()
     if checkpoint is not None:
         store = SQLiteStore(checkpoint, _identity(problems, num_samples, seed))
-    asked = 0
+    trees = 0
     with store, torch.no_grad():
         bar = tqdm(
             total=(settings.generations + 1) * settings.population,
@@ -138,19 +137,19 @@ def evolve_proxy(
         )
 
         def judge(tree: Tree) -> Candidate | None:
-            nonlocal asked
-            asked += 1
+            nonlocal trees
+            trees += 1
             key = FormulaKey(str(tree))
             scores = store.get(key)
             if scores is None:
                 scores = _scores(tree, problems)
                 store.put(key, scores)
-            return _candidate(tree, problems, [np.array(one) for one in scores])
+            return _candidate(tree, problems, [np.array(of_model) for of_model in scores])
 
         with bar:
             population = settings.search(judge, bar.update)
     if not population:
-        raise EstimatorError(f"none of {asked} trees has finite scores that differ between layers")
+        raise EstimatorError(f"none of {trees} trees has finite scores that differ between layers")
     best = population[0]
     origin = {
         "fitness": best.fitness,
@@ -158,8 +157,8 @@ def evolve_proxy(
             _correlations(problem, np.array(scores))
             for problem, scores in zip(problems, _scores(best.tree, problems), strict=True)
         ],
-        "trees": asked,
-        "runners_up": {str(one.tree): one.fitness for one in population[1:6]},
+        "trees": trees,
+        "runners_up": {str(candidate.tree): candidate.fitness for candidate in population[1:6]},
         "evolution": {**asdict(settings), "priors": dict(settings.priors)},
         "truths": [problem.origin for problem in problems],
     }
@@ -171,8 +170,9 @@ class _Problem:
     """A truth, made ready.
 
     Attributes:
-        weights: unit and inputs of every weight, the smallest first, where a tree that cannot be computed costs least.
-        sets: of every set of plans (N, U), the relative squared error that it puts on each unit, and the damage (N,).
+        decisions: how many.
+        weights: decision and inputs of every weight, the smallest first, where a tree that cannot be computed costs least.
+        sets: of every set of plans (N, D), the relative squared error that it puts on each decision, and the damage (N,).
         identity: what the scores of trees depend on.
         origin: for the result.
     """
@@ -182,29 +182,6 @@ class _Problem:
     sets: list[tuple[Floats, Floats]]
     identity: dict[str, str]
     origin: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class _Collector:
-    """An estimator that keeps the inputs of trees, and returns the relative error."""
-
-    names: tuple[str, ...]
-    num_samples: int
-    found: list[tuple[int, dict[str, Tensor]]] = field(repr=False)
-    decisions: list[tuple[str, ...]] = field(repr=False)
-    outputs: list[str] = field(repr=False)
-    seed: int = 0
-
-    def estimate(self, context: Context) -> Estimate:
-        """See `Estimator.estimate`."""
-        self.outputs.append(output_identity(context.model, probed_output(context.model, context.batches[0])))
-        inputs = weight_inputs(context, self.names, num_samples=self.num_samples, seed=self.seed)
-        for u, decision in enumerate(context.decisions):
-            self.decisions.append(tuple(layer.name for layer in decision.layers))
-            self.found.extend(
-                (u, {name: wide(x) for name, x in inputs[p].items()}) for p in context.parameters(decision)
-            )
-        return Estimate(relative_error(context), unit="relative")
 
 
 def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: int, progress: bool) -> _Problem:
@@ -219,33 +196,40 @@ def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: 
         raise EstimatorError("no measured plans: expected at least one set")
     named = set(sets[0].layers)
     options = dict.fromkeys(option for measured in sets for plan in measured.plans for option in plan.values())
-    collector = _Collector(names, num_samples, [], [], [], seed)
-    table = profile(
+    with Calibration(
         truth.model,
         data,
-        collector,
         sorted(options, key=str),
-        loss=truth.loss,
         layers=[layer for layer in find_layers(truth.model, data[0]) if layer.name in named] or None,
         quantizer=truth.quantizer,
+        loss=truth.loss,
         resources=(),
         progress=progress,
-    )
-    unit_of = {name: u for u, members in enumerate(collector.decisions) for name in members}
-    rows = np.array([unit_of[layer.name] for layer in table.layers])
-    member = np.eye(len(collector.decisions))[rows]  # (L, U)
+    ) as calibration:
+        output = output_identity(truth.model, logits_of(calibration.output))
+        table = calibration.profile(RelativeWeightError())
+        context, decisions = calibration.context(), calibration.decisions
+        inputs = weight_inputs(context, names, num_samples=num_samples, seed=seed)
+        weights = [
+            (u, {name: wide(x) for name, x in inputs[parameter].items()})
+            for u, decision in enumerate(decisions)
+            for parameter in context.parameters(decision)
+        ]
+    decision_of = {layer.name: u for u, decision in enumerate(decisions) for layer in decision.layers}
+    rows = np.array([decision_of[layer.name] for layer in table.layers])
+    member = np.eye(len(decisions))[rows]  # (L, D)
     designs = [table.sensitivity[np.arange(len(rows)), measured.options(table)] @ member for measured in sets]
     facts = {key: table.origin[key] for key in ("model_fingerprint", "data_fingerprint", "quantizer", "loss")}
     return _Problem(
-        len(collector.decisions),
-        sorted(collector.found, key=lambda pair: next(iter(pair[1].values())).numel()),
+        len(decisions),
+        sorted(weights, key=lambda pair: next(iter(pair[1].values())).numel()),
         [(design, measured.damage) for design, measured in zip(designs, sets, strict=True)],
         {
             "weights": facts["model_fingerprint"],
-            "output": collector.outputs[0],
+            "output": output,
             "data": facts["data_fingerprint"],
             "loss": described(truth.loss),
-            "layers": digest(*(" ".join(members) for members in collector.decisions)),
+            "layers": digest(*(" ".join(layer.name for layer in decision.layers) for decision in decisions)),
         },
         {**facts, "plans": [len(measured) for measured in sets]},
     )
@@ -259,8 +243,8 @@ def _identity(problems: Sequence[_Problem], num_samples: int, seed: int) -> dict
 
 
 def _scores(tree: Tree, problems: Sequence[_Problem]) -> list[list[float]]:
-    """Of every model the scores of the units; empty where a tree does not fit or a score is not finite."""
-    found = []
+    """Of every model the scores of the decisions; empty where a tree does not fit or a score is not finite."""
+    every = []
     for problem in problems:
         scores = [0.0] * problem.decisions
         for u, inputs in problem.weights:
@@ -271,17 +255,17 @@ def _scores(tree: Tree, problems: Sequence[_Problem]) -> list[list[float]]:
             if not math.isfinite(score):
                 return []
             scores[u] += score
-        found.append(scores)
-    return found
+        every.append(scores)
+    return every
 
 
 def _candidate(tree: Tree, problems: Sequence[_Problem], scores: Sequence[Floats]) -> Candidate | None:
     """The tree with its fitness; None where it cannot be computed, or tells no layer from another."""
-    if not scores or any(np.ptp(one) <= 1e-9 * one.max() for one in scores):
+    if not scores or any(np.ptp(of_model) <= 1e-9 * of_model.max() for of_model in scores):
         return None
-    each = [np.mean(_correlations(problem, one)) for problem, one in zip(problems, scores, strict=True)]
-    fitness = float(np.mean(each))
-    relative = np.concatenate([one / one.max() for one in scores])
+    means = [np.mean(_correlations(problem, of_model)) for problem, of_model in zip(problems, scores, strict=True)]
+    fitness = float(np.mean(means))
+    relative = np.concatenate([of_model / of_model.max() for of_model in scores])
     return Candidate(tree, fitness, tuple(relative.tolist())) if math.isfinite(fitness) else None
 
 

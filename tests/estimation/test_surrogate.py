@@ -8,14 +8,10 @@ import torch
 from torch import nn
 
 import mpsearch as mps
-from mpsearch.checkpoints.memory import MemoryStore
-from mpsearch.core.decision import decisions_of
-from mpsearch.estimation.estimator import Context
-from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
-from mpsearch.metrics.divergences import KL
+from mpsearch.checkpoints.sqlite import SQLiteStore
+from mpsearch.estimation.surrogate import OutputShifts, Surrogate
 from mpsearch.metrics.statistics import kl_divergence
-from mpsearch.quantizers.rounding import RoundToNearest
-from mpsearch.sensitivity import KLDivergence
+from mpsearch.sensitivity import FisherProjection, KLDivergence
 
 
 class Sum(nn.Module):
@@ -36,23 +32,10 @@ def data(count=2, size=8):
 
 
 def made(model, batches, precisions="w2 w3 w16", **options):
-    kept = MemoryStore({})
-    table = mps.profile(
-        model, batches, [KLDivergence(), LogitShift(**options)], mps.precisions(precisions), checkpoint=kept
-    )[0]
-    layers = mps.layers(model, batches[0])
-    context = Context(
-        model,
-        batches,
-        decisions_of(layers),
-        mps.precisions(precisions),
-        RoundToNearest(),
-        {},
-        KL(),
-        None,
-        checkpoint=kept,
-    )
-    return surrogate(context.checkpoint, len(context.decisions), context.precisions), table
+    shifts = OutputShifts(**options)
+    with mps.Calibration(model, batches, mps.precisions(precisions)) as calibration:
+        table = calibration.profile(KLDivergence(), observers=[shifts])
+        return shifts.surrogate(len(calibration.decisions), calibration.precisions), table
 
 
 def test_it_is_the_model_where_outputs_are_additive():
@@ -116,10 +99,47 @@ def test_damage_of_changes_is_damage_after_each():
 
 
 def test_nothing_without_one_at_a_time_runs():
-    model, batches = Sum().eval(), data()
-    layers = mps.layers(model, batches[0])
-    kept = MemoryStore({})
-    context = Context(
-        model, batches, decisions_of(layers), mps.precisions("w2"), RoundToNearest(), {}, KL(), None, checkpoint=kept
-    )
-    assert surrogate(context.checkpoint, len(context.decisions), context.precisions) is None
+    shifts = OutputShifts()
+    with mps.Calibration(Sum().eval(), data(), mps.precisions("w2 w4")) as calibration:
+        calibration.profile(FisherProjection(), observers=[shifts])
+    assert shifts.surrogate(3, mps.precisions("w2 w4")) is None
+
+
+class Killed(Exception):
+    """Stands for a kill."""
+
+
+def test_an_interrupted_run_is_shown_what_it_has_not_seen(tmp_path):
+    """Shifts and scores are those of a run in one go, whether it was killed, or had scores and no shifts."""
+    expected, table = made(Sum().eval(), data())
+
+    def run(bound=10**6, observe=True, path=tmp_path / "run.db"):
+        calls = 0
+
+        class Bounded(OutputShifts):
+            def observe(self, *args):
+                nonlocal calls
+                calls += 1
+                if calls > bound:
+                    raise Killed
+                super().observe(*args)
+
+        store = SQLiteStore(path.with_suffix(".shifts"), {})
+        with store, mps.Calibration(Sum().eval(), data(), mps.precisions("w2 w3 w16"), checkpoint=path) as calibration:
+            shifts = Bounded(store)
+            table = calibration.profile(KLDivergence(), observers=[shifts] if observe else [])
+            return shifts.surrogate(3, calibration.precisions), table, calls
+
+    with pytest.raises(Killed):
+        run(bound=5)
+    found, resumed, calls = run()
+    assert 0 < calls < 12  # 3 layers, 2 options that change something, 2 batches
+    np.testing.assert_array_equal(found.shifts, expected.shifts)
+    np.testing.assert_array_equal(resumed.sensitivity, table.sensitivity)
+
+    other = tmp_path / "other.db"
+    assert run(observe=False, path=other)[0] is None
+    found, resumed, calls = run(path=other)
+    assert calls == 12
+    np.testing.assert_array_equal(found.shifts, expected.shifts)
+    np.testing.assert_array_equal(resumed.sensitivity, table.sensitivity)

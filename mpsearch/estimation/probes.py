@@ -1,0 +1,46 @@
+"""One perturbation of a model, and what the model then says."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Output:
+    """What the model says of one batch.
+
+    Attributes:
+        logits: (N, C), one row for each prediction that counts.
+        labels: (N,) int64, or None.
+        index: (N,) sample of each.
+        samples: of the batch.
+    """
+
+    logits: Tensor
+    labels: Tensor | None
+    index: Tensor
+    samples: int
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What is put into the model: weights, and functions through which inputs pass."""
+
+    weights: Mapping[nn.Parameter, Tensor]
+    inputs: Mapping[nn.Module, Callable[[Tensor], Tensor]]
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One perturbation of one decision.
+
+    Attributes:
+        decision: number of the decision.
+        name: of the perturbation, unique within the decision: `w4`, `masked`.
+        perturbation: makes it; called when its turn comes, so that one is held at a time.
+    """
+
+    decision: int
+    name: str
+    perturbation: Callable[[], Perturbation]
