@@ -5,7 +5,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.plan_search.early_end import EarlyEnd
 from mpsearch.plan_search.findings import Findings, findings
 from mpsearch.plan_search.loop import PlanSearch
-from mpsearch.plan_search.starting_tables import Scores, forecast, from_bits, scores, starting
+from mpsearch.plan_search.starting_tables import Scores, from_bits, scores, starting
 from mpsearch.plan_search.strategies import Outcome, Strategy, strategy_of
 from mpsearch.plan_search.strategies.evaluators import Evaluators
 from mpsearch.plan_search.strategies.search_context import SearchContext, decision_of_layers
@@ -41,12 +41,10 @@ def _tables(task: SearchTask, strategy: Strategy, evaluators: Evaluators) -> Sco
     """What the score part says, as far as the passes allow."""
     share, passes = task.share("score"), task.passes
     room = passes.limit - _least_passes(task, strategy, evaluators, 0.0)
-    chosen, members = starting(task.context, share, passes.limit, room, task.estimators, task.seed)
-    _check_passes(task, strategy, evaluators, share * forecast(task.context, members))
+    start = starting(task.context, share, passes.limit, room, task.estimators, task.seed)
+    _check_passes(task, strategy, evaluators, share * start.passes(task.context))
     with passes.stage("tables"):
-        tables = scores(
-            task.calibration, task.context, task.base, decision_of_layers(task), share, passes, chosen, members
-        )
+        tables = scores(task.calibration, task.context, task.base, decision_of_layers(task), share, passes, start)
     _check_passes(task, strategy, evaluators, 0.0)  # estimators that do not tell what they take
     return tables
 

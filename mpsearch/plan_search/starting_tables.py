@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from mpsearch.calibration.calibration import Calibration
-from mpsearch.calibration.families import families
+from mpsearch.calibration.families import families, planned_passes
 from mpsearch.checkpoints.keys import TablesKey
 from mpsearch.core.table import Array, CostTable
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimator
-from mpsearch.estimation.surrogate import LogitShift, Surrogate, surrogate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimator
+from mpsearch.estimation.surrogate import OutputShifts, Surrogate
 from mpsearch.metrics.divergences import KL
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import record
@@ -24,7 +24,7 @@ FEW = 20.0
 #: Tables that the prior is the geometric mean of; the others propose plans.
 _LEADING = ("fisher-projection", "kl-divergence", "output-damage")
 #: Estimators whose runs skip what a perturbation cannot change.
-_PARTIAL = (KLDivergence, LogitShift, OutputDamage, OutputMSE)
+_PARTIAL = (KLDivergence, OutputDamage, OutputMSE)
 #: Share of the passes that one perturbation at a time may take.
 _MOST = 0.45
 
@@ -35,9 +35,9 @@ class Scores:
 
     Attributes:
         tables: name of a signal -> its table.
-        costs: the same as (U, P) damage of units, at least 0.
-        prior: (U, P) the belief that measured plans correct.
-        surrogate: of the output, where one-at-a-time runs were made.
+        costs: the same as (D, P) damage of decisions, at least 0.
+        prior: (D, P) the belief that measured plans correct.
+        surrogate: of the output, where runs of one perturbation at a time were made.
     """
 
     tables: Mapping[str, CostTable]
@@ -47,8 +47,26 @@ class Scores:
 
     @property
     def together(self) -> Array:
-        """(U, P) geometric mean of all tables."""
+        """(D, P) geometric mean of all tables."""
         return geometric_mean(list(self.costs.values()))
+
+
+@dataclass(frozen=True, eq=False)
+class Start:
+    """What a search starts from.
+
+    Attributes:
+        estimators: name of a table -> its estimator.
+        shifts: the shifts of the output are taken from the runs of one perturbation at a time, for a surrogate.
+    """
+
+    estimators: Mapping[str, Estimator]
+    shifts: bool = False
+
+    def passes(self, context: Context) -> float:
+        """Passes over the score part that the estimators take at most, as far as they tell."""
+        estimators = list(self.estimators.values())
+        return sum(_forecast(context, [estimators[place] for place in places]) for places in families(estimators))
 
 
 def scores(
@@ -57,55 +75,49 @@ def scores(
     base: CostTable,
     rows: np.ndarray[tuple[int], np.dtype[np.int64]],
     share: float,
-    spending: PassBudget,
-    chosen: Mapping[str, Estimator],
-    members: Sequence[Estimator],
+    budget: PassBudget,
+    start: Start,
 ) -> Scores:
     """Fill the tables that the passes allow: one sweep of gradients, and one perturbation at a time.
 
     Args:
         calibration: the prepared model, on the score part.
-        context: model, score part, units, precisions.
+        context: model, score part, decisions, precisions.
         base: layers and resources.
-        rows: (L,) unit of each layer.
+        rows: (L,) decision of each layer.
         share: of all samples that the score part has.
-        spending: is charged.
-        chosen: name of a table -> its estimator (`starting`).
-        members: these, and what runs along with them.
+        budget: of passes; is charged.
+        start: the estimators (`starting`).
 
     Raises:
         EstimatorError: from an estimator, or for scores below 0 of one that only ranks.
     """
-    made = calibration.profile(members, loss=context.comparison, members=False)
-    for places in families(members):
-        family = [members[place] for place in places]
+    names, estimators = list(start.estimators), list(start.estimators.values())
+    shifts = OutputShifts(context.checkpoint)
+    profiled = calibration.profile(
+        estimators, loss=context.comparison, members=False, observers=[shifts] if start.shifts else []
+    )
+    for places in families(estimators):
+        family = [estimators[place] for place in places]
         key = TablesKey(digest(*map(described, family)))
-        origin = made[places[0]].origin
+        origin = profiled[places[0]].origin
         passes, measured = context.checkpoint.get(key), origin["passes_in_this_run"]
         if passes is None:
             passes = _taken(context, family, measured)
             context.checkpoint.put(key, passes)
         earlier = {kind: origin["passes"][kind] - measured[kind] for kind in measured}
-        spending.charge(share * passes, key, share * min(passes, earlier["forward"] + 2 * earlier["backward"]))
+        budget.charge(share * passes, key, share * min(passes, earlier["forward"] + 2 * earlier["backward"]))
     tables = {
-        name: replace(
-            table,
-            sensitivity=np.where(base.allowed, table.sensitivity, np.nan),
-            usage=base.usage,
-            fixed_usage=base.fixed_usage,
-            reference_usage=base.reference_usage,
-            peaks=base.peaks,
-            interactions=None,
-        )
-        for name, table in zip(chosen, made[: len(chosen)], strict=True)  # what runs along comes behind
+        name: replace(table, sensitivity=np.where(base.allowed, table.sensitivity, np.nan), interactions=None)
+        for name, table in zip(names, profiled, strict=True)
     }
-    costs = {name: _unit_costs(name, table, rows) for name, table in tables.items()}
+    costs = {name: _decision_costs(name, table, rows) for name, table in tables.items()}
     leading = [costs[name] for name in _LEADING if name in costs]
     return Scores(
         tables,
         costs,
         geometric_mean(leading or list(costs.values())),
-        surrogate(context.checkpoint, len(context.decisions), context.precisions),
+        shifts.surrogate(len(context.decisions), context.precisions),
     )
 
 
@@ -116,11 +128,11 @@ def starting(
     room: float,
     estimators: Sequence[Estimator] | None,
     seed: int,
-) -> tuple[dict[str, Estimator], list[Estimator]]:
-    """Estimators by the name of their table; and these with what runs along with them.
+) -> Start:
+    """What to start from.
 
     Args:
-        context: score part, units, precisions.
+        context: score part, decisions, precisions.
         share: of all samples that the score part has.
         limit: passes of the whole search.
         room: passes that tables may take at most, for the rest to be done.
@@ -128,20 +140,20 @@ def starting(
         seed: of the default ones.
     """
     if estimators is not None:
-        return {_label(one, estimators): one for one in estimators}, list(estimators)
+        return Start({_label(estimator, estimators): estimator for estimator in estimators})
     draws = 2 if limit < FEW else 8
-    chosen: dict[str, Estimator] = {
+    gradients: dict[str, Estimator] = {
         "fisher-projection": FisherProjection(draws, seed=seed),
         "output-gradient": OutputGradient(draws, seed=seed),
     }
-    name, measured = (
+    name, perturbations = (
         ("kl-divergence", KLDivergence()) if isinstance(context.loss, KL) else ("output-damage", OutputDamage())
     )
-    cost = measured.cost(len(context.batches), len(context.decisions), len(context.precisions))
-    every = [*chosen.values(), measured, LogitShift()]
-    if share * cost.forward < _MOST * limit and share * forecast(context, every) <= room:
-        return {**chosen, name: measured}, every
-    return chosen, list(chosen.values())
+    cost = perturbations.cost(len(context.batches), len(context.decisions), len(context.precisions))
+    every = Start({**gradients, name: perturbations}, shifts=True)
+    if share * cost.forward < _MOST * limit and share * every.passes(context) <= room:
+        return every
+    return Start(gradients)
 
 
 def from_bits(context: Context) -> Scores:
@@ -153,24 +165,17 @@ def from_bits(context: Context) -> Scores:
     return Scores({}, {}, np.tile(noise, (len(context.decisions), 1)), None)
 
 
-def forecast(context: Context, members: Sequence[Estimator]) -> float:
-    """Passes over the score part that estimators take at most, as far as they tell."""
-    return sum(_told(context, [members[place] for place in family]) for family in families(members))
-
-
-def _told(context: Context, family: Sequence[Any]) -> float:
-    costs = [
-        one.cost(len(context.batches), len(context.decisions), len(context.precisions))
-        for one in family
-        if hasattr(one, "cost")
-    ]
-    return max((c.forward for c in costs), default=0.0) + 2 * max((c.backward for c in costs), default=0.0)
+def _forecast(context: Context, family: Sequence[Estimator]) -> float:
+    """Passes that a family says it takes, a backward pass counted twice."""
+    sizes = len(context.batches), len(context.decisions), len(context.precisions)
+    costs = [cost for estimator in family if (cost := planned_passes(estimator, *sizes)) is not None]
+    return max((cost.forward for cost in costs), default=0.0) + 2 * max((cost.backward for cost in costs), default=0.0)
 
 
 def _taken(context: Context, family: Sequence[Estimator], measured: Mapping[str, float]) -> float:
     """Passes that a family took, the same number where it was interrupted and went on: then `measured` counts the last run alone."""
-    planned = _told(context, family)
-    if all(type(one) in _PARTIAL for one in family):
+    planned = _forecast(context, family)
+    if all(type(estimator) in _PARTIAL for estimator in family):
         trace, _ = record(context.model, context.batches[0])
         changing = sum(option.quantizes_weight or option.quantizes_activation for option in context.precisions)
         entries = [
@@ -178,12 +183,12 @@ def _taken(context: Context, family: Sequence[Estimator], measured: Mapping[str,
             for decision in context.decisions
         ]
         planned = 2 + 2 / len(context.batches) + changing * sum(map(trace.share, entries))
-    found = measured["forward"] + 2 * measured["backward"]
-    return planned if found <= planned * (1 + 1e-6) else found
+    passes = measured["forward"] + 2 * measured["backward"]
+    return planned if passes <= planned * (1 + 1e-6) else passes
 
 
-def _unit_costs(name: str, table: CostTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Array:
-    """(U, P) damage of each unit, at least a millionth of the largest, 0 where the estimator says exactly 0."""
+def _decision_costs(name: str, table: CostTable, rows: np.ndarray[tuple[int], np.dtype[np.int64]]) -> Array:
+    """(D, P) damage of each decision, at least a millionth of the largest, 0 where the estimator says exactly 0."""
     merged = np.zeros((int(rows.max()) + 1, len(table.precisions)))
     np.add.at(merged, rows, table.sensitivity)
     if table.unit == "relative" and (merged < 0).any():
@@ -200,12 +205,12 @@ def geometric_mean(tables: Sequence[Array]) -> Array:
     """
     zero = np.any([table == 0 for table in tables], axis=0)
     logs = np.mean([np.log(np.where(table == 0, 1.0, table)) for table in tables], axis=0)
-    found: Array = np.where(zero, 0.0, np.exp(logs))
-    return found
+    mean: Array = np.where(zero, 0.0, np.exp(logs))
+    return mean
 
 
-def _label(one: Estimator, among: Sequence[Estimator]) -> str:
+def _label(estimator: Estimator, among: Sequence[Estimator]) -> str:
     """File name of a table: the class, numbered where it occurs again."""
-    name = type(one).__name__
+    name = type(estimator).__name__
     twins = [other for other in among if type(other).__name__ == name]
-    return name if len(twins) == 1 else f"{name}-{[o is one for o in twins].index(True) + 1}"
+    return name if len(twins) == 1 else f"{name}-{[twin is estimator for twin in twins].index(True) + 1}"
