@@ -87,19 +87,23 @@ class ActivationEntropy:
         layers = {layer.name: layer for decision in context.decisions for layer in decision.layers}
         maps = {name: _FeatureMap(layer) for name, layer in layers.items()}
         with context.progress(None, 2 * len(context.batches), "activation entropy") as bar:
-            _look(context, {name: found.measure for name, found in maps.items()}, bar.update)
-            for found in maps.values():
-                found.check()
-            _look(context, {name: found.counter(self.patches, self.tail) for name, found in maps.items()}, bar.update)
+            _look(context, {name: feature_map.measure for name, feature_map in maps.items()}, bar.update)
+            for feature_map in maps.values():
+                feature_map.check()
+            _look(
+                context,
+                {name: feature_map.counter(self.patches, self.tail) for name, feature_map in maps.items()},
+                bar.update,
+            )
         bits = np.array([[_bits(context, decision, p) for p in context.precisions] for decision in context.decisions])
-        entropy_total = sum(found.entropy(REFERENCE_BITS) for found in maps.values()) or 1.0
+        entropy_total = sum(feature_map.entropy(REFERENCE_BITS) for feature_map in maps.values()) or 1.0
         macs_total = sum(layer.macs for layer in layers.values()) or 1
-        shares = {name: found.outliers / max(found.patches, 1) for name, found in maps.items()}
+        shares = {name: feature_map.outliers / max(feature_map.patches, 1) for name, feature_map in maps.items()}
         sensitivity = np.zeros((len(context.decisions), len(context.precisions)))
         for u, p in context.cells():
             for layer in context.decisions[u].layers:
-                found = maps[layer.name]
-                lost = (found.entropy(REFERENCE_BITS) - found.entropy(bits[u, p])) / entropy_total
+                feature_map = maps[layer.name]
+                lost = (feature_map.entropy(REFERENCE_BITS) - feature_map.entropy(bits[u, p])) / entropy_total
                 saved = (REFERENCE_BITS - bits[u, p]) * layer.macs / (REFERENCE_BITS * macs_total)
                 sensitivity[u, p] += self.accuracy_weight * lost - (1 - self.accuracy_weight) * saved
         for u, decision in enumerate(context.decisions):
@@ -122,9 +126,9 @@ class _FeatureMap:
     patches: int = 0
     outliers: int = 0
 
-    def measure(self, given: Tensor, output: Tensor) -> None:
+    def measure(self, x: Tensor, output: Tensor) -> None:
         """First pass: range and moments."""
-        x = self._map(given, output)
+        x = self._map(x, output)
         if x.numel():
             self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
             self.count += x.numel()
@@ -143,8 +147,8 @@ class _FeatureMap:
         limit = tail * math.sqrt(max(self.sums[1] / max(self.count, 1) - mean**2, 0.0))
         step = (self.high - self.low) / 2**REFERENCE_BITS
 
-        def see(given: Tensor, output: Tensor) -> None:
-            x = self._map(given, output)
+        def see(x: Tensor, output: Tensor) -> None:
+            x = self._map(x, output)
             if step > 0:
                 codes = ((wide(x) - self.low) / step).long().clamp(0, 2**REFERENCE_BITS - 1)
                 self.histogram += torch.bincount(codes.reshape(-1), minlength=2**REFERENCE_BITS).cpu()
@@ -164,8 +168,8 @@ class _FeatureMap:
     def _channels_first(self) -> bool:
         return self.layer.kind.startswith("conv")
 
-    def _map(self, given: Tensor, output: Tensor) -> Tensor:
-        return (given if given.is_floating_point() else output).detach()
+    def _map(self, x: Tensor, output: Tensor) -> Tensor:
+        return (x if x.is_floating_point() else output).detach()
 
 
 def _bits(context: Context, decision: Decision, precision: Precision) -> int:
@@ -195,5 +199,5 @@ def _patches(x: Tensor, patches: int) -> Tensor:
         return x
     pool = (nn.functional.adaptive_max_pool1d, nn.functional.adaptive_max_pool2d, nn.functional.adaptive_max_pool3d)
     size = [min(patches, n) for n in x.shape[1:]]
-    found: Tensor = pool[places - 1](x[:, None], size if places > 1 else size[0])
-    return found
+    pooled: Tensor = pool[places - 1](x[:, None], size if places > 1 else size[0])
+    return pooled

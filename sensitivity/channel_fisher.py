@@ -105,8 +105,8 @@ def _mask_gradient(layer: Layer, masks: dict[str, Tensor], count: int) -> Observ
         def add(g: Tensor) -> None:
             last = (wide(held) * g).movedim(dim, -1)
             rows = by_sample(last, count)
-            found = rows.reshape(len(rows), -1, last.shape[-1]).sum(1)
-            masks[layer.name] = masks[layer.name] + found if layer.name in masks else found
+            sums = rows.reshape(len(rows), -1, last.shape[-1]).sum(1)
+            masks[layer.name] = masks[layer.name] + sums if layer.name in masks else sums
 
         output.register_hook(add)
 

@@ -13,7 +13,7 @@ from mpsearch.metrics.statistics import wide
 
 @dataclass(frozen=True)
 class CosineDistance(OneAtATime):
-    """One minus the cosine between the logits before and after, one unit quantized (as in Sony MCT and NNCF).
+    """One minus the cosine between the logits before and after, one decision quantized (as in Sony MCT and NNCF).
 
         sensitivity(l, o) = mean over predictions of 1 - <z, z'> / (|z| |z'|)   [relative]
 

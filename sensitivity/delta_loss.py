@@ -25,7 +25,7 @@ class DeltaLoss:
 
         sensitivity(l, o) = mean over batches of sum |dT/dW_q (W_q - W)| + sum |dT/dx_q (x_q - x)|   [relative]
 
-    The gradient is taken with every unit at precision o, rounding passed through unchanged; T is the metric, by
+    The gradient is taken with every decision at precision o, rounding passed through unchanged; T is the metric, by
     default the KL to the unquantized model (whose gradient is not 0 there), or the loss. Absolute values before the sum make it an upper
     bound of the first-order change: large layers score too high, and columns of the table come from different
     networks. For each precision and batch one forward and one backward pass, and for the KL a second forward: the
@@ -92,7 +92,7 @@ class DeltaLoss:
                 reference = context.run(batch).rows
             context.passes.add(total, forward=1)
 
-        changes: list[tuple[int, Tensor, Tensor]] = []  # unit, tensor at the quantized point, what rounding changed
+        changes: list[tuple[int, Tensor, Tensor]] = []  # decision, tensor at the quantized point, what rounding changed
 
         def rounded(u: int, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
             def quantize(x: Tensor) -> Tensor:
@@ -117,8 +117,8 @@ class DeltaLoss:
                 loss = context.mean_loss(batch)
             else:
                 assert isinstance(metric, Comparison)
-                found = context.run(batch)
-                loss = metric.mean(reference, found.rows, found.index, found.samples)
+                run = context.run(batch)
+                loss = metric.mean(reference, run.rows, run.index, run.samples)
             taken = tuple(changes)  # a backward pass that calls layers again adds others
             points = [point for _, point, _ in taken]
             try:

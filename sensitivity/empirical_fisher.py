@@ -9,8 +9,8 @@ from torch import Tensor
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
-from mpsearch.estimation.gradients.targets import Source, TokenWeights
-from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
+from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
+from mpsearch.estimation.gradients.trace_times_noise import TraceTimesNoise
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,10 @@ class EmpiricalFisher(GradientEstimator):
 
     token_weights: TokenWeights | None = None
 
-    def source(self, context: Context) -> Source:
+    def gradient_target(self, context: Context) -> GradientTarget:
         """The loss with the data's labels."""
-        return Source("given", token_weights=self.token_weights)
+        return GradientTarget("given", token_weights=self.token_weights)
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return IsotropicDamage(context)
+        """(N, D, P)."""
+        return TraceTimesNoise(context)

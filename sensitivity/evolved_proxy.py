@@ -89,10 +89,10 @@ class EvolvedProxy:
             EstimatorError: where an input cannot be computed, shapes do not fit, or a score is not finite.
         """
         tree = parse(self.formula)
-        found = weight_inputs(context, tree.inputs, num_samples=self.num_samples, seed=self.seed)
+        inputs_of = weight_inputs(context, tree.inputs, num_samples=self.num_samples, seed=self.seed)
         names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
         with torch.no_grad():
-            scores = {weight: _score(tree, inputs, names[weight]) for weight, inputs in found.items()}
+            scores = {weight: _score(tree, inputs, names[weight]) for weight, inputs in inputs_of.items()}
         return cells_from_scores(context, unit_scores(context, scores))
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -10,8 +10,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
-from mpsearch.estimation.gradients.targets import Source, TokenWeights
-from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
+from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
+from mpsearch.estimation.gradients.trace_times_noise import TraceTimesNoise
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Fisher(GradientEstimator):
     seed: int = 0
     token_weights: TokenWeights | None = None
 
-    def source(self, context: Context) -> Source:
+    def gradient_target(self, context: Context) -> GradientTarget:
         """Labels drawn from the model, whatever the loss."""
         if callable(context.loss):
             raise EstimatorError(
                 "Fisher draws labels from the model's prediction; with an own loss take EmpiricalFisher"
             )
-        return Source("drawn", self.draws, self.seed, self.token_weights)
+        return GradientTarget("drawn", self.draws, self.seed, self.token_weights)
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return IsotropicDamage(context)
+        """(N, D, P)."""
+        return TraceTimesNoise(context)

@@ -55,5 +55,5 @@ class FisherProjection(GradientEstimator):
     token_weights: TokenWeights | None = None
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return lambda found: 0.5 * found.projection.square()
+        """(N, D, P)."""
+        return lambda gradients: 0.5 * gradients.projection.square()

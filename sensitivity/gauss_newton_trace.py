@@ -10,8 +10,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
-from mpsearch.estimation.gradients.targets import Source
-from mpsearch.estimation.gradients.trace_times_noise import IsotropicDamage
+from mpsearch.estimation.gradients.targets import GradientTarget
+from mpsearch.estimation.gradients.trace_times_noise import TraceTimesNoise
 
 
 @dataclass(frozen=True)
@@ -56,12 +56,12 @@ class GaussNewtonTrace(GradientEstimator):
         """Backward passes a batch."""
         return self.num_samples
 
-    def source(self, context: Context) -> Source:
+    def gradient_target(self, context: Context) -> GradientTarget:
         """Random outputs with the covariance of the softmax."""
         if callable(context.loss):
             raise EstimatorError("GaussNewtonTrace takes the softmax at the logits; with an own loss take HessianTrace")
-        return Source("gauss-newton", self.num_samples, self.seed)
+        return GradientTarget("gauss-newton", self.num_samples, self.seed)
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return IsotropicDamage(context)
+        """(N, D, P)."""
+        return TraceTimesNoise(context)

@@ -50,8 +50,8 @@ class GradientImportance(GradientEstimator):
     token_weights: TokenWeights | None = None
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U)."""
-        return lambda found: found.importance
+        """(N, D)."""
+        return lambda gradients: gradients.importance
 
     def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """Importance x relative error."""

@@ -34,14 +34,14 @@ class HAWQProxy:
     dropped, since a negative score would reward the coarser format. The reference takes one batch and stops when
     lambda changes by less than 0.1 %; here the number of iterations is fixed, so that the cost is known. A baseline:
     one direction of millions, in which rounding errors need not point. A group is one block. One forward pass, and
-    backward passes worth 1 + 2 x iterations x units.
+    backward passes worth 1 + 2 x iterations x decisions.
 
     In `benchmarks/sensitivity.py` (ResNet-20, a small ViT, a small decoder): rank correlation with measured plans
     0.91, 0.68 among plans of equal size; its own plans do 2.05 times the least damage known (`KLDivergence` 0.96,
     0.81, 1.31; uniform precision 4.34).
 
     Attributes:
-        num_iterations: Hessian-vector products a unit and batch.
+        num_iterations: Hessian-vector products a decision and batch.
         seed: of the first directions.
 
     For the loss 3/2 w1^2 + 1/2 w2^2 the eigenvalues are 3 and 1; an error as large as the weights:

@@ -71,10 +71,10 @@ class HessianAugmented(GradientEstimator):
         cells = len(context.decisions) * len(context.precisions)
         if cells > MOST_CELLS:
             raise EstimatorError(
-                f"{len(context.decisions)} units x {len(context.precisions)} precisions are {cells} cells: the matrix of their pairs "
+                f"{len(context.decisions)} decisions x {len(context.precisions)} precisions are {cells} cells: the matrix of their pairs "
                 f"takes {amounts.text('memory_bytes', 8 * cells**2)}, at most {MOST_CELLS} cells are taken; give fewer layers or precisions"
             )
-        return _Pairs(context, self.source(context).draws, self.shrink)
+        return _Pairs(context, self.gradient_target(context).draws, self.shrink)
 
 
 @dataclass(eq=False)
@@ -87,18 +87,18 @@ class _Pairs:
 
     def __post_init__(self) -> None:
         self.squares = Averages(
-            lambda found: 0.5 * found.projection.square(),
+            lambda gradients: 0.5 * gradients.projection.square(),
             lambda mean, se: Estimate(mean, se, self.context.unit),
             self.draws,
         )
 
-    def add(self, found: Gradients) -> None:
-        self.squares.add(found)
-        p = found.projection.flatten(1)
+    def add(self, gradients: Gradients) -> None:
+        self.squares.add(gradients)
+        p = gradients.projection.flatten(1)
         now = (p.T @ p / self.draws).cpu()
         self.products = self.products + now if self.products.numel() else now
-        if found.draw == 0:
-            self.predictions += float(found.counts.sum())
+        if gradients.draw == 0:
+            self.predictions += float(gradients.counts.sum())
 
     def state(self) -> Any:
         return {"squares": self.squares.state(), "products": self.products, "predictions": self.predictions}

@@ -140,5 +140,5 @@ class HessianTopEigenvalue:
         return {i: [mean] for i, mean in means.items()}
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """Forward and backward passes over the data, at most: as if no layer settled early; a unit counts one weight."""
+        """Forward and backward passes over the data, at most: as if no layer settled early; a decision counts one weight."""
         return Passes(self.iterations, self.iterations * (1 + 2 * decisions))

@@ -89,7 +89,7 @@ class HessianTrace:
         return self._cells(context, weights, layers, mean, variance)
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """Forward and backward passes over the data, at most; a unit counts one weight, a double backward pass two backward passes."""
+        """Forward and backward passes over the data, at most; a decision counts one weight, a double backward pass two backward passes."""
         products = self.num_samples * (decisions + 1 if self.method == "hutch++" else 1)
         return Passes(2, 1 + 2 * products)
 

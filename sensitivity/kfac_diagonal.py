@@ -51,7 +51,7 @@ class KFACDiagonal(GradientEstimator):
     array([[0.005]])
     """
 
-    needs: ClassVar[frozenset[Quantity]] = frozenset({"moments"})
+    needs: ClassVar[frozenset[Quantity]] = frozenset({"factors"})
 
     draws: int = 1
     seed: int = 0
@@ -59,11 +59,11 @@ class KFACDiagonal(GradientEstimator):
 
     def accumulator(self, context: Context) -> Accumulator:
         """Sums of second moments."""
-        return _Factors(context, self.source(context).draws)
+        return _FactorSums(context, self.gradient_target(context).draws)
 
 
 @dataclass(eq=False)
-class _Factors:
+class _FactorSums:
     """Sums over samples, in groups: of each call of each weight the inputs, gradients and input errors."""
 
     context: Context
@@ -76,21 +76,21 @@ class _Factors:
     #: "<weight> <call> <inputs | gradients | noise p>" -> (groups, ...)
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, found: Gradients) -> None:
-        count = len(found.counts)
+    def add(self, gradients: Gradients) -> None:
+        count = len(gradients.counts)
         group = (torch.arange(count) + self.seen) % _GROUPS
-        if found.draw == 0:
+        if gradients.draw == 0:
             self.samples += torch.bincount(group, minlength=_GROUPS)
-            self.predictions.index_add_(0, group, found.counts.cpu().double())
-        for w, calls in enumerate(found.moments):
-            for c, one in enumerate(calls):
-                parts = {"gradients": one.gradients / self.draws}
-                if found.draw == 0:
-                    parts |= {"inputs": one.inputs, **{f"noise {p}": noise for p, noise in one.noises.items()}}
-                self.inputs_first[f"{w} {c}"] = one.inputs_first
+            self.predictions.index_add_(0, group, gradients.counts.cpu().double())
+        for w, calls in enumerate(gradients.factors):
+            for c, call in enumerate(calls):
+                parts = {"gradients": call.gradients / self.draws}
+                if gradients.draw == 0:
+                    parts |= {"inputs": call.inputs, **{f"noise {p}": noise for p, noise in call.noises.items()}}
+                self.inputs_first[f"{w} {c}"] = call.inputs_first
                 for name, values in parts.items():
                     self._sum(f"{w} {c} {name}", values, group)
-        if found.draw + 1 == self.draws:
+        if gradients.draw + 1 == self.draws:
             self.seen += count
 
     def _sum(self, name: str, values: Tensor, group: Tensor) -> None:
@@ -138,7 +138,7 @@ class _Factors:
         """(P, 1 + groups) damage from all samples, and with each group left out."""
         context = self.context
         weight = weight_of(context.module(layer)).detach()
-        found = torch.zeros(len(context.precisions), _GROUPS + 1, dtype=torch.float64)
+        damages = torch.zeros(len(context.precisions), _GROUPS + 1, dtype=torch.float64)
         call = 0
         while f"{w} {call} inputs" in self.sums:
             transposed = self.inputs_first[f"{w} {call}"]
@@ -146,12 +146,12 @@ class _Factors:
             gradients = self._without(f"{w} {call} gradients", self.predictions)
             for p, precision in enumerate(context.precisions):
                 if precision.quantizes_weight:
-                    found[p] += _form(context.perturbation(layer, precision), transposed, inputs, gradients)
+                    damages[p] += _form(context.perturbation(layer, precision), transposed, inputs, gradients)
                 if f"{w} {call} noise {p}" in self.sums:
                     noise = self._without(f"{w} {call} noise {p}", self.samples)
-                    found[p] += _form(weight, transposed, noise, gradients)
+                    damages[p] += _form(weight, transposed, noise, gradients)
             call += 1
-        return found
+        return damages
 
     def _without(self, name: str, counts: Tensor) -> Tensor:
         """(1 + groups, ...) mean over all, and with each group left out."""

@@ -12,7 +12,7 @@ from mpsearch.metrics.statistics import kl_divergence
 
 @dataclass(frozen=True)
 class KLDivergence(OneAtATime):
-    """Measured divergence of the output with one unit quantized and all else left alone (ZeroQ, 2001.00281, equation 2).
+    """Measured divergence of the output with one decision quantized and all else left alone (ZeroQ, 2001.00281, equation 2).
 
         sensitivity(l, o) = mean over predictions of KL(p_unquantized || p_with l at o)   [nats]
 

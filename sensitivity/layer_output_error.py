@@ -64,15 +64,15 @@ class LayerOutputError:
                     call(context.model, batch)
                     context.passes.add(len(context.batches), forward=1)
                     for u, decision in enumerate(context.decisions):
-                        found = [squares[layer.name] for layer in decision.layers if layer.name in squares]
-                        if found:
-                            own, *errors = torch.stack(found).sum(0)
+                        errors_of_layers = [squares[layer.name] for layer in decision.layers if layer.name in squares]
+                        if errors_of_layers:
+                            own, *errors = torch.stack(errors_of_layers).sum(0)
                             for mean, square in zip([power[u], *noise[u]], [own, *errors], strict=True):
                                 mean.add(square, torch.arange(size), size)
         finally:
             for handle in handles:
                 handle.remove()
-        sizes = np.array([mean.value for mean in power])  # nan where no batch reached a unit
+        sizes = np.array([mean.value for mean in power])  # nan where no batch reached a decision
         scale = np.divide(1.0, sizes, out=np.zeros_like(sizes), where=sizes > 0)[:, None]
         value, se = (
             np.array([[getattr(mean, name) if mean.samples else 0.0 for mean in row] for row in noise])

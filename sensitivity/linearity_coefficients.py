@@ -1,5 +1,6 @@
 """HIGGS: damage per relative squared error of a layer, from Gaussian noise."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,9 +74,9 @@ class LinearityCoefficients(OneAtATime):
         return [self.greatest**2 * (j + 1) / self.levels for j in range(self.levels)]
 
     def probes(self, context: Context) -> list[Probe]:
-        """Each unit at each level of noise."""
+        """Each decision at each level of noise."""
         return [
-            Probe(u, self._name(j), lambda u=u, j=j: self._noise(context, u, j))  # type: ignore[misc]
+            Probe(u, self._name(j), functools.partial(self._noise, context, u, j))
             for u in range(len(context.decisions))
             for j in range(self.levels)
         ]
@@ -84,15 +85,15 @@ class LinearityCoefficients(OneAtATime):
         return f"noise {j + 1} of {self.levels} to {self.greatest!r}, seed {self.seed}"
 
     def _noise(self, context: Context, u: int, j: int) -> Perturbation:
-        found: dict[torch.nn.Parameter, Tensor] = {}
+        weights: dict[torch.nn.Parameter, Tensor] = {}
         for k, parameter in enumerate(context.parameters(context.decisions[u])):
             weight = wide(parameter.detach())
             draw = torch.randn(parameter.shape, generator=seeded_generator(self.seed, u, j, k), dtype=torch.float32).to(
                 weight
             )
             scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
-            found[parameter] = (weight + scale * draw).to(parameter.dtype)
-        return Perturbation(found, {})
+            weights[parameter] = (weight + scale * draw).to(parameter.dtype)
+        return Perturbation(weights, {})
 
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""

@@ -96,10 +96,10 @@ class LRP:
 
 
 def unit_relevance(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
-    """Score of each unit, without a bit axis, from one forward and one backward pass.
+    """Score of each decision, without a bit axis, from one forward and one backward pass.
 
     Returns:
-        (U,) scores and (U,) standard errors; the weights of a unit add up.
+        (D,) scores and (D,) standard errors; the weights of a decision add up.
 
     Raises:
         EstimatorError: as `LRP.estimate`.
@@ -107,7 +107,7 @@ def unit_relevance(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
     for parameter in context.model.parameters():
         parameter.requires_grad_(False)
     names = {p: layer.name for decision in context.decisions for p, layer in context.parameters(decision).items()}
-    found = {p: Mean() for p in names}
+    means = {p: Mean() for p in names}
     explained = Mean()
     for number, batch in enumerate(context.progress(context.batches, len(context.batches), "LRP")):
         count = samples(batch)
@@ -122,10 +122,10 @@ def unit_relevance(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
                     f"the relevance of layer {names[p]!r} is not finite in batch {number}; "
                     "half precision overflows where float32 or bfloat16 do not"
                 )
-            found[p].add(values, index, count)
+            means[p].add(values, index, count)
     scale = explained.value if explained.value > 0 else 1.0
-    score = unit_scores(context, {p: mean.value / scale for p, mean in found.items()})
-    variance = unit_scores(context, {p: (mean.se / scale) ** 2 for p, mean in found.items()})
+    score = unit_scores(context, {p: mean.value / scale for p, mean in means.items()})
+    variance = unit_scores(context, {p: (mean.se / scale) ** 2 for p, mean in means.items()})
     return score, np.sqrt(variance)
 
 

@@ -21,7 +21,7 @@ class LRPQViT:
     The part of a layer in the relevance of all, over the calibration data, times the part of its bits that a precision takes
     away:
 
-        Omega(l) = score(l) / sum of the scores of all units,    score as in `LRP`
+        Omega(l) = score(l) / sum of the scores of all decisions,    score as in `LRP`
         sensitivity(l, o) = Omega(l) x (32 - weight bits - input bits) / 32, and 0 where nothing changes   [relative]
 
     with 16 bits for what is left alone. The cheapest plan within a budget is then the one with the most bits weighted by
@@ -114,7 +114,7 @@ class MixQViT:
 
 
 def _shares(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
-    """(U,) parts of the units in the score of all, and their standard errors for a given total."""
+    """(D,) parts of the decisions in the score of all, and their standard errors for a given total."""
     score, se = unit_relevance(lrp, context)
     total = score.sum() if score.any() else 1.0
     return score / total, se / total
@@ -122,5 +122,5 @@ def _shares(lrp: LRP, context: Context) -> tuple[Floats, Floats]:
 
 def _taken(precision: Precision) -> float:
     """Part of the bits of weight and input that a precision takes away."""
-    left = min(precision.weight_bits, FULL_BITS) + min(precision.activation_bits, FULL_BITS)
-    return 1 - left / (2 * FULL_BITS)
+    bits = min(precision.weight_bits, FULL_BITS) + min(precision.activation_bits, FULL_BITS)
+    return 1 - bits / (2 * FULL_BITS)

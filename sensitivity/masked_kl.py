@@ -1,5 +1,6 @@
 """OHQ: divergence of the output when one layer is masked."""
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.estimator import Context, Decision, Estimate, Passes
 from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import Mean, kl_divergence
@@ -45,15 +46,9 @@ class MaskedKL(OneAtATime):
         return Passes(super().cost(batches, decisions, precisions).forward + 1, 0)
 
     def probes(self, context: Context) -> list[Probe]:
-        """Each unit with its weights set to zero."""
+        """Each decision with its weights set to zero."""
         return [
-            Probe(
-                u,
-                "masked",
-                lambda decision=decision: Perturbation(  # type: ignore[misc]
-                    {parameter: torch.zeros_like(parameter) for parameter in context.parameters(decision)}, {}
-                ),
-            )
+            Probe(u, "masked", functools.partial(_without_weights, context, decision))
             for u, decision in enumerate(context.decisions)
         ]
 
@@ -63,7 +58,11 @@ class MaskedKL(OneAtATime):
 
     def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
         """Importance x relative error."""
-        found = [means[u, "masked"] for u in range(len(context.decisions))]
+        masked = [means[u, "masked"] for u in range(len(context.decisions))]
         return cells_from_scores(
-            context, np.array([mean.value for mean in found]), np.array([mean.se for mean in found])
+            context, np.array([mean.value for mean in masked]), np.array([mean.se for mean in masked])
         )
+
+
+def _without_weights(context: Context, decision: Decision) -> Perturbation:
+    return Perturbation({parameter: torch.zeros_like(parameter) for parameter in context.parameters(decision)}, {})

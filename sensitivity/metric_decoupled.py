@@ -80,7 +80,7 @@ class MetricDecoupled(OneAtATime):
         raise EstimatorError(f"layer {name!r} fits none of the patterns {patterns}; add Part('*', ...) for the rest")
 
     def probes(self, context: Context) -> list[Probe]:
-        """Each unit at each precision."""
+        """Each decision at each precision."""
         for u in range(len(context.decisions)):
             self._part(context, u)
         return super().probes(context)

@@ -86,8 +86,8 @@ class Orthogonality:
                 raise EstimatorError(f"the features of a layer are not finite in batch {number}")
             products[np.ix_(rows, rows)] += (flat @ flat.T).numpy()
         rows = [order[name] for name in ran]
-        found = importance(products[np.ix_(rows, rows)], self.beta)
-        score = dict.fromkeys(layers, 0.0) | dict(zip(ran, found, strict=True))
+        scores = importance(products[np.ix_(rows, rows)], self.beta)
+        score = dict.fromkeys(layers, 0.0) | dict(zip(ran, scores, strict=True))
         totals = [sum(score[layer.name] for layer in decision.layers) for decision in context.decisions]
         return cells_from_scores(context, np.array(totals))
 

@@ -14,7 +14,7 @@ from mpsearch.metrics.statistics import Mean
 
 @dataclass(frozen=True)
 class OutputDamage(OneAtATime):
-    """Measured damage of the output by the metric of the run, one unit quantized, all else left alone (as ZeroQ, 2001.00281).
+    """Measured damage of the output by the metric of the run, one decision quantized, all else left alone (as ZeroQ, 2001.00281).
 
         sensitivity(l, o) = sum over samples of damage(output with l at o, output) / sum of weights   [unit of the metric]
 

@@ -49,5 +49,5 @@ class OutputGradient(GradientEstimator):
     token_weights: TokenWeights | None = None
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return lambda found: 0.5 * found.output
+        """(N, D, P)."""
+        return lambda gradients: 0.5 * gradients.output

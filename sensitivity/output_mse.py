@@ -12,7 +12,7 @@ from mpsearch.metrics.statistics import wide
 
 @dataclass(frozen=True)
 class OutputMSE(OneAtATime):
-    """Mean squared error of the logits, one unit quantized and all else left alone.
+    """Mean squared error of the logits, one decision quantized and all else left alone.
 
         sensitivity(l, o) = mean over predictions and classes of (z_with l at o - z)^2   [relative]
 

@@ -24,12 +24,12 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class PathShapley:
-    """Aumann-Shapley share of each unit in the damage of the fully quantized model (path attribution; coverage model, 2607.12266).
+    """Aumann-Shapley share of each decision in the damage of the fully quantized model (path attribution; coverage model, 2607.12266).
 
-        W_i(t) = W_i + t (Q_o(W_i) - W_i),  x_i(t) = x_i + t (Q_o(x_i) - x_i)     for all units i at once
+        W_i(t) = W_i + t (Q_o(W_i) - W_i),  x_i(t) = x_i + t (Q_o(x_i) - x_i)     for all decisions i at once
         phi(i, o) = integral over t in [0, 1] of <dF/dW_i, Q_o(W_i) - W_i> + <dF/dx_i, Q_o(x_i) - x_i>,   F(t) = KL(p || p(t))
 
-    The shares of a precision add up to the damage F(1) of quantizing everything to it, so a unit is scored among the
+    The shares of a precision add up to the damage F(1) of quantizing everything to it, so a decision is scored among the
     errors of all others, not alone. Gauss-Legendre nodes integrate: three are within 0.1 % on smooth paths. Rounding
     errors of inputs are held fixed while differentiating, so there the sum is approximate.
 
@@ -47,7 +47,7 @@ class PathShapley:
         nodes: of the quadrature, at least 1.
         coverage: give coverage costs [relative]; else the shares [nats].
 
-    One unit alone carries all the damage, KL((1/2, 1/2) || softmax(0, 1)):
+    One decision alone carries all the damage, KL((1/2, 1/2) || softmax(0, 1)):
 
     >>> import torch, mpsearch as mps
     >>> model = torch.nn.Sequential(torch.nn.Linear(1, 2, bias=False))
@@ -86,13 +86,13 @@ class PathShapley:
         weights_of = np.zeros(count)
         with torch.no_grad():
             for number, batch in enumerate(context.batches):
-                found = context.run(batch)
+                run = context.run(batch)
                 context.passes.add(count, forward=1)
                 if metric.kind == "classes":  # of others no bound is known
-                    log_p = log_softmax(found.rows)
+                    log_p = log_softmax(run.rows)
                     ceilings[number] = float((log_p.exp() * log_p).sum(-1).mean()) + math.log(log_p.shape[-1])
-                weights_of[number] = float(metric.terms(found.rows, found.rows, found.index, found.samples)[1].sum())
-                references.append(found.rows)
+                weights_of[number] = float(metric.terms(run.rows, run.rows, run.index, run.samples)[1].sum())
+                references.append(run.rows)
         weight = weights_of / weights_of.sum()
         bar = context.progress(None, count * options, "Path")
         with bar:
@@ -138,7 +138,7 @@ class PathShapley:
         reference: Tensor,
         number: int,
     ) -> list[float]:
-        """The share of each unit, then the damage at the end."""
+        """The share of each decision, then the damage at the end."""
         score = [0.0] * len(context.decisions)
         total = len(context.batches)
         nodes, node_weights = np.polynomial.legendre.leggauss(self.nodes)
@@ -146,14 +146,14 @@ class PathShapley:
         leaves: list[Tensor] = []  # inputs that nothing before them moves
 
         def hooks(t: float, share: float) -> dict[nn.Module, Callable[[Tensor], Tensor]]:
-            found: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+            functions: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
             for u, decision in enumerate(context.decisions):
                 for layer in decision.layers:
                     module, precision = context.module(layer), context.precisions[p]
                     function = input_quantizer(module, layer.name, precision, context.quantizer, context.ranges)
                     if function is not None:
-                        found[module] = moved(u, function, t, share)
-            return found
+                        functions[module] = moved(u, function, t, share)
+            return functions
 
         def moved(u: int, function: Callable[[Tensor], Tensor], t: float, share: float) -> Callable[[Tensor], Tensor]:
             def move(x: Tensor) -> Tensor:
@@ -173,8 +173,8 @@ class PathShapley:
 
         def damage() -> Tensor:
             assert isinstance(context.loss, Comparison)
-            found = context.run(batch)
-            return context.loss.mean(reference, found.rows, found.index, found.samples)
+            run = context.run(batch)
+            return context.loss.mean(reference, run.rows, run.index, run.samples)
 
         for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
             at = {parameter: torch.lerp(starts[parameter], new, float(node)) for parameter, new in targets.items()}
@@ -211,13 +211,13 @@ class PathShapley:
 
 
 def coverage_costs(shares: Floats) -> Floats:
-    """Costs b >= 0 of units whose shares of a damage 1 - exp(-sum b) are given.
+    """Costs b >= 0 of decisions whose shares of a damage 1 - exp(-sum b) are given.
 
     Solves phi_i = a_i integral over t in [0, 1] of prod_{j != i} (1 - t a_j) dt for a by fixed point; b = -log(1 -
     a).
 
     Args:
-        shares: (U,) phi >= 0, of sum below 1.
+        shares: (D,) phi >= 0, of sum below 1.
 
     >>> coverage_costs(np.array([0.5])).round(6)     # alone: a = phi
     array([0.693147])
@@ -228,7 +228,7 @@ def coverage_costs(shares: Floats) -> Floats:
     t, w = (nodes + 1) / 2, node_weights / 2
     a = np.minimum(shares, 1 - 1e-12)
     for _ in range(1000):
-        logs = np.log1p(-t[:, None] * a)  # (T, U)
+        logs = np.log1p(-t[:, None] * a)  # (T, D)
         others = np.exp(logs.sum(axis=1, keepdims=True) - logs)
         new = np.minimum(shares / (w @ others), 1 - 1e-12)
         if np.abs(new - a).max(initial=0.0) < 1e-14:

@@ -13,7 +13,7 @@ from mpsearch.metrics.statistics import kl_divergence
 
 @dataclass(frozen=True)
 class PredictionDifference(OneAtATime):
-    """Divergence of the predictions at a temperature, one unit quantized (PD-Quant, 2212.07048, section 3.2).
+    """Divergence of the predictions at a temperature, one decision quantized (PD-Quant, 2212.07048, section 3.2).
 
         sensitivity(l, o) = mean over predictions of KL(softmax(z / T) || softmax(z_with l at o / T))   [relative]
 

@@ -101,8 +101,8 @@ class SalienceGroups:
         cells = np.zeros(len(context.precisions))
         for p, precision in enumerate(context.precisions):
             if precision.quantizes_weight:
-                found = _rows(module, context.quantized(layer, precision))
-                noise = self._groups((found - weight).square())
+                rounded = _rows(module, context.quantized(layer, precision))
+                noise = self._groups((rounded - weight).square())
                 cells[p] = float(torch.where(noise > 0, salience * noise / power, torch.zeros_like(noise)).sum())
         return cells
 
@@ -121,11 +121,11 @@ class _Moment:
     layer: Layer
     total: Tensor | None = None
 
-    def add(self, given: Tensor, _output: Tensor) -> None:
+    def add(self, x: Tensor, _output: Tensor) -> None:
         if self.layer.kind == "embedding":
-            self._add(torch.bincount(given.reshape(-1), minlength=self.layer.weight_shape[0]))
+            self._add(torch.bincount(x.reshape(-1), minlength=self.layer.weight_shape[0]))
         else:
-            for columns in self._columns(given.detach()):
+            for columns in self._columns(x.detach()):
                 seen = wide(columns)
                 self._add(seen @ seen.transpose(1, 2))
 
@@ -173,10 +173,10 @@ class _Moment:
         diagonal = moment.diagonal(dim1=1, dim2=2)
         diagonal += (diagonal == 0) + damping
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-        found: Tensor = torch.linalg.cholesky(inverse).diagonal(dim1=1, dim2=2).square()
-        groups, columns = found.shape
-        found = found.repeat_interleave(math.prod(shape[1:]) // columns, dim=1)  # one for each kernel position
-        return found.repeat_interleave(shape[0] // groups, dim=0)
+        pivots: Tensor = torch.linalg.cholesky(inverse).diagonal(dim1=1, dim2=2).square()
+        groups, columns = pivots.shape
+        pivots = pivots.repeat_interleave(math.prod(shape[1:]) // columns, dim=1)  # one for each kernel position
+        return pivots.repeat_interleave(shape[0] // groups, dim=0)
 
 
 def _rows(module: nn.Module, value: Tensor) -> Tensor:
@@ -186,7 +186,7 @@ def _rows(module: nn.Module, value: Tensor) -> Tensor:
 
 
 def _turns(context: Context) -> Iterator[list[tuple[int, Layer]]]:
-    """Layers with their unit, as many at once as `HESSIAN_BYTES` holds."""
+    """Layers with their decision, as many at once as `HESSIAN_BYTES` holds."""
     turn: list[tuple[int, Layer]] = []
     held = 0
     for u, decision in enumerate(context.decisions):

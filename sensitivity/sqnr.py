@@ -12,7 +12,7 @@ from mpsearch.metrics.statistics import wide
 
 @dataclass(frozen=True)
 class SQNR(OneAtATime):
-    """Noise-to-signal power ratio of the logits, one unit quantized (AIMET AMP; MixDQ, 2405.17873, section 3.2).
+    """Noise-to-signal power ratio of the logits, one decision quantized (AIMET AMP; MixDQ, 2405.17873, section 3.2).
 
         sensitivity(l, o) = mean over predictions of |z_with l at o - z|^2 / mean over the batch of |z|^2   [relative]
 

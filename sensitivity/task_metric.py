@@ -33,7 +33,7 @@ _NAMED: dict[str, tuple[Metric, bool]] = {"accuracy": (accuracy, True), "cross-e
 
 @dataclass(frozen=True)
 class TaskMetric(OneAtATime):
-    """How much worse a metric of the task gets with one unit quantized and all else left alone (as AIMET AMP, AdaQuant 2006.10518).
+    """How much worse a metric of the task gets with one decision quantized and all else left alone (as AIMET AMP, AdaQuant 2006.10518).
 
         sensitivity(l, o) = mean over predictions of +-(metric(z) - metric(z_with l at o))   [nats for cross-entropy, else relative]
 
@@ -87,7 +87,7 @@ class TaskMetric(OneAtATime):
                 f"the {self.metric} needs one integer label a prediction; give a function metric(logits, labels)"
             )
         before, after = (
-            torch.as_tensor(metric(one.logits, one.labels), dtype=torch.float64) for one in (reference, output)
+            torch.as_tensor(metric(run.logits, run.labels), dtype=torch.float64) for run in (reference, output)
         )
         if after.shape not in (torch.Size(), torch.Size([len(output.logits)])):
             raise EstimatorError(

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpsearch.estimation.estimator import Context, Estimate
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
-from mpsearch.estimation.gradients.targets import Source, TokenWeights
+from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,16 @@ class Taylor(GradientEstimator):
     signed: bool = False
     token_weights: TokenWeights | None = None
 
-    def source(self, context: Context) -> Source:
+    def gradient_target(self, context: Context) -> GradientTarget:
         """The loss with the data's labels."""
         weights = self.token_weights
-        return Source("given", token_weights=weights, root=weights is None)  # without weights as other signals: shared
+        return GradientTarget(
+            "given", token_weights=weights, root=weights is None
+        )  # without weights as other signals: shared
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """(N, U, P)."""
-        return lambda found: found.projection
+        """(N, D, P)."""
+        return lambda gradients: gradients.projection
 
     def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
         """Signed or absolute."""

@@ -56,16 +56,16 @@ def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool 
     if measured.unit == "relative":
         raise TableError("the measured damage is relative, a ranking; expected nats, or the unit of a metric")
     features, names = _features(table, measured, per_precision)
-    told = int((features.sum(axis=1) > 0).sum())
-    if told < _LEAST_PLANS:
-        raise TableError(f"{told} measured plans that the table gives a damage, expected {_LEAST_PLANS} or more")
+    usable = int((features.sum(axis=1) > 0).sum())
+    if usable < _LEAST_PLANS:
+        raise TableError(f"{usable} measured plans that the table gives a damage, expected {_LEAST_PLANS} or more")
     damage = measured.damage
     se = np.zeros_like(damage) if measured.damage_se is None else np.nan_to_num(measured.damage_se)
     scales, scales_se = _fit(features, damage, se)
     if not scales.any():
         raise TableError("the measured damage does not rise with the table: every scale is 0")
-    kept = [np.arange(len(damage)) != i for i in range(len(damage))]
-    without = np.array([_fit(features[keep], damage[keep], se[keep])[0] for keep in kept])
+    others = [np.arange(len(damage)) != i for i in range(len(damage))]
+    without = np.array([_fit(features[rest], damage[rest], se[rest])[0] for rest in others])
     held_out = (features * without).sum(axis=1)
     harmful = damage != 0
     quality = {
@@ -101,8 +101,8 @@ def _features(table: CostTable, measured: MeasuredPlans, per_precision: bool) ->
 def _fit(features: Array, damage: Array, se: Array) -> tuple[Array, Array]:
     """(K,) scales and their standard errors."""
     total = features.sum(axis=1)
-    told = total > 0
-    features, damage, se, total = features[told], damage[told], se[told], total[told]
+    usable = total > 0
+    features, damage, se, total = features[usable], damage[usable], se[usable], total[usable]
     spread = np.hypot(np.median(np.abs(damage) / total) * total, se)
     if not spread.all():  # most plans do no damage at all
         spread = total

@@ -200,12 +200,12 @@ def check_metric(metric: Any) -> None:
         named(metric)
 
 
-def _sentence(asked: Any, measured: Metric, comparison: Comparison, reading: Reading) -> str:
+def _sentence(request: Any, measured: Metric, comparison: Comparison, reading: Reading) -> str:
     title = measured.title if isinstance(measured, Own) else measured.name
     parts = []
-    if asked is None and not reading.assumed:
+    if request is None and not reading.assumed:
         parts.append(f"measured: {title} [{measured.unit}], since {reading.reason}")
-    elif asked is None:
+    elif request is None:
         parts.append(f"measured: {title} [{measured.unit}], assumed since {reading.reason}; {_ASK}")
     else:
         parts.append(f"measured: {title} [{measured.unit}], as asked")
@@ -302,12 +302,12 @@ def _kind(
     """Kind of the rows, whether the targets fit them, why, and whether that is assumed."""
     shape, width = tuple(counted.shape), rows.shape[1]
     every = [targets_of(batch) for batch in batches]
-    targets = [one for one in every if isinstance(one, Tensor)]
+    targets = [labels_of_batch for labels_of_batch in every if isinstance(labels_of_batch, Tensor)]
     problem = getattr(getattr(model, "config", None), "problem_type", None)
     if not targets or len(targets) < len(every):
         return _without_targets(model, batches[0], output, counted, rows, softmax, sigmoid, problem)
     first = targets[0]
-    told = f"the targets are {'floats' if first.is_floating_point() else 'integers'} of shape {tuple(first.shape)}"
+    fact = f"the targets are {'floats' if first.is_floating_point() else 'integers'} of shape {tuple(first.shape)}"
     aligned = fits(first.shape[1:], counted.shape[1:])
     if labels is not None and width > 1:
         if sigmoid:
@@ -315,14 +315,14 @@ def _kind(
         return "classes", True, "the targets are one integer label a prediction", False
     if (labels is not None or aligned) and _binary(targets):
         if width > 1 and aligned and _sum_to_one(model, targets, counted):
-            return "classes", False, f"{told}, one class of {width} each", False
+            return "classes", False, f"{fact}, one class of {width} each", False
         return "labels", True, f"the targets are 0 or 1 for each output of {shape[1:] or 'a sample'}", False
     if labels is not None or aligned:
         if width > 1 and first.is_floating_point() and _sum_to_one(model, targets, counted):
-            return "classes", False, f"{told}, shares of {width} classes", False
-        return "numbers", True, f"{told}, numbers for each output", False
+            return "classes", False, f"{fact}, shares of {width} classes", False
+        return "numbers", True, f"{fact}, numbers for each output", False
     if first.is_floating_point():
-        return "numbers", False, f"{told}, the output has shape {shape}", True
+        return "numbers", False, f"{fact}, the output has shape {shape}", True
     if width > 1 and fits(first.shape[1:], torch.Size()):
         return "classes", False, "the targets are one integer label a sample", False
     return _without_targets(model, batches[0], output, counted, rows, softmax, sigmoid, problem)
@@ -388,15 +388,15 @@ def _many(rows: Tensor) -> bool:
 
 def _binary(targets: Sequence[Tensor]) -> bool:
     """True where all targets that count are 0 or 1."""
-    return all(bool(((one == 0) | (one == 1) | (one == -100)).all()) for one in targets)
+    return all(bool(((labels == 0) | (labels == 1) | (labels == -100)).all()) for labels in targets)
 
 
 def _sum_to_one(model: nn.Module, targets: Sequence[Tensor], counted: Tensor) -> bool:
     """True where the targets of each prediction are shares of its classes."""
     dim = 1 if counted.ndim > 3 else -1
     return all(
-        one.ndim > 1 and bool((one >= 0).all()) and bool(((one.double().sum(dim) - 1).abs() < 1e-3).all())
-        for one in targets
+        shares.ndim > 1 and bool((shares >= 0).all()) and bool(((shares.double().sum(dim) - 1).abs() < 1e-3).all())
+        for shares in targets
     )
 
 

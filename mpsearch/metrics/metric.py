@@ -61,7 +61,7 @@ class Metric:
 
     @property
     def shown_unit(self) -> str:
-        """Unit of what is shown."""
+        """Decision of what is shown."""
         return self.unit
 
     @property

@@ -186,7 +186,7 @@ def test_shrinking_scales_pairs_alone():
 
 def test_a_matrix_that_would_not_fit_is_refused(monkeypatch):
     monkeypatch.setattr(part, "MOST_CELLS", 5)
-    with pytest.raises(mps.EstimatorError, match=r"3 units x 2 precisions are 6 cells: .* at most 5 cells"):
+    with pytest.raises(mps.EstimatorError, match=r"3 decisions x 2 precisions are 6 cells: .* at most 5 cells"):
         mps.profile(net(), data(), HessianAugmented(), OPTIONS, quantizer=shifted)
 
 

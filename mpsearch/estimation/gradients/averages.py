@@ -11,8 +11,8 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, sweep
-from mpsearch.estimation.gradients.targets import Source, TokenWeights
+from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, one_pass
+from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import ratio_of_sums, wide
 
@@ -20,13 +20,13 @@ from mpsearch.metrics.statistics import ratio_of_sums, wide
 class GradientEstimator:
     """An estimator that reads gradients at the unquantized model.
 
-    Subclasses say what is differentiated (`source`), what is read of it (`needs`), and what a sample adds
+    Subclasses say what is differentiated (`gradient_target`), what is read of it (`needs`), and what a sample adds
     (`contribution`).
 
     Attributes:
         needs: quantities of `Gradients` that are read.
         unit: of the table, `relative` or `nats`, which stands for the unit of the loss.
-        scores_members: `free` where units may overlap: layers of a tie are scored alone too, at no further pass.
+        scores_members: `free` where decisions may overlap: layers of a tie are scored alone too, at no further pass.
     """
 
     needs: ClassVar[frozenset[Quantity]]
@@ -45,7 +45,7 @@ class GradientEstimator:
     @staticmethod
     def together(context: Context, estimators: Sequence[Any]) -> list[Estimate]:
         """Score for several estimators of this kind in one sweep."""
-        return sweep(context, estimators)
+        return one_pass(context, estimators)
 
     def estimate(self, context: Context) -> Estimate:
         """Score every cell; see `Estimator.estimate`.
@@ -54,10 +54,10 @@ class GradientEstimator:
             EstimatorError: where labels that are needed are missing, the model cannot be differentiated, or a
                 gradient is not finite.
         """
-        return sweep(context, [self])[0]
+        return one_pass(context, [self])[0]
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """Forward and backward passes over the data, at most, whatever the number of units and precisions.
+        """Forward and backward passes over the data, at most, whatever the number of decisions and precisions.
 
         The second forward pass is taken only where a precision quantizes activations and its noise has to be
         measured. Not counted: the one backward pass that tells samples from tokens where shapes leave doubt.
@@ -65,21 +65,23 @@ class GradientEstimator:
         noise = "input_squared_norm" in self.needs or self.unit == "relative"
         return Passes(2 if noise else 1, getattr(self, "draws", 1))
 
-    def source(self, context: Context) -> Source:
+    def gradient_target(self, context: Context) -> GradientTarget:
         """What is differentiated: by default random outputs for a metric that compares outputs, else the loss itself."""
         weights: TokenWeights | None = getattr(self, "token_weights", None)
         if isinstance(context.loss, Comparison):
-            return Source("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
-        return Source("given", token_weights=weights)
+            return GradientTarget("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
+        return GradientTarget("given", token_weights=weights)
 
     def accumulator(self, context: Context) -> Accumulator:
         """By default the means of the contributions with their standard errors."""
         return Averages(
-            self.contribution(context), lambda mean, se: self.finish(context, mean, se), self.source(context).draws
+            self.contribution(context),
+            lambda mean, se: self.finish(context, mean, se),
+            self.gradient_target(context).draws,
         )
 
     def contribution(self, context: Context) -> Callable[[Gradients], Tensor]:
-        """A function that gives (N, U, ...), what each sample adds, summed over its predictions."""
+        """A function that gives (N, D, ...), what each sample adds, summed over its predictions."""
         raise NotImplementedError
 
     def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
@@ -98,15 +100,15 @@ class Averages:
     sums: Tensor = field(default_factory=lambda: torch.zeros(0))
     pending: Tensor = field(default_factory=lambda: torch.zeros(0))
 
-    def add(self, found: Gradients) -> None:
+    def add(self, gradients: Gradients) -> None:
         """One backward pass."""
-        now = wide(self.contribution(found))
-        self.pending = now if found.draw == 0 else self.pending + now
-        if found.draw + 1 < self.draws:
+        added = wide(self.contribution(gradients))
+        self.pending = added if gradients.draw == 0 else self.pending + added
+        if gradients.draw + 1 < self.draws:
             return
         s = self.pending / self.draws
-        c = found.counts.to(s).reshape(-1, *[1] * (s.ndim - 1)).expand_as(s)
-        self.samples += int((found.counts > 0).sum())
+        c = gradients.counts.to(s).reshape(-1, *[1] * (s.ndim - 1)).expand_as(s)
+        self.samples += int((gradients.counts > 0).sum())
         new = torch.stack([term.sum(0) for term in (s, s * s, s * c, c, c * c)]).cpu()
         self.sums = self.sums + new if self.sums.numel() else new
 

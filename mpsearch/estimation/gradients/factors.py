@@ -13,7 +13,7 @@ from mpsearch.models.modules.weights import stores_inputs_first
 
 
 @dataclass(frozen=True)
-class Moments:
+class Factors:
     """Second moments of one call of a layer.
 
     Attributes:
@@ -29,7 +29,7 @@ class Moments:
     noises: dict[int, Tensor]
 
 
-def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mapping[int, Tensor]) -> Moments:
+def factors(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mapping[int, Tensor]) -> Factors:
     """Second moments of the inputs and output gradients of a call, for each sample.
 
     Raises:
@@ -40,7 +40,7 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
         counts = wide(g).new_zeros(samples, module.num_embeddings)
         counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=counts.dtype))
         inputs = counts[:, None] / tokens.shape[1]
-        return Moments(True, inputs, wide(g).reshape(samples, -1, g.shape[-1]).square().sum(1), {})
+        return Factors(True, inputs, wide(g).reshape(samples, -1, g.shape[-1]).square().sum(1), {})
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
         gradients = wide(g).square().flatten(2).sum(2).reshape(samples, -1, g.shape[1]).sum(1)
 
@@ -49,7 +49,7 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
             places = patches.reshape(samples, -1, *patches.shape[1:]).mean((1, 3))
             return wide(places).reshape(samples, module.groups, -1)
 
-        return Moments(False, mean_square(x), gradients, {p: mean_square(noise) for p, noise in noises.items()})
+        return Factors(False, mean_square(x), gradients, {p: mean_square(noise) for p, noise in noises.items()})
     transposed = stores_inputs_first(module)
     if isinstance(module, nn.Linear) or transposed:
 
@@ -57,7 +57,7 @@ def moments(module: nn.Module, x: Tensor, g: Tensor, samples: int, noises: Mappi
             return wide(z).square().reshape(samples, -1, z.shape[-1]).mean(1)[:, None]
 
         gradients = wide(g).square().reshape(samples, -1, g.shape[-1]).sum(1)
-        return Moments(transposed, over_tokens(x), gradients, {p: over_tokens(noise) for p, noise in noises.items()})
+        return Factors(transposed, over_tokens(x), gradients, {p: over_tokens(noise) for p, noise in noises.items()})
     raise EstimatorError(
         f"no second moments for a {type(module).__name__}: linear, conv1d, conv2d and embedding layers have them; "
         "leave the layer out, or use FisherProjection"

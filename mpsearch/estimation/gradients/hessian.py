@@ -52,20 +52,20 @@ def supervised_loss(context: Context, batch: Batch, generator: torch.Generator) 
     metric = context.loss
     if not isinstance(metric, Comparison):
         return context.mean_loss(batch)
-    found = context.run(batch)
-    if not torch.isfinite(found.rows.detach()).all():
+    run = context.run(batch)
+    if not torch.isfinite(run.rows.detach()).all():
         raise EstimatorError("the output of the model is not finite")
     with_targets = Loss(metric.kind)
-    targets = with_targets.targets(context.model, batch, found)
+    targets = with_targets.targets(context.model, batch, run)
     if targets is not None:
-        loss = with_targets.values(found.rows, targets).mean()
+        loss = with_targets.values(run.rows, targets).mean()
     elif metric.kind == "classes":
-        log_p = log_softmax(found.rows)
+        log_p = log_softmax(run.rows)
         drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator)
         loss = torch.nn.functional.nll_loss(log_p, drawn[:, 0].to(log_p.device))
     else:
         seed = int(torch.randint(2**31, (), generator=generator))
-        loss = metric.drawn(found.rows, found.index, found.samples, (seed, 0), 0) / len(found.rows)
+        loss = metric.drawn(run.rows, run.index, run.samples, (seed, 0), 0) / len(run.rows)
     if not torch.isfinite(loss.detach()):
         raise EstimatorError(f"the loss is {float(loss.detach())}, expected a finite number")
     return loss
@@ -184,16 +184,16 @@ def mean_gradient(context: Context, weights: Sequence[nn.Parameter], seed: int) 
     """
     total = sum(samples(batch) for batch in context.batches)
     generator = torch.Generator().manual_seed(seed)
-    found = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+    means = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
     for number, batch in enumerate(context.progress(context.batches, len(context.batches), "gradient")):
         with torch.enable_grad():
             parts = gradient(supervised_loss(context, batch, generator), weights)
-        for whole, part in zip(found, parts, strict=True):
+        for whole, part in zip(means, parts, strict=True):
             if not torch.isfinite(part).all():
                 raise EstimatorError(f"a gradient is not finite in batch {number}")
             whole.add_(part.to(whole.dtype), alpha=samples(batch) / total)
         context.passes.add(len(context.batches), forward=1, backward=1)
-    return found
+    return means
 
 
 def ones_like_sample(batch: Batch, dtype: torch.dtype | None = None) -> Batch:

@@ -54,7 +54,7 @@ class Call:
         return weight_of(self.module)
 
 
-class Watched:
+class LayerCalls:
     """The calls of some weights over one batch: hooks on the modules that hold them, until `close`.
 
     Samples must not see each other (batch norm in evaluation mode). They lie along the first dimension of a layer's input,
@@ -123,44 +123,44 @@ class Watched:
                 y = fresh = self.leaves[-1].clone()  # what follows may write into it
             elif y._is_view():
                 y = fresh = y.clone()  # and a view that is written into loses its hooks
-            made = Call(module, layer, _detached(args), _detached(keywords))
-            candidates = self._candidates(made)
+            call = Call(module, layer, _detached(args), _detached(keywords))
+            candidates = self._candidates(call)
             if candidates in ((), ("first",)):
-                self._layouts[made] = candidates[0] if candidates else "none"
+                self._layouts[call] = candidates[0] if candidates else "none"
             elif module in self._known:
-                self._layouts[made] = self._known[module]
+                self._layouts[call] = self._known[module]
             else:
-                self._doubtful[made] = y
-            y.register_hook(lambda g: self._receive(made, g))
+                self._doubtful[call] = y
+            y.register_hook(lambda g: self._receive(call, g))
             return fresh
 
         return see
 
-    def _receive(self, made: Call, g: Tensor | None) -> None:
+    def _receive(self, call: Call, g: Tensor | None) -> None:
         if g is None:
             raise EstimatorError(
-                f"no gradient comes back to a {type(made.module).__name__} of shape {tuple(made.weight.shape)}: an operation behind it "
+                f"no gradient comes back to a {type(call.module).__name__} of shape {tuple(call.weight.shape)}: an operation behind it "
                 "cannot be differentiated (quantized already?); use a measured estimator, such as KLDivergence"
             )
         if self.receiver:
-            self.receiver(made, g.detach())
+            self.receiver(call, g.detach())
 
-    def _candidates(self, made: Call) -> tuple[Layout, ...]:
+    def _candidates(self, call: Call) -> tuple[Layout, ...]:
         """Where the samples may lie in the input of a call, the likeliest first."""
-        size, x, tokens = self.samples, made.x, kind_of(made.module) == "embedding"
+        size, x, tokens = self.samples, call.x, kind_of(call.module) == "embedding"
         if size == 1:
             return ("first",)
-        if made.layer is not None and place_of(made.layer.name):  # an expert is given the tokens that chose it
+        if call.layer is not None and place_of(call.layer.name):  # an expert is given the tokens that chose it
             return ()
-        if made.layer is not None and isinstance(made.module, Operand) and not made.module.whole(made.args[1]):
+        if call.layer is not None and isinstance(call.module, Operand) and not call.module.whole(call.args[1]):
             return ()  # as is a slice of a stack of experts
-        found: list[Layout] = []
+        layouts: list[Layout] = []
         if len(x) % size == 0 and not (tokens and x.ndim == 1 and not self._flat):
-            found += ["first"] if len(x) == size else ["first", "last"]
-        convolution = (kind_of(made.module) or "").startswith("conv")
+            layouts += ["first"] if len(x) == size else ["first", "last"]
+        convolution = (kind_of(call.module) or "").startswith("conv")
         if x.ndim >= (2 if tokens else 3) and x.shape[1] == size and not convolution:
-            found.append("second")
-        return tuple(found)
+            layouts.append("second")
+        return tuple(layouts)
 
     def resolve(self, output: Predicted, name: Callable[[nn.Parameter], str]) -> bool:
         """Find the samples where shapes leave doubt: the predictions of one depend on no rows but its own.
@@ -178,9 +178,9 @@ class Watched:
         if not self._doubtful:
             return False
         if output.loss is not None:
-            made = next(iter(self._doubtful))
+            call = next(iter(self._doubtful))
             raise EstimatorError(
-                f"layer {name(made.weight)!r} has an input of shape {tuple(made.x.shape)} in a batch of "
+                f"layer {name(call.weight)!r} has an input of shape {tuple(call.x.shape)} in a batch of "
                 f"{self.samples} samples: with an own loss it cannot be told which rows are those of one sample; give "
                 "batches of one sample, or the loss 'kl' or 'cross-entropy'"
             )
@@ -193,31 +193,31 @@ class Watched:
             slopes = torch.autograd.grad(probe, list(self._doubtful.values()), retain_graph=True, allow_unused=True)
         except RuntimeError as error:
             raise EstimatorError(f"the output of the model cannot be differentiated: {error}") from None
-        for made, g in zip(self._doubtful, slopes, strict=True):
+        for call, g in zip(self._doubtful, slopes, strict=True):
             fits: list[Layout] = [
                 layout
-                for layout in self._candidates(made)
+                for layout in self._candidates(call)
                 if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest].any()
             ]
-            self._layouts[made] = self._known[made.module] = fits[0] if fits else "none"
+            self._layouts[call] = self._known[call.module] = fits[0] if fits else "none"
         return True
 
-    def shared(self, made: Call) -> bool:
+    def shared(self, call: Call) -> bool:
         """True for a call with one output for the whole batch, such as one of position embeddings."""
-        return self._layouts[made] == "none"
+        return self._layouts[call] == "none"
 
-    def rows(self, made: Call, values: Tensor) -> Tensor:
+    def rows(self, call: Call, values: Tensor) -> Tensor:
         """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
-        return self._in_order(values, self._layouts[made])
+        return self._in_order(values, self._layouts[call])
 
-    def by_sample(self, made: Call, values: Tensor) -> Tensor:
+    def by_sample(self, call: Call, values: Tensor) -> Tensor:
         """(N,) sums of a tensor laid out as the output of a call; one for the whole batch counts for the first sample."""
         values = wide(values)
-        if self.shared(made):
-            found = values.new_zeros(self.samples)
-            found[0] = values.sum()
-            return found
-        return self.rows(made, values).reshape(self.samples, -1).sum(1)
+        if self.shared(call):
+            sums = values.new_zeros(self.samples)
+            sums[0] = values.sum()
+            return sums
+        return self.rows(call, values).reshape(self.samples, -1).sum(1)
 
     def _in_order(self, values: Tensor, layout: Layout) -> Tensor:
         if layout == "second":

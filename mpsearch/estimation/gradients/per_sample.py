@@ -57,17 +57,17 @@ def _gradients(module: nn.Module, x: Tensor, g: Tensor) -> Tensor:
         return _embedding(module, x, g)
     if isinstance(module, nn.Conv1d | nn.Conv2d) and module.padding_mode == "zeros":
         return _convolution(module, x, g)
-    return torch.stack([_differentiated(module, one, upstream) for one, upstream in zip(x, g, strict=True)])
+    return torch.stack([_differentiated(module, row, upstream) for row, upstream in zip(x, g, strict=True)])
 
 
 def _embedding(module: nn.Embedding, x: Tensor, g: Tensor) -> Tensor:
-    found = g.new_zeros(len(x), *module.weight.shape)
+    gradients = g.new_zeros(len(x), *module.weight.shape)
     tokens = x.reshape(len(x), -1)
     rows = torch.arange(len(x), device=x.device)[:, None].expand_as(tokens)
-    found.index_put_((rows, tokens), g.reshape(*tokens.shape, -1), accumulate=True)
+    gradients.index_put_((rows, tokens), g.reshape(*tokens.shape, -1), accumulate=True)
     if module.padding_idx is not None:
-        found[:, module.padding_idx] = 0
-    return found
+        gradients[:, module.padding_idx] = 0
+    return gradients
 
 
 def _convolution(module: nn.Conv1d | nn.Conv2d, x: Tensor, g: Tensor) -> Tensor:

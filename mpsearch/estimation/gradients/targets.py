@@ -20,7 +20,7 @@ TokenWeights = Callable[[nn.Module, Batch], Tensor]
 
 
 @dataclass(frozen=True)
-class Source:
+class GradientTarget:
     """A scalar T whose gradients tell what an estimator wants to know, in the unit of the loss and summed over predictions.
 
     Attributes:
@@ -43,13 +43,13 @@ class Source:
     token_weights: TokenWeights | None = None
     root: bool = True
 
-    def factors(self, model: nn.Module, batch: Batch) -> Tensor | None:
+    def token_factors(self, model: nn.Module, batch: Batch) -> Tensor | None:
         """What gradients of tokens are multiplied by; the function may run the model."""
         if self.token_weights is None:
             return None
         with torch.no_grad():
-            given = self.token_weights(model, original_of(batch))
-        return given.sqrt() if self.root else given
+            weights = self.token_weights(model, original_of(batch))
+        return weights.sqrt() if self.root else weights
 
 
 @dataclass(eq=False)
@@ -72,16 +72,16 @@ class Predicted:
     metric: Comparison | None = None
     targets: Tensor | None = None
 
-    def counts(self, source: Source) -> Tensor:
+    def counts(self, target: GradientTarget) -> Tensor:
         """(B,) predictions of each sample, or what the metric weighs a sample by."""
-        if source.kind != "given" and self.metric is not None:
+        if target.kind != "given" and self.metric is not None:
             rows = self.logits.detach()
             return by_sample(self.metric.terms(rows, rows, self.index, self.samples)[1], self.index, self.samples)
         return torch.bincount(self.index, minlength=self.samples).float()
 
-    def scalar(self, source: Source, draw: int, number: int) -> Tensor:
-        """The sum over the predictions of the batch of what a source differentiates."""
-        if source.kind == "given":
+    def scalar(self, target: GradientTarget, draw: int, number: int) -> Tensor:
+        """The sum over the predictions of the batch of what a target stands for."""
+        if target.kind == "given":
             if self.loss is not None:
                 return self.loss * self.samples
             if self.metric is None or self.targets is None:
@@ -91,8 +91,8 @@ class Predicted:
             return Loss(self.metric.kind).values(self.logits, self.targets).sum()
         if self.metric is None:
             raise EstimatorError("this estimator draws outputs, which a loss of one's own does not tell how")
-        place = self.index, self.samples, (source.seed, number), draw
-        if source.kind == "drawn":
+        place = self.index, self.samples, (target.seed, number), draw
+        if target.kind == "drawn":
             return self.metric.drawn(self.logits, *place)
         return (self.metric.random_output(self.logits.detach(), *place) * wide(self.logits)).sum()
 
@@ -108,8 +108,8 @@ def predicted(context: Context, batch: Batch, number: int) -> Predicted:
         loss = context.mean_loss(batch)
         size = samples(batch)
         return Predicted(size, torch.arange(size, device=loss.device), loss.new_zeros(0), loss)
-    found = context.run(batch)
-    if not torch.isfinite(found.rows.detach()).all():
+    run = context.run(batch)
+    if not torch.isfinite(run.rows.detach()).all():
         raise EstimatorError(f"the output of the model is not finite in batch {number}")
-    targets = Loss(metric.kind).targets(context.model, batch, found)
-    return Predicted(found.samples, found.index, found.rows, None, metric, targets)
+    targets = Loss(metric.kind).targets(context.model, batch, run)
+    return Predicted(run.samples, run.index, run.rows, None, metric, targets)

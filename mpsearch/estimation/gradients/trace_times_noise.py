@@ -12,7 +12,7 @@ from mpsearch.metrics.statistics import wide
 
 
 @dataclass(eq=False)
-class IsotropicDamage:
+class TraceTimesNoise:
     """What a sample adds to 1/2 tr(F_W) / n ||D||^2 + 1/2 tr(F_a) / n_a E||d||^2, with traces of squared gradients.
 
     Args:
@@ -25,7 +25,9 @@ class IsotropicDamage:
         context = self.context
         weights = {p: None for decision in context.decisions for p in context.parameters(decision)}
         column = {parameter: i for i, parameter in enumerate(weights)}
-        self.weights: list[tuple[int, int, list[float]]] = []  # unit, column of squared_norm, factor of each precision
+        self.weights: list[
+            tuple[int, int, list[float]]
+        ] = []  # decision, column of squared_norm, factor of each precision
         self.inputs: list[tuple[int, int, list[float]]] = []
         for u, decision in enumerate(context.decisions):
             for parameter, layer in context.parameters(decision).items():
@@ -45,10 +47,10 @@ class IsotropicDamage:
                     self.inputs.append((u, row, (0.5 * noise.noise / max(noise.numel, 1.0)).tolist()))
                     row += 1
 
-    def __call__(self, found: Gradients) -> Tensor:
-        """(N, U, P), summed over the predictions of each sample."""
-        out = torch.zeros_like(found.projection)
-        for norms, terms in ((found.squared_norm, self.weights), (found.input_squared_norm, self.inputs)):
+    def __call__(self, gradients: Gradients) -> Tensor:
+        """(N, D, P), summed over the predictions of each sample."""
+        out = torch.zeros_like(gradients.projection)
+        for norms, terms in ((gradients.squared_norm, self.weights), (gradients.input_squared_norm, self.inputs)):
             for u, column, factors in terms:
                 out[:, u] += norms[:, column, None] * out.new_tensor(factors)
         return out

@@ -98,14 +98,14 @@ class ProxyEvolution:
         Returns:
             The last population, best first; empty where no tree passed.
         """
-        breeder, asked = _Breeder(self), set[Tree]()
+        breeder, scored = _Breeder(self), set[Tree]()
 
         def judged(propose: Callable[[], Tree]) -> Candidate | None:
             """The first of some trees that is small enough and new, if it passes."""
             for _ in range(_TRIALS):
                 tree = propose().sorted()
-                if len(tree) <= self.most_nodes and tree not in asked:
-                    asked.add(tree)
+                if len(tree) <= self.most_nodes and tree not in scored:
+                    scored.add(tree)
                     return judge(tree)
             return None
 
@@ -124,8 +124,10 @@ class ProxyEvolution:
                         newcomers.append(newcomer)
                 advance()
             best = _distinct([*parents, *children, *newcomers])
-            kept = best[: self.population - guests]
-            alive = [*kept, *(one for one in best[len(kept) :] if one in newcomers)][: self.population]
+            survivors = best[: self.population - guests]
+            alive = [*survivors, *(candidate for candidate in best[len(survivors) :] if candidate in newcomers)][
+                : self.population
+            ]
         return alive
 
 
@@ -196,14 +198,14 @@ class _Breeder:
         return list(tree.nodes())[self._place(tree)]
 
 
-def _order(one: Candidate) -> tuple[float, int, str]:
+def _order(candidate: Candidate) -> tuple[float, int, str]:
     """Best first; of equals the smaller tree."""
-    return -one.fitness, len(one.tree), str(one.tree)
+    return -candidate.fitness, len(candidate.tree), str(candidate.tree)
 
 
 def _distinct(candidates: Sequence[Candidate]) -> list[Candidate]:
     """Best first, without trees that score as a better or smaller one does."""
-    found: dict[tuple[float, ...], Candidate] = {}
-    for one in sorted(candidates, key=_order):
-        found.setdefault(tuple(round(score, 9) for score in one.scores), one)
-    return list(found.values())
+    by_scores: dict[tuple[float, ...], Candidate] = {}
+    for candidate in sorted(candidates, key=_order):
+        by_scores.setdefault(tuple(round(score, 9) for score in candidate.scores), candidate)
+    return list(by_scores.values())

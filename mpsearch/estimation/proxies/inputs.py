@@ -49,19 +49,19 @@ def weight_inputs(
         EstimatorError: where the model cannot be differentiable_weights, or an input is not finite.
     """
     weights = differentiable_weights(context)
-    found: dict[str, Sequence[Tensor]] = {"weight": [w.detach() for w in weights]}
+    tensors_of: dict[str, Sequence[Tensor]] = {"weight": [w.detach() for w in weights]}
     if "gradient" in names:
-        found["gradient"] = mean_gradient(context, weights, seed)
+        tensors_of["gradient"] = mean_gradient(context, weights, seed)
     if "activation" in names:
-        found["activation"] = _activations(context, weights)
+        tensors_of["activation"] = _activations(context, weights)
     if "hessian" in names:
-        found["hessian"] = _hessian_diagonals(context, weights, num_samples, seed)
+        tensors_of["hessian"] = _hessian_diagonals(context, weights, num_samples, seed)
     if "virtual_gradient" in names:
-        found["virtual_gradient"] = _virtual_gradients(context, weights)
-    for name, tensors in found.items():
+        tensors_of["virtual_gradient"] = _virtual_gradients(context, weights)
+    for name, tensors in tensors_of.items():
         if not all(torch.isfinite(tensor).all() for tensor in tensors):
             raise EstimatorError(f"the {name} of a layer is not finite")
-    return {w: {name: found[name][place] for name in names} for place, w in enumerate(weights)}
+    return {w: {name: tensors_of[name][place] for name in names} for place, w in enumerate(weights)}
 
 
 def cost(names: Collection[str], batches: int, num_samples: int) -> Passes:
@@ -80,9 +80,9 @@ def cost(names: Collection[str], batches: int, num_samples: int) -> Passes:
 
 def _virtual_gradients(context: Context, weights: Sequence[nn.Parameter]) -> list[Tensor]:
     with torch.enable_grad():
-        found = gradient(wide(call(context.model, ones_like_sample(context.batches[0]))).sum(), weights)
+        gradients = gradient(wide(call(context.model, ones_like_sample(context.batches[0]))).sum(), weights)
     context.passes.add(len(context.batches), forward=1, backward=1)
-    return found
+    return gradients
 
 
 def _activations(context: Context, weights: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -114,13 +114,13 @@ def _activations(context: Context, weights: Sequence[nn.Parameter]) -> list[Tens
 def _hessian_diagonals(context: Context, weights: Sequence[nn.Parameter], num_samples: int, seed: int) -> list[Tensor]:
     total = sum(samples(batch) for batch in context.batches)
     generator = torch.Generator().manual_seed(seed)
-    found = [torch.zeros_like(wide(w.detach())) for w in weights]
+    diagonals = [torch.zeros_like(wide(w.detach())) for w in weights]
     for batch in context.progress(context.batches, len(context.batches), "Hessian diagonals"):
         with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
             slopes = gradient(context.mean_loss(batch), weights, create_graph=True)
         for _ in range(num_samples):
             signs = [rademacher(w, generator) for w in weights]
-            for whole, z, product in zip(found, signs, hessian_products(slopes, weights, signs), strict=True):
+            for whole, z, product in zip(diagonals, signs, hessian_products(slopes, weights, signs), strict=True):
                 whole.add_(z * product, alpha=samples(batch) / total / num_samples)
         context.passes.add(len(context.batches), forward=1, backward=1 + 2 * num_samples)
-    return found
+    return diagonals

@@ -150,8 +150,8 @@ class Tree:
         Raises:
             EstimatorError: where shapes do not fit.
         """
-        found = float(self.value(inputs).mean())
-        return max(found, 0.0) if math.isfinite(found) else found
+        mean = float(self.value(inputs).mean())
+        return max(mean, 0.0) if math.isfinite(mean) else mean
 
 
 def parse(formula: str) -> Tree:
