@@ -10,7 +10,7 @@ from mpsearch.cli.screen import Screen
 
 @dataclass(frozen=True)
 class Answer:
-    """What a command found; the door prints it.
+    """What a command answers; `main` prints it.
 
     Attributes:
         content: for machines, under `--json`; numbers that are not finite become null.

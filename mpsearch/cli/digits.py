@@ -18,20 +18,20 @@ MIDDLE = 3.0  # the one whose result is kept, with its curve
 
 @dataclass(frozen=True)
 class Result:
-    """What the demo found.
+    """The network of the demo and its searches.
 
     Attributes:
         parameters: of the network.
-        found: average weight bits -> what the search found within them.
+        searches: average weight bits -> result of the search within them.
     """
 
     parameters: int
-    found: Mapping[float, mps.SearchResult]
+    searches: Mapping[float, mps.SearchResult]
 
     @property
     def middle(self) -> mps.SearchResult:
         """The result that is kept, with its whole measured curve."""
-        return self.found[MIDDLE]
+        return self.searches[MIDDLE]
 
 
 class DigitsNet(nn.Sequential):
@@ -63,10 +63,10 @@ def digits(seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], tup
         from sklearn.datasets import load_digits
     except ImportError:
         raise MissingPackage("the demo needs scikit-learn: pip install 'mpsearch[demo]'") from None
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(seed))
-    images = torch.tensor(found.images, dtype=torch.float32)[order, None] / 8 - 1
-    labels = torch.tensor(found.target, dtype=torch.long)[order]
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(seed))
+    images = torch.tensor(data.images, dtype=torch.float32)[order, None] / 8 - 1
+    labels = torch.tensor(data.target, dtype=torch.long)[order]
     parts = [(images[a:b], labels[a:b]) for a, b in ((0, 1000), (1000, 1256), (1256, None))]
     return parts[0], parts[1], parts[2]
 
@@ -80,9 +80,9 @@ def train(images: Tensor, labels: Tensor, seed: int, epochs: int, width: int = 2
         optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=epochs * steps)
         for _ in tqdm(range(epochs), desc="training", disable=None, leave=False):
-            for chosen in torch.randperm(len(images)).split(64):
+            for batch in torch.randperm(len(images)).split(64):
                 shift = torch.randint(-1, 2, (2,)).tolist()
-                loss = nn.functional.cross_entropy(model(images[chosen].roll(shift, (2, 3))), labels[chosen])
+                loss = nn.functional.cross_entropy(model(images[batch].roll(shift, (2, 3))), labels[batch])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -104,20 +104,20 @@ def run(out: Path, *, seed: int = 0, epochs: int = 25, width: int = 24) -> Resul
     batches = list(zip(calibration[0].split(128), calibration[1].split(128), strict=True))
     held_out = list(zip(test[0].split(256), test[1].split(256), strict=True))
     precisions = mps.precisions(PRECISIONS)
-    found: dict[float, mps.SearchResult] = {}
+    searches: dict[float, mps.SearchResult] = {}
     for limit in (MIDDLE, *(limit for limit in BUDGETS if limit != MIDDLE)):
-        found[limit] = mps.search(
+        searches[limit] = mps.search(
             model,
             batches,
             mps.Budget(average_bits=limit),
             precisions,
             report=held_out,
             front=limit == MIDDLE,
-            previous=found.get(MIDDLE),
+            previous=searches.get(MIDDLE),
             seed=seed,
         )
-    found[MIDDLE].save(out)
-    found[MIDDLE].front.plot(out / "front.png", mark=found[MIDDLE].plan, title="Digits network: measured damage")
+    searches[MIDDLE].save(out)
+    searches[MIDDLE].front.plot(out / "front.png", mark=searches[MIDDLE].plan, title="Digits network: measured damage")
     return Result(
-        sum(parameter.numel() for parameter in model.parameters()), {limit: found[limit] for limit in BUDGETS}
+        sum(parameter.numel() for parameter in model.parameters()), {limit: searches[limit] for limit in BUDGETS}
     )

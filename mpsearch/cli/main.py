@@ -18,13 +18,28 @@ from mpsearch.errors import one_line
 from mpsearch.files.writing import json_text
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
+
+    Args:
+        words: what is typed after `mpsearch`; None: what this process was started with.
 
     Returns:
         0 done, 2 usage or bad input, 3 infeasible, 1 anything else.
     """
-    warnings.showwarning = _remark
+    with _brief_warnings():
+        return _status(words)
+
+
+@contextlib.contextmanager
+def _brief_warnings() -> Iterator[None]:
+    """A warning is one line on stderr; afterwards warnings are shown as before."""
+    with warnings.catch_warnings():
+        warnings.showwarning = _remark
+        yield
+
+
+def _status(words: Sequence[str] | None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # closed by the shell
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 as long as the process
@@ -32,9 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # bars and names on a terminal that lacks their characters
     try:
         try:
-            options = parser().parse_args(arguments)
-            with _quiet() if options.quiet else contextlib.nullcontext():
-                _run(options)
+            arguments = parser().parse_args(words)
+            with _quiet() if arguments.quiet else contextlib.nullcontext():
+                _run(arguments)
         finally:
             sys.stdout.flush()  # of the help too
     except mps.InfeasibleError as error:
@@ -57,12 +72,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _run(options: argparse.Namespace) -> None:
-    command: Command = options.command
-    with _answer_alone() if options.json else contextlib.nullcontext():
-        answer = command.run(options)
+def _run(arguments: argparse.Namespace) -> None:
+    command: Command = arguments.command
+    with _answer_alone() if arguments.json else contextlib.nullcontext():
+        answer = command.run(arguments)
     screen = Screen.of(sys.stdout, os.environ)
-    print(json_text(answer.content) if options.json else screen.printable(answer.text(screen)))
+    print(json_text(answer.content) if arguments.json else screen.printable(answer.text(screen)))
     for path in answer.written:
         print(f"wrote {one_line(path)}", file=sys.stderr)
 

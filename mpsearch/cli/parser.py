@@ -35,11 +35,11 @@ def parser() -> argparse.ArgumentParser:
     everywhere = _Parser(add_help=False)
     everywhere.add_argument("--quiet", action="store_true", help="nothing on stderr but errors")
     everywhere.add_argument("--json", action="store_true", help="results as JSON, for machines")
-    made = _Mpsearch(prog="mpsearch", description="How many bits does each layer need?")
-    made.add_argument("--version", action="version", version=f"mpsearch {mps.__version__}")
-    commands = made.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
-    for command in (one for group in COMMANDS.values() for one in group):
-        added = commands.add_parser(
+    everything = _Mpsearch(prog="mpsearch", description="How many bits does each layer need?")
+    everything.add_argument("--version", action="version", version=f"mpsearch {mps.__version__}")
+    commands = everything.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    for command in (command for group in COMMANDS.values() for command in group):
+        subparser = commands.add_parser(
             command.name,
             help=command.about,
             description=textwrap.fill(command.about[0].upper() + command.about[1:] + ".", 80),
@@ -47,9 +47,9 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
             parents=[everywhere],
         )
-        command.add(added)
-        added.set_defaults(command=command)
-    return made
+        command.add(subparser)
+        subparser.set_defaults(command=command)
+    return everything
 
 
 def _folded(line: str) -> str:

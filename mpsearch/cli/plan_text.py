@@ -47,5 +47,5 @@ def usage_text(plan: mps.Plan, screen: Screen) -> str:
 def _counts(precisions: Sequence[mps.Precision], most: int | None = None) -> str:
     """How many layers have which precision, the most frequent first."""
     counts = Counter(map(str, precisions)).most_common()
-    told = ", ".join(f"{count} {name}" for name, count in counts[:most])
-    return f"{told}, …" if most is not None and len(counts) > most else told
+    text = ", ".join(f"{count} {name}" for name, count in counts[:most])
+    return f"{text}, …" if most is not None and len(counts) > most else text

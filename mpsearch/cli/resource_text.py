@@ -22,14 +22,14 @@ def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
     from mpsearch.resources.columns import usual_resources
 
     usual = usual_resources(RESOURCES)
-    found: dict[str, Callable[..., Any]] = {}
+    functions: dict[str, Callable[..., Any]] = {}
     for item in filter(None, (piece.strip() for piece in text.split(","))):
         name, *settings = item.split(":")
         column, _, kind = name.partition("=")
-        if column in found:
+        if column in functions:
             raise UsageError(f"resource {column!r} occurs twice in {text!r}")
         if "." in kind:
-            found[column] = load(item.partition("=")[2], "resource")
+            functions[column] = load(item.partition("=")[2], "resource")
         else:
-            found[column] = part(kind or column, RESOURCES if kind else usual, "resource", settings)
-    return found
+            functions[column] = part(kind or column, RESOURCES if kind else usual, "resource", settings)
+    return functions

@@ -21,23 +21,23 @@ def table_text(table: mps.CostTable, screen: Screen) -> str:
     """Damage of every layer, or block of layers, at its precisions; what plans can cost; the groups."""
     names = [str(precision) for precision in table.precisions]
     columns = _spread(len(names), max(2, (screen.width - _NAME) // _CELL))
-    found = blocks([layer.name for layer in table.layers])
-    header = f"damage [{table.unit}]" if len(found) == len(table.layers) else f"mean damage [{table.unit}]"
+    runs = blocks([layer.name for layer in table.layers])
+    header = f"damage [{table.unit}]" if len(runs) == len(table.layers) else f"mean damage [{table.unit}]"
     cells = [
         [
             block.label if block.stop - block.start == 1 else f"{block.label} ({block.stop - block.start})",
             *(_mean(table.sensitivity[block.start : block.stop, j]) for j in columns),
         ]
-        for block in found
+        for block in runs
     ]
-    told = f"{len(table.layers)} layers x {len(names)} precisions: {' '.join(names)}"
+    size = f"{len(table.layers)} layers x {len(names)} precisions: {' '.join(names)}"
     facts = filter(None, [undecided_text(table.origin.get("undecided", {})), printing.counted(table.origin)])
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:
             groups.setdefault(layer.group, []).append(layer.name)
     parts = [
-        screen.table([header, *(names[j] for j in columns)], cells) + "\n" + screen.prose("\n".join([told, *facts])),
+        screen.table([header, *(names[j] for j in columns)], cells) + "\n" + screen.prose("\n".join([size, *facts])),
         range_text(table, screen),
         *([groups_text(groups, screen)] if groups else []),
     ]

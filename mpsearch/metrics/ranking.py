@@ -39,12 +39,15 @@ def kendall(a: Floats, b: Floats) -> float:
 
     >>> round(kendall(np.array([1.0, 2.0, 3.0]), np.array([1.0, 3.0, 2.0])), 3)
     0.333
+    >>> kendall(np.array([1.0, 2.0]), np.array([2.0, 1.0]))
+    -1.0
     """
     from scipy import stats
 
-    return float(
-        stats.kendalltau(a, b, method="asymptotic").statistic
-    )  # the p-value, which nobody reads, is cheapest so
+    if len(a) < 2:
+        return float("nan")
+    # the p-value, which nobody reads, is cheapest so; of two pairs its variance is no number
+    return float(stats.kendalltau(a, b, method="asymptotic" if len(a) > 2 else "auto").statistic)
 
 
 def spearman_se(a: Floats, b: Floats) -> float:

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 
@@ -448,3 +449,24 @@ def test_the_demo_as_a_user_runs_it(here):
     content = json.loads(first)
     assert len(content["verdicts"]) == 3
     assert any(text.startswith("mixed precision wins") for text in content["verdicts"].values())
+
+
+def test_warnings_are_shown_as_before_afterwards(here, capsys, monkeypatch):
+    """One line on stderr while a command runs; then, however it ended, as the program that called it shows them."""
+    shown = []
+
+    def show(message, *_, **__):
+        shown.append(str(message))
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    (here / "loud.py").write_text(
+        "import warnings\ndef net():\n    warnings.warn('two\\nlines', stacklevel=1)\n    raise RuntimeError('no')\n"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        status, _, err = run(capsys, "show", "loud.py:net", "--data", "loud.py:net")
+        assert status == 2
+        assert err.startswith("mpsearch: two lines\nmpsearch: error: ")
+        assert warnings.showwarning is show
+        warnings.warn("mine", stacklevel=1)
+    assert shown == ["mine"]

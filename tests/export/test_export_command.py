@@ -14,7 +14,7 @@ from mpsearch.cli import main
 from mpsearch.cli.commands.export import write as run
 from mpsearch.models.loading import UsageError
 
-OFF = {"options": [], "snap": False, "verify": False}
+OFF = {"settings": [], "snap": False, "verify": False}
 PLAN = mps.Plan({"0": mps.Precision("4", "16", 32), "2": mps.Precision("16")})
 
 
@@ -25,7 +25,7 @@ def model():
 
 def test_a_file_and_a_report(tmp_path, model):
     out = str(tmp_path / "plan.csv")
-    content, text = run(PLAN, "neutral", out, model, None, **{**OFF, "options": ["keys=regex"]})
+    content, text = run(PLAN, "neutral", out, model, None, **{**OFF, "settings": ["keys=regex"]})
     assert (tmp_path / "plan.csv").read_text().splitlines()[1] == "^0$,4,4,16,16,32"
     assert content == {"target": "neutral", "file": out, "layers": {"0": "w4g32", "2": "w16"}}
     assert text == "neutral: 1 of 2 layers quantized"
@@ -46,7 +46,7 @@ def test_snapping_heeds_the_options_of_the_target(tmp_path):
     model = nn.ModuleDict({"q_proj": nn.Linear(64, 32), "k_proj": nn.Linear(64, 32)})
     plan = mps.Plan({"q_proj": mps.Precision("8"), "k_proj": mps.Precision("4")})
     for vllm, snapped in (("true", {"q_proj": ["w8", "w4"]}), ("false", {})):
-        settings = {**OFF, "snap": True, "options": [f"vllm={vllm}"]}
+        settings = {**OFF, "snap": True, "settings": [f"vllm={vllm}"]}
         content, _ = run(plan, "gptqmodel", str(tmp_path / "g.json"), model, None, **settings)
         assert content["snapped"] == snapped
 
@@ -62,7 +62,7 @@ def test_what_is_verified_is_what_is_written(target):
 @pytest.mark.filterwarnings("ignore")
 def test_verified_through_the_command(tmp_path, model):
     pytest.importorskip("torchao")
-    settings = {**OFF, "options": ["symmetric=true"], "verify": True}
+    settings = {**OFF, "settings": ["symmetric=true"], "verify": True}
     content, text = run(PLAN, "torchao", str(tmp_path / "t.json"), model, None, **settings)
     assert [(check["name"], check["precision"], check["difference"]) for check in content["verified"]] == [
         ("0", "w4g32", 0)
@@ -88,8 +88,8 @@ def test_a_traced_target_takes_the_first_batch(tmp_path, model):
     [
         ("torchoa", {}, "unknown target 'torchoa'; did you mean 'torchao'?"),
         ("neutral", {"verify": True}, "neutral cannot be verified here; known: torchao"),
-        ("neutral", {"options": ["key=name"]}, "target 'neutral' has no option 'key'; did you mean 'keys'?"),
-        ("neutral", {"options": ["keys=nam"]}, "option keys of neutral is 'nam'; did you mean 'name'?"),
+        ("neutral", {"settings": ["key=name"]}, "target 'neutral' has no option 'key'; did you mean 'keys'?"),
+        ("neutral", {"settings": ["keys=nam"]}, "option keys of neutral is 'nam'; did you mean 'name'?"),
         ("torchao", {"verify": True}, "--verify needs --model"),
         ("torchao", {"snap": True}, "--snap needs --model"),
         ("onnxruntime", {}, "onnxruntime runs the model: it needs --data"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import mpsearch as mps
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 from mpsearch.core import amounts, printing
@@ -16,29 +16,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("table", help="cost table, .csv or .npz")
     parser.add_argument("other", metavar="TABLE|PLANS", help="cost table of the same layers, or measured plans, .csv")
-    arguments.add_plot(parser, "one over the other")
+    shared_arguments.add_plot(parser, "one over the other")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Compare with whatever the other file holds."""
     from mpsearch.core.measured_plans import holds_plans
 
-    return _with_plans(options) if holds_plans(options.other) else _with_table(options)
+    return _with_plans(arguments) if holds_plans(arguments.other) else _with_table(arguments)
 
 
-def _with_table(options: argparse.Namespace) -> Answer:
+def _with_table(arguments: argparse.Namespace) -> Answer:
     from mpsearch.evaluation.comparing import agreement, regrets
 
-    a, b = (mps.CostTable.load(path) for path in (options.table, options.other))
+    a, b = (mps.CostTable.load(path) for path in (arguments.table, arguments.other))
     ranks, plans = agreement(a, b), regrets(a, b)
-    if options.plot:
+    if arguments.plot:
         from mpsearch.display import figures
 
-        figures.save(figures.cells_figure(a, b, (Path(options.table).name, Path(options.other).name)), options.plot)
+        figures.save(
+            figures.cells_figure(a, b, (Path(arguments.table).name, Path(arguments.other).name)), arguments.plot
+        )
     return Answer(
         {"agreement": ranks, "plans": plans},
         lambda screen: _tables_text(ranks, plans, len(a.layers), screen),
-        (options.plot,) if options.plot else (),
+        (arguments.plot,) if arguments.plot else (),
     )
 
 
@@ -46,9 +48,9 @@ def _tables_text(
     ranks: Sequence[Mapping[str, Any]], plans: Sequence[Mapping[str, Any]], layers: int, screen: Screen
 ) -> str:
     rows = [[r["cells"], str(r["count"]), f"{r['spearman']:.3f}", f"{r['kendall']:.3f}"] for r in ranks]
-    found = screen.table(["rank agreement", "cells", "Spearman", "Kendall"], rows)
+    ranks_text = screen.table(["rank agreement", "cells", "Spearman", "Kendall"], rows)
     if not plans:
-        return found
+        return ranks_text
     rows = [
         [
             amounts.text("memory_bytes", r["memory_bytes"]),
@@ -60,24 +62,24 @@ def _tables_text(
     ]
     header = ["plans at", "same layers", "1st judged by 2nd", "2nd judged by 1st"]
     note = "(damage of the other table's plan over one's own best: 1 = as good)"
-    return f"{found}\n\n{screen.table(header, rows)}\n{screen.prose(note)}"
+    return f"{ranks_text}\n\n{screen.table(header, rows)}\n{screen.prose(note)}"
 
 
-def _with_plans(options: argparse.Namespace) -> Answer:
+def _with_plans(arguments: argparse.Namespace) -> Answer:
     from mpsearch.core.measured_plans import MeasuredPlans
     from mpsearch.evaluation.comparing import misranked, plan_agreement
 
-    table, measured = mps.CostTable.load(options.table), MeasuredPlans.load(options.other)
+    table, measured = mps.CostTable.load(arguments.table), MeasuredPlans.load(arguments.other)
     ranks, worst = plan_agreement(table, measured), misranked(table, measured)
     columns = (f"predicted [{table.unit}]", f"measured [{measured.unit}]")
-    if options.plot:
+    if arguments.plot:
         from mpsearch.display import figures
 
-        figures.save(figures.prediction_figure(table, measured), options.plot)
+        figures.save(figures.prediction_figure(table, measured), arguments.plot)
     return Answer(
         {"agreement": ranks, "misranked": worst},
         lambda screen: _plans_text(ranks, worst, columns, screen),
-        (options.plot,) if options.plot else (),
+        (arguments.plot,) if arguments.plot else (),
     )
 
 
@@ -94,7 +96,7 @@ def _plans_text(
         ]
         for r in ranks
     ]
-    found = screen.table(["measured against predicted", "plans", "Spearman", "Kendall", "first pick"], rows)
+    ranks_text = screen.table(["measured against predicted", "plans", "Spearman", "Kendall", "first pick"], rows)
     rows = [
         [
             str(r["plan"]),
@@ -107,7 +109,7 @@ def _plans_text(
     ]
     return "\n".join(
         [
-            found,
+            ranks_text,
             screen.prose("(first pick: damage of the plan that the table likes best over the least)"),
             "",
             screen.table(["mis-ranked plan", *columns, "rank", "true rank"], rows),

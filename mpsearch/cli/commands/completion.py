@@ -15,22 +15,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shell", choices=["bash", "zsh", "fish"])
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Make the script: commands, options, and the names of estimators, solvers and tools."""
     import shtab
 
     from mpsearch.cli.parser import parser
 
-    made = parser()
-    known = _names()
-    for action in _actions(made):
+    whole = parser()
+    names = _names()
+    for action in _actions(whole):
         name = action.option_strings[-1] if action.option_strings else action.dest
-        if name in known:
-            action.choices = sorted(known[name])
+        if name in names:
+            action.choices = sorted(names[name])
         elif name in _FILES or name in _FOLDERS:
             action.complete = shtab.FILE if name in _FILES else shtab.DIRECTORY  # type: ignore[attr-defined]
-    script = shtab.complete(made, options.shell)
-    return Answer({"shell": options.shell, "script": script}, lambda _: script)
+    script = shtab.complete(whole, arguments.shell)
+    return Answer({"shell": arguments.shell, "script": script}, lambda _: script)
 
 
 def _names() -> Mapping[str, Iterable[str]]:
@@ -50,13 +50,14 @@ def _names() -> Mapping[str, Iterable[str]]:
 
 def _actions(parser: argparse.ArgumentParser) -> list[argparse.Action]:
     """Those of the parser and of its commands."""
-    found = []
+    actions = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            found += [one for command in action.choices.values() for one in _actions(command)]
+            for command in action.choices.values():
+                actions += _actions(command)
         else:
-            found.append(action)
-    return found
+            actions.append(action)
+    return actions
 
 
 COMMAND = Command(

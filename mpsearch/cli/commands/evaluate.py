@@ -5,7 +5,7 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import mpsearch as mps
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 
@@ -15,52 +15,59 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    arguments.add_model_and_data(parser)
+    shared_arguments.add_model_and_data(parser)
     parser.add_argument("--plan", required=True, metavar="FILE", help="plan, .json")
-    arguments.add_quantizer(parser)
+    shared_arguments.add_quantizer(parser)
     parser.add_argument(
         "--calibration",
         help="data for the ranges of quantized inputs and for a quantizer that looks at inputs, as --data (default: that of --data)",
     )
-    arguments.add_metric(parser)
-    arguments.add_plot(parser, "the plan with what was measured")
+    shared_arguments.add_metric(parser)
+    shared_arguments.add_plot(parser, "the plan with what was measured")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Measure the plan."""
-    plan = mps.Plan.load(options.plan)
-    quantizer = arguments.quantizer(options)
-    model = arguments.model(options.model)
-    data = arguments.data(options.data, model)
-    calibration = None if options.calibration is None else arguments.data(options.calibration, model)
-    found = mps.evaluate(
-        model, data, plan, metric=arguments.metric(options.metric), quantizer=quantizer, calibration=calibration
+    plan = mps.Plan.load(arguments.plan)
+    quantizer = shared_arguments.quantizer(arguments)
+    model = shared_arguments.model(arguments.model)
+    data = shared_arguments.data(arguments.data, model)
+    calibration = None if arguments.calibration is None else shared_arguments.data(arguments.calibration, model)
+    evaluation = mps.evaluate(
+        model,
+        data,
+        plan,
+        metric=shared_arguments.metric(arguments.metric),
+        quantizer=quantizer,
+        calibration=calibration,
     )
-    if options.plot:
+    if arguments.plot:
         from mpsearch.models.running import collect
 
-        name, title, text = found.kinds[0]
-        value = text(getattr(found, name), getattr(found, f"{name}_se"))
-        measured = f"measured: {title} {value}, {found.num_samples} samples"
-        plan.plot(options.plot, layers=mps.layers(model, collect(data, model)[0]), title=measured)
+        name, title, text = evaluation.kinds[0]
+        value = text(getattr(evaluation, name), getattr(evaluation, f"{name}_se"))
+        measured = f"measured: {title} {value}, {evaluation.num_samples} samples"
+        plan.plot(arguments.plot, layers=mps.layers(model, collect(data, model)[0]), title=measured)
     return Answer(
-        dataclasses.asdict(found), lambda screen: _text(found, screen), (options.plot,) if options.plot else ()
+        dataclasses.asdict(evaluation),
+        lambda screen: _text(evaluation, screen),
+        (arguments.plot,) if arguments.plot else (),
     )
 
 
-def _text(found: "Evaluation", screen: Screen) -> str:
-    before = found.reference
+def _text(evaluation: "Evaluation", screen: Screen) -> str:
+    before = evaluation.reference
     assert before is not None
     rows = [
         [
             "KL to the original [nats]" if name == "kl" else title,
             text(getattr(before, name), getattr(before, f"{name}_se") or None),
-            text(getattr(found, name), getattr(found, f"{name}_se")),
+            text(getattr(evaluation, name), getattr(evaluation, f"{name}_se")),
         ]
-        for name, title, text in found.kinds
+        for name, title, text in evaluation.kinds
     ]
-    header = [f"{found.num_samples} samples", "unquantized", "plan"]
-    return f"{screen.table(header, rows)}\n\n{screen.prose(found.measured)}"
+    header = [f"{evaluation.num_samples} samples", "unquantized", "plan"]
+    return f"{screen.table(header, rows)}\n\n{screen.prose(evaluation.measured)}"
 
 
 COMMAND = Command(

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.core.plan import Plan
 from mpsearch.errors import nearest
@@ -44,29 +44,29 @@ def add(parser: argparse.ArgumentParser) -> None:
         "-o",
         "--out",
         required=True,
-        type=arguments.file_or_folder,
+        type=shared_arguments.file_or_folder,
         metavar="FILE",
         help="the target's own file or folder",
     )
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Write the plan for the target."""
     content, text = write(
-        Plan.load(options.plan),
-        options.to,
-        options.out,
-        options.model and arguments.model(options.model),
-        options.data and loaded_batches(options.data),
-        options=options.option,
-        snap=options.snap,
-        verify=options.verify,
+        Plan.load(arguments.plan),
+        arguments.to,
+        arguments.out,
+        arguments.model and shared_arguments.model(arguments.model),
+        arguments.data and loaded_batches(arguments.data),
+        settings=arguments.option,
+        snap=arguments.snap,
+        verify=arguments.verify,
     )
-    return Answer(content, lambda screen: screen.prose(text), (options.out,))
+    return Answer(content, lambda screen: screen.prose(text), (arguments.out,))
 
 
 def write(
-    plan: Plan, target: str, out: str, model: Any, batches: Any, *, options: Sequence[str], snap: bool, verify: bool
+    plan: Plan, target: str, out: str, model: Any, batches: Any, *, settings: Sequence[str], snap: bool, verify: bool
 ) -> tuple[dict[str, Any], str]:
     """Write a plan for a target.
 
@@ -76,7 +76,7 @@ def write(
         out: where to.
         model: the module, or None.
         batches: the first one is the example, or None.
-        options: `name=value`, keywords of the exporter.
+        settings: `name=value`, of the exporter.
         snap: move what the target lacks to the nearest.
         verify: read back what the tool makes of it.
 
@@ -84,7 +84,7 @@ def write(
         For machines, for people.
 
     Raises:
-        UsageError: for an unknown target or option, or where the model or the data is missing.
+        UsageError: for an unknown target or setting, or where the model or the data is missing.
         EstimatorError: for data without samples.
         ExportError: for what the target cannot express.
         VerificationError: for what it does not carry out.
@@ -99,7 +99,7 @@ def write(
     if model is None and (verify or snap):
         raise UsageError(f"{'--verify' if verify else '--snap'} needs --model")
     exporter = export.EXPORTERS[target]
-    settings = _settings(exporter, options)
+    values = _settings(exporter, settings)
     example: dict[str, Any] = {}
     if exporter.write_example or (verify and exporter.read_example):
         if batches is None:
@@ -108,14 +108,14 @@ def write(
     content: dict[str, Any] = {"target": target, "file": out}
     lines = [f"{target}: {sum(p.quantizes_weight for p in plan.values())} of {len(plan)} layers quantized"]
     if snap and target in export.TARGETS:
-        found = export.snapped(plan, model, target, vllm=settings.get("vllm"))
-        content["snapped"] = {name: [str(before), str(after)] for name, (before, after, _) in found.changes.items()}
-        content["usage"] = dict(found.plan.usage)
-        lines.append(str(found))
-        plan = found.plan
+        snapped = export.snapped(plan, model, target, vllm=values.get("vllm"))
+        content["snapped"] = {name: [str(before), str(after)] for name, (before, after, _) in snapped.changes.items()}
+        content["usage"] = dict(snapped.plan.usage)
+        lines.append(str(snapped))
+        plan = snapped.plan
     if verify:
         with _calm():
-            read_settings = {name: settings[name] for name in exporter.read_settings}
+            read_settings = {name: values[name] for name in exporter.read_settings}
             report = export.verify(plan, model, target, **read_settings, **(example if exporter.read_example else {}))
         content["verified"] = [
             {**dataclasses.asdict(check), "precision": str(check.precision)} for check in report.layers
@@ -123,7 +123,7 @@ def write(
         content |= {"told_bytes": report.told_bytes, "stored_bytes": report.stored_bytes}
         lines += ["", str(report)]
     with _calm():
-        exporter(plan, model, path=out, **settings, **(example if exporter.write_example else {}))
+        exporter(plan, model, path=out, **values, **(example if exporter.write_example else {}))
     content["layers"] = {name: str(precision) for name, precision in plan.items()}
     return content, "\n".join(lines)
 
@@ -142,12 +142,12 @@ def _calm() -> Iterator[None]:
         logging.disable(before)
 
 
-def _settings(exporter: "Exporter", options: Sequence[str]) -> dict[str, Any]:
+def _settings(exporter: "Exporter", settings: Sequence[str]) -> dict[str, Any]:
     """Settings of the exporter from `name=value` texts."""
     fields = [
         (name, setting.kind, dataclasses.field(default=setting.default)) for name, setting in exporter.settings.items()
     ]
-    values = part(exporter.name, {exporter.name: dataclasses.make_dataclass("Settings", fields)}, "target", options)
+    values = part(exporter.name, {exporter.name: dataclasses.make_dataclass("Settings", fields)}, "target", settings)
     return {name: getattr(values, name) for name in exporter.settings}
 
 

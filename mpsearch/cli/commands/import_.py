@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.models.loading import UsageError
 
@@ -23,11 +23,16 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--model", help="file.py:function or package.module:function returning a module: names the layers"
     )
     parser.add_argument(
-        "-o", "--out", required=True, type=arguments.file, metavar="FILE", help="plan, .json; or table, .csv or .npz"
+        "-o",
+        "--out",
+        required=True,
+        type=shared_arguments.file,
+        metavar="FILE",
+        help="plan, .json; or table, .csv or .npz",
     )
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Read the other tool's file, write a plan or a table, as the ending of `--out` says.
 
     Raises:
@@ -37,18 +42,18 @@ def run(options: argparse.Namespace) -> Answer:
     """
     from mpsearch.imports import import_plan, import_table
 
-    tool, out = options.tool, options.out
-    model = options.model and arguments.model(options.model)
+    tool, out = arguments.tool, arguments.out
+    model = arguments.model and shared_arguments.model(arguments.model)
     content: dict[str, Any] = {"tool": tool, "file": out}
     suffix = Path(out).suffix
     if suffix == ".json":
-        plan = import_plan(options.file, tool, model)
+        plan = import_plan(arguments.file, tool, model)
         plan.save(out)
         quantized = sum(precision.quantizes_weight for precision in plan.values())
         content["layers"] = {name: str(precision) for name, precision in plan.items()}
         text = f"{tool}: a plan with {quantized} of {len(plan)} layers quantized"
     elif suffix in (".csv", ".npz"):
-        table = import_table(options.file, tool, model)
+        table = import_table(arguments.file, tool, model)
         table.save(out)
         precisions = [str(precision) for precision in table.precisions]
         content |= {"layers": [layer.name for layer in table.layers], "precisions": precisions}

@@ -3,7 +3,7 @@
 import argparse
 
 import mpsearch as mps
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 from mpsearch.core import amounts, printing
@@ -16,7 +16,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("table", help="cost table, .csv or .npz")
     parser.add_argument("--over", default="memory_bytes", help="resource (default: %(default)s)")
-    arguments.add_budget(parser, required=False, about="further limit of every point")
+    shared_arguments.add_budget(parser, required=False, about="further limit of every point")
     parser.add_argument(
         "--method",
         default="auto",
@@ -24,20 +24,22 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="exact: every point; epsilon: every point within 0.1 %% of damage; hull: the convex part, at any size; "
         "sweep: 64 limits; auto (default): exact for small tables, else hull",
     )
-    arguments.add_solver(parser, "sweep this solver, by name or module:Class, instead of computing the curve")
-    parser.add_argument("-o", "--out", type=arguments.file, metavar="FILE", help="points, .csv")
-    arguments.add_plot(parser, "the curve")
+    shared_arguments.add_solver(parser, "sweep this solver, by name or module:Class, instead of computing the curve")
+    parser.add_argument("-o", "--out", type=shared_arguments.file, metavar="FILE", help="points, .csv")
+    shared_arguments.add_plot(parser, "the curve")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Find the curve, and write points and picture where files are given."""
-    table = mps.CostTable.load(options.table)
-    budget = mps.Budget.parse(options.budget) if options.budget else None
-    front = mps.pareto(table, options.over, budget=budget, solver=arguments.solver(options), method=options.method)
-    if options.out:
-        front.save(options.out)
-    if options.plot:
-        front.plot(options.plot)
+    table = mps.CostTable.load(arguments.table)
+    budget = mps.Budget.parse(arguments.budget) if arguments.budget else None
+    front = mps.pareto(
+        table, arguments.over, budget=budget, solver=shared_arguments.solver(arguments), method=arguments.method
+    )
+    if arguments.out:
+        front.save(arguments.out)
+    if arguments.plot:
+        front.plot(arguments.plot)
     content = {
         "over": front.over,
         "method": front.method,
@@ -47,7 +49,7 @@ def run(options: argparse.Namespace) -> Answer:
         ],
     }
     return Answer(
-        content, lambda screen: _text(front, table.unit, screen), tuple(filter(None, (options.out, options.plot)))
+        content, lambda screen: _text(front, table.unit, screen), tuple(filter(None, (arguments.out, arguments.plot)))
     )
 
 

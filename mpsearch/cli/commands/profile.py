@@ -4,7 +4,7 @@ import argparse
 import sys
 
 import mpsearch as mps
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import table_text
@@ -14,35 +14,37 @@ from mpsearch.models.loading import load, part
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    arguments.add_model_and_data(parser)
+    shared_arguments.add_model_and_data(parser)
     parser.add_argument("--estimator", default="output-damage", help="by name, or module:Class (default: %(default)s)")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="setting of --estimator; may be repeated"
     )
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
-    arguments.add_quantizer(parser)
-    arguments.add_metric(parser, " or loss")
+    shared_arguments.add_quantizer(parser)
+    shared_arguments.add_metric(parser, " or loss")
     parser.add_argument("--loss", help="kl, cross-entropy, or file.py:function(model, batch), in place of --metric")
-    arguments.add_layers(parser)
+    shared_arguments.add_layers(parser)
     parser.add_argument(
-        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+        "--checkpoint", type=shared_arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
     )
-    arguments.add_resources(parser, "columns")
-    parser.add_argument("-o", "--out", required=True, type=arguments.file, metavar="FILE", help="table, .csv or .npz")
-    arguments.add_plot(parser, "the table")
+    shared_arguments.add_resources(parser, "columns")
+    parser.add_argument(
+        "-o", "--out", required=True, type=shared_arguments.file, metavar="FILE", help="table, .csv or .npz"
+    )
+    shared_arguments.add_plot(parser, "the table")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Profile, and write the table."""
     from mpsearch.sensitivity import ESTIMATORS
 
-    estimator = part(options.estimator, ESTIMATORS, "estimator", options.option)
-    quantizer = arguments.quantizer(options)
-    loss = options.loss if options.loss in (None, "kl", "cross-entropy") else load(options.loss, "loss")
-    model = arguments.model(options.model)
-    data = arguments.data(options.data, model)
-    precisions = mps.precisions(options.precisions)
-    layers = arguments.layers(model, data, options)
+    estimator = part(arguments.estimator, ESTIMATORS, "estimator", arguments.option)
+    quantizer = shared_arguments.quantizer(arguments)
+    loss = arguments.loss if arguments.loss in (None, "kl", "cross-entropy") else load(arguments.loss, "loss")
+    model = shared_arguments.model(arguments.model)
+    data = shared_arguments.data(arguments.data, model)
+    precisions = mps.precisions(arguments.precisions)
+    layers = shared_arguments.layers(model, data, arguments)
     if sys.stderr.isatty():  # beside the progress bar
         passes = mps.forecast(model, data, estimator, precisions, layers=layers)
         if passes is not None:
@@ -55,19 +57,19 @@ def run(options: argparse.Namespace) -> Answer:
         data,
         estimator,
         precisions,
-        metric=arguments.metric(options.metric),
+        metric=shared_arguments.metric(arguments.metric),
         loss=loss,
         layers=layers,
         quantizer=quantizer,
-        resources=arguments.resources(options),
-        checkpoint=options.checkpoint,
+        resources=shared_arguments.resources(arguments),
+        checkpoint=arguments.checkpoint,
     )
-    table.save(options.out)
-    if options.plot:
-        table.plot(options.plot)
+    table.save(arguments.out)
+    if arguments.plot:
+        table.plot(arguments.plot)
     used, now, peak = (table.origin[name] for name in ("passes", "passes_in_this_run", "peak_memory_bytes"))
     content = {
-        "table": options.out,
+        "table": arguments.out,
         "layers": len(table.layers),
         "precisions": [str(p) for p in table.precisions],
         "passes": used,
@@ -84,7 +86,7 @@ def run(options: argparse.Namespace) -> Answer:
             spent += f", at most {amounts.text('memory_bytes', peak)} above the model and data"
         return f"{table_text(table, screen)}\n\n{screen.prose(spent)}\n{screen.prose(table.origin['measured'])}"
 
-    return Answer(content, text, tuple(filter(None, (options.out, options.plot))))
+    return Answer(content, text, tuple(filter(None, (arguments.out, arguments.plot))))
 
 
 COMMAND = Command(

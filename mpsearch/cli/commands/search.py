@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mpsearch as mps
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.plan_text import plan_text
 from mpsearch.cli.screen import Screen
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
-    arguments.add_model_and_data(parser)
+    shared_arguments.add_model_and_data(parser)
     parser.add_argument("--precisions", required=True, help="options of every layer, such as 'w2 w4 w8a8'")
-    arguments.add_quantizer(parser)
-    arguments.add_budget(parser, required=False, about="upper limit, or lower..upper; may be repeated")
+    shared_arguments.add_quantizer(parser)
+    shared_arguments.add_budget(parser, required=False, about="upper limit, or lower..upper; may be repeated")
     parser.add_argument(
         "--effort",
         default="default",
@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="passes to spend: 8, 40 + one a layer and precision (default), or four times that",
     )
     parser.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
-    arguments.add_metric(parser)
+    shared_arguments.add_metric(parser)
     parser.add_argument("--loss", help="file.py:function(model, batch), with --metric loss")
     parser.add_argument("--higher-is-better", action="store_true", help="direction of a metric of your own")
     parser.add_argument(
@@ -49,65 +49,65 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--select", metavar="DATA", help="data to select plans on (default: a part of --data)")
     parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
-    arguments.add_layers(parser)
-    arguments.add_resources(parser, "to count")
+    shared_arguments.add_layers(parser)
+    shared_arguments.add_resources(parser, "to count")
     parser.add_argument(
-        "--checkpoint", type=arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
+        "--checkpoint", type=shared_arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
     )
     parser.add_argument("--previous", metavar="DIR", help="result of a search whose passes are used again")
     parser.add_argument(
-        "--seed", type=arguments.seed, default=0, help="of the split and all draws (default: %(default)s)"
+        "--seed", type=shared_arguments.seed, default=0, help="of the split and all draws (default: %(default)s)"
     )
     parser.add_argument(
         "-o",
         "--out",
         required=True,
         metavar="DIR",
-        type=arguments.folder,
+        type=shared_arguments.folder,
         help="folder for plan.json, tables/, plans.csv, front.csv, front.png, summary.json and passes.db",
     )
-    arguments.add_plot(parser, "the measured front, besides the one in the folder")
+    shared_arguments.add_plot(parser, "the measured front, besides the one in the folder")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Search, and write the result into a folder."""
-    metric = arguments.metric(options.metric)
-    loss = None if options.loss is None else load(options.loss, "loss")
-    if options.max_passes is not None and options.effort != "default":
+    metric = shared_arguments.metric(arguments.metric)
+    loss = None if arguments.loss is None else load(arguments.loss, "loss")
+    if arguments.max_passes is not None and arguments.effort != "default":
         raise UsageError("--effort and --max-passes at once; give one of them")
-    quantizer = arguments.quantizer(options)
-    model = arguments.model(options.model)
-    data = arguments.data(options.data, model)
+    quantizer = shared_arguments.quantizer(arguments)
+    model = shared_arguments.model(arguments.model)
+    data = shared_arguments.data(arguments.data, model)
     further: dict[str, Any] = {
-        name: None if spec is None else arguments.data(spec, model)
-        for name, spec in (("select", options.select), ("report", options.report))
+        name: None if spec is None else shared_arguments.data(spec, model)
+        for name, spec in (("select", arguments.select), ("report", arguments.report))
     }
     result = mps.search(
         model,
         data,
-        mps.Budget.parse(options.budget) if options.budget else None,
-        mps.precisions(options.precisions),
+        mps.Budget.parse(arguments.budget) if arguments.budget else None,
+        mps.precisions(arguments.precisions),
         **further,
-        effort=options.effort,
-        max_passes=options.max_passes,
+        effort=arguments.effort,
+        max_passes=arguments.max_passes,
         metric=metric,
         loss=loss,
         quantizer=quantizer,
-        higher_is_better=options.higher_is_better,
-        tolerance=options.tolerance,
-        minimize=options.minimize,
-        front=options.front,
-        proposers=_proposers(options.proposer),
-        layers=arguments.layers(model, data, options),
-        exclude=options.exclude or (),
-        resources=arguments.resources(options),
-        checkpoint=options.checkpoint,
-        previous=options.previous,
-        seed=options.seed,
+        higher_is_better=arguments.higher_is_better,
+        tolerance=arguments.tolerance,
+        minimize=arguments.minimize,
+        front=arguments.front,
+        proposers=_proposers(arguments.proposer),
+        layers=shared_arguments.layers(model, data, arguments),
+        exclude=arguments.exclude or (),
+        resources=shared_arguments.resources(arguments),
+        checkpoint=arguments.checkpoint,
+        previous=arguments.previous,
+        seed=arguments.seed,
     )
-    out = Path(options.out)
+    out = Path(arguments.out)
     result.save(out)
-    for picture in filter(None, (out / "front.png", options.plot)):
+    for picture in filter(None, (out / "front.png", arguments.plot)):
         result.plot(picture)
     content = {**result.summary(), "layers": {name: str(precision) for name, precision in result.plan.items()}}
     return Answer(
@@ -115,7 +115,7 @@ def run(options: argparse.Namespace) -> Answer:
         lambda screen: _text(result, screen),
         (
             f"{out}/: plan.json, tables/, plans.csv, front.csv, front.png, summary.json, passes.db",
-            *filter(None, (options.plot,)),
+            *filter(None, (arguments.plot,)),
         ),
     )
 

@@ -8,7 +8,7 @@ import numpy as np
 
 import mpsearch as mps
 from mpsearch.allocation.ties import ties_text
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.plan_text import plan_text, usage_text
 from mpsearch.cli.screen import Screen
@@ -32,22 +32,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--precisions", default="w2 w3 w4 w8 w16", help="with a model: options of every layer (default: %(default)s)"
     )
-    arguments.add_resources(parser, "with a model")
-    arguments.add_plot(parser, "a plan or a table")
-    arguments.add_layers(parser)
+    shared_arguments.add_resources(parser, "with a model")
+    shared_arguments.add_plot(parser, "a plan or a table")
+    shared_arguments.add_layers(parser)
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Show whatever the name stands for."""
-    if ":" in options.file and not Path(options.file).exists():
-        if options.data is None:
+    if ":" in arguments.file and not Path(arguments.file).exists():
+        if arguments.data is None:
             raise UsageError("a model is shown by running it: give --data")
-        if options.plot is not None:
+        if arguments.plot is not None:
             raise UsageError("--plot draws a plan or a table, not a model: profile it first")
-        return _model(options)
-    if options.file.endswith(".json"):
-        return _plan(mps.Plan.load(options.file), options.plot)
-    return _table(mps.CostTable.load(options.file), options.plot)
+        return _model(arguments)
+    if arguments.file.endswith(".json"):
+        return _plan(mps.Plan.load(arguments.file), arguments.plot)
+    return _table(mps.CostTable.load(arguments.file), arguments.plot)
 
 
 def _plan(plan: mps.Plan, picture: str | None) -> Answer:
@@ -89,19 +89,19 @@ def _table(table: mps.CostTable, picture: str | None) -> Answer:
     return Answer(content, lambda screen: table_text(table, screen), (picture,) if picture else ())
 
 
-def _model(options: argparse.Namespace) -> Answer:
+def _model(arguments: argparse.Namespace) -> Answer:
     from mpsearch.calibration.deciding import unscored
 
-    model = arguments.model(options.file)
-    data = arguments.data(options.data, model)
-    decisions = arguments.layers(model, data, options)
+    model = shared_arguments.model(arguments.file)
+    data = shared_arguments.data(arguments.data, model)
+    decisions = shared_arguments.layers(model, data, arguments)
     table = unscored(
         model,
         data[0],
-        mps.precisions(options.precisions),
+        mps.precisions(arguments.precisions),
         decisions,
-        arguments.resources(options),
-        options.exclude or (),
+        shared_arguments.resources(arguments),
+        arguments.exclude or (),
     )
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
@@ -142,15 +142,15 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
             numel, macs = (sum(getattr(layer, key) for layer in members) for key in ("numel", "macs"))
             rows.append([block.label, str(len(members)), f"{numel:,}", f"{macs:,}"])
     decided = len({layer.decision for layer in layers})
-    told = [
+    lines = [
         f"{len(layers)} layers, {decided} decisions, {parameters:,} parameters, "
         f"{sum(layer.macs for layer in layers):,} MACs a sample"
     ]
-    for precision, lost in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
-        if lost:
-            told.append(f"{precision} is not allowed in {lost} of {len(layers)} layers")
-    told += filter(None, [undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
-    parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(told))]
+    for precision, refused in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
+        if refused:
+            lines.append(f"{precision} is not allowed in {refused} of {len(layers)} layers")
+    lines += filter(None, [undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
+    parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(lines))]
     if groups:
         parts.append(groups_text(groups, screen))
     return "\n\n".join([*parts, range_text(table, screen)])

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import mpsearch as mps
 from mpsearch.allocation.ties import as_json, ties_text
-from mpsearch.cli import arguments
+from mpsearch.cli import shared_arguments
 from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.plan_text import plan_text, usage_text
 from mpsearch.cli.screen import Screen
@@ -19,36 +19,36 @@ from mpsearch.core.problem import uniform
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
     parser.add_argument("table", help="cost table, .csv or .npz")
-    arguments.add_budget(parser, required=True, about="upper limit, or lower..upper; may be repeated")
+    shared_arguments.add_budget(parser, required=True, about="upper limit, or lower..upper; may be repeated")
     parser.add_argument(
         "--minimize", default="sensitivity", help="a resource instead of the damage, within --budget sensitivity=DAMAGE"
     )
-    arguments.add_solver(
+    shared_arguments.add_solver(
         parser,
         "exact (default), ilp, greedy, dynamic-programming, annealing, evolutionary, bisection, brute-force, or module:Class",
     )
-    parser.add_argument("-o", "--out", type=arguments.file, metavar="FILE", help="plan, .json")
-    arguments.add_plot(parser, "the plan")
+    parser.add_argument("-o", "--out", type=shared_arguments.file, metavar="FILE", help="plan, .json")
+    shared_arguments.add_plot(parser, "the plan")
 
 
-def run(options: argparse.Namespace) -> Answer:
+def run(arguments: argparse.Namespace) -> Answer:
     """Solve, and write the plan where a file is given."""
-    table = mps.CostTable.load(options.table)
-    budget = mps.Budget.parse(options.budget)
+    table = mps.CostTable.load(arguments.table)
+    budget = mps.Budget.parse(arguments.budget)
     if not table.reference_usage and any("%" in str(value) for value in budget.values()):
         print(
             "mpsearch: the table does not tell the unquantized model's usage; 100 % = every layer at its largest",
             file=sys.stderr,
         )
-    solution = mps.solve(table, budget, arguments.solver(options), minimize=options.minimize)
+    solution = mps.solve(table, budget, shared_arguments.solver(arguments), minimize=arguments.minimize)
     assert solution.plan is not None
-    ties = as_json(mps.tie_prices(table, budget, minimize=options.minimize))
+    ties = as_json(mps.tie_prices(table, budget, minimize=arguments.minimize))
     plan = replace(solution.plan, predicted={**solution.plan.predicted, "ties": ties})
     solution = replace(solution, plan=plan)
-    if options.out:
-        plan.save(options.out)
-    if options.plot:
-        plan.plot(options.plot, layers=table.layers)
+    if arguments.out:
+        plan.save(arguments.out)
+    if arguments.plot:
+        plan.plot(arguments.plot, layers=table.layers)
     content = {
         "status": str(solution.status),
         "sensitivity": solution.sensitivity,
@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> Answer:
         "ties": ties,
         "seconds": solution.stats["seconds"],
     }
-    written = tuple(filter(None, (options.out, options.plot)))
+    written = tuple(filter(None, (arguments.out, arguments.plot)))
     return Answer(content, lambda screen: _text(table, solution, budget.bounds(table), screen), written)
 
 

@@ -3,7 +3,7 @@
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mpsearch as mps
 from mpsearch.files.writing import check_folder, check_writable
@@ -188,10 +188,10 @@ def model(spec: str) -> "nn.Module":
         from mpsearch.models.hugging_face import model_of
 
         return model_of(spec.removeprefix("hf:"))
-    made = call(spec, "model")
-    if not isinstance(made, nn.Module):
-        raise UsageError(f"model {spec!r} returned a {type(made).__name__}, expected a torch.nn.Module")
-    return made
+    module = call(spec, "model")
+    if not isinstance(module, nn.Module):
+        raise UsageError(f"model {spec!r} returned a {type(module).__name__}, expected a torch.nn.Module")
+    return module
 
 
 def data(spec: str, model: "nn.Module") -> list[Any]:
@@ -207,43 +207,43 @@ def data(spec: str, model: "nn.Module") -> list[Any]:
     return loaded_batches(spec)
 
 
-def layers(model: "nn.Module", batches: list[Any], options: argparse.Namespace) -> list[mps.Layer]:
+def layers(model: "nn.Module", batches: list[Any], arguments: argparse.Namespace) -> list[mps.Layer]:
     """The decisions that the arguments ask for."""
     from mpsearch.models.running import collect
 
     return mps.layers(
         model,
         collect(batches, model)[0],
-        exclude=options.exclude,
-        groups=options.groups,
-        cut=options.cut,
-        target=options.target,
-        experts=options.experts,
-        kv_cache=options.kv_cache,
-        allow=_allowed(options.allow),
-        fixed=options.fixed,
+        exclude=arguments.exclude,
+        groups=arguments.groups,
+        cut=arguments.cut,
+        target=arguments.target,
+        experts=arguments.experts,
+        kv_cache=arguments.kv_cache,
+        allow=_allowed(arguments.allow),
+        fixed=arguments.fixed,
     )
 
 
 def _allowed(texts: list[str]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    allowed: dict[str, str] = {}
     for text in texts:
-        pattern, equals, options = text.rpartition("=")
-        if not equals or not pattern.strip() or not options.strip():
+        pattern, equals, precisions = text.rpartition("=")
+        if not equals or not pattern.strip() or not precisions.strip():
             raise UsageError(f"--allow {text!r}: expected PATTERN=PRECISIONS, such as 'lm_head=w8'")
-        found.pop(pattern.strip(), None)  # the last one counts
-        found[pattern.strip()] = options
-    return found
+        allowed.pop(pattern.strip(), None)  # the last one counts
+        allowed[pattern.strip()] = precisions
+    return allowed
 
 
-def resources(options: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":
+def resources(arguments: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":
     """The functions that `--resources` names."""
     from mpsearch.cli.resource_text import resource_functions
 
-    return resource_functions(options.resources)
+    return resource_functions(arguments.resources)
 
 
-def quantizer(options: argparse.Namespace) -> "Quantizer":
+def quantizer(arguments: argparse.Namespace) -> "Quantizer":
     """The quantizer that is named, with its settings.
 
     Raises:
@@ -252,20 +252,19 @@ def quantizer(options: argparse.Namespace) -> "Quantizer":
     from mpsearch.quantizers.quantizer import checked_quantizer
     from mpsearch.quantizers.registry import QUANTIZERS
 
-    return checked_quantizer(part(options.quantizer, QUANTIZERS, "quantizer", options.quantizer_option))
+    return checked_quantizer(part(arguments.quantizer, QUANTIZERS, "quantizer", arguments.quantizer_option))
 
 
-def solver(options: argparse.Namespace) -> mps.Solver | None:
+def solver(arguments: argparse.Namespace) -> mps.Solver | None:
     """The solver that is named, or None.
 
     Raises:
         UsageError: for an unknown solver or setting.
     """
-    if options.solver is None:
-        if options.option:
+    if arguments.solver is None:
+        if arguments.option:
             raise UsageError("--option needs --solver")
         return None
     from mpsearch.solvers import SOLVERS
 
-    made: mps.Solver = part(options.solver, SOLVERS, "solver", options.option)
-    return made
+    return cast(mps.Solver, part(arguments.solver, SOLVERS, "solver", arguments.option))
