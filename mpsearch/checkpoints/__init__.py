@@ -1,1 +1,1 @@
-"""Where finished work goes, and is found again."""
+"""Finished work: keys that are records, values as bytes, and stores in memory and in a file."""

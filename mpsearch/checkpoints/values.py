@@ -56,7 +56,9 @@ def unpack(data: bytes) -> Any:
         described = json.loads(data[_LENGTH.size : start])
         blobs = _Blobs(memoryview(data)[start:])
         value = _value(described, blobs)
-    except (struct.error, ValueError, TypeError, KeyError, IndexError, RecursionError, RuntimeError) as error:
+    except ValueError as error:
+        raise ValueError(f"not a packed value: {error}") from None
+    except (struct.error, TypeError, LookupError, RecursionError, RuntimeError) as error:
         raise ValueError(f"not a packed value: {type(error).__name__}") from None
     if blobs.position != len(blobs.data):
         raise ValueError("not a packed value: bytes left over")
@@ -133,8 +135,17 @@ def _value(described: Any, blobs: _Blobs) -> Any:
         data = blobs.take(dtype_.itemsize * math.prod(shape))
         plain = torch.frombuffer(data, dtype=dtype_) if data else torch.empty(0, dtype=dtype_)
         back = sorted(range(len(shape)), key=order.__getitem__)
-        return plain.reshape(shape).permute(back).to(device)
+        return _on(plain.reshape(shape).permute(back), device)
     raise ValueError("unknown kind")
+
+
+def _on(tensor: Tensor, device: str) -> Tensor:
+    if device == "cpu":
+        return tensor
+    try:
+        return tensor.to(device)
+    except (RuntimeError, ImportError, AssertionError):  # torch without support for it asserts
+        raise ValueError(f"its tensors belong on {device!r}, which this machine does not have") from None
 
 
 def _sizes(shape: Any) -> list[int]:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mpsearch.core.certificate import check_solution as check_solution
+    from mpsearch.testing.checkpoints import checkpoint_checks as checkpoint_checks
     from mpsearch.testing.estimators import check_estimator as check_estimator
     from mpsearch.testing.estimators import estimator_checks as estimator_checks
     from mpsearch.testing.exporters import exporter_checks as exporter_checks
@@ -31,6 +32,7 @@ _MODULES = {
     "check_estimator": "mpsearch.testing.estimators",
     "check_solution": "mpsearch.core.certificate",
     "check_solver": "mpsearch.testing.solvers",
+    "checkpoint_checks": "mpsearch.testing.checkpoints",
     "estimator_checks": "mpsearch.testing.estimators",
     "exporter_checks": "mpsearch.testing.exporters",
     "format_checks": "mpsearch.testing.formats",

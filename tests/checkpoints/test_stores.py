@@ -197,6 +197,12 @@ def test_damaged_values_are_refused_or_read_but_never_run_wild(value: Any, data:
         unpack(bytes(packed[: data.draw(st.sampled_from([len(packed), len(packed) // 2]))]))
 
 
+def test_a_device_that_is_not_there_is_told() -> None:
+    packed = pack(torch.ones(3)).replace(b'"cpu"', b'"hpu"')
+    with pytest.raises(ValueError, match="belong on 'hpu', which this machine does not have"):
+        unpack(packed)
+
+
 def test_steps_between_numbers_come_back() -> None:
     """Sums over a tensor take the same order, and so give the same bits."""
     value = torch.arange(24.0).reshape(2, 3, 4).permute(2, 0, 1)

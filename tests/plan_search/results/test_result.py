@@ -431,9 +431,6 @@ def test_the_text_fits_narrow_terminals(result):
 KILLED = """
 import os, pathlib, random, signal, sys, time
 import mpsearch as mps
-from mpsearch.checkpoints.keys import PlanKey, ReferenceKey, ShiftIndexKey, ShiftKey
-from mpsearch.checkpoints.memory import MemoryStore
-from mpsearch.checkpoints.values import checksum
 
 folder, kills = pathlib.Path(sys.argv[1]), int(sys.argv[2])
 results = [mps.SearchResult.load(folder / name) for name in ("old", "new")]
