@@ -16,7 +16,7 @@ from mpsearch.models.running import Batch, call
 
 
 @dataclass
-class Call:
+class TracedCall:
     """One call of a module during the recorded run.
 
     Attributes:
@@ -52,7 +52,7 @@ class Trace:
         held_bytes: the most that a `Resumption` holds at once for this batch, its output included.
     """
 
-    calls: Sequence[Call]
+    calls: Sequence[TracedCall]
     readers: Mapping[int, int]
     flops: float
     activation_bytes: int
@@ -112,7 +112,7 @@ def record(model: nn.Module, batch: Batch) -> tuple[Trace, Tensor]:
 class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
+        self.calls: list[TracedCall] = []
         self.readers: dict[int, int] = {}
         self.flops = 0.0
         self.time = 0
@@ -128,7 +128,7 @@ class _Recorder(TorchDispatchMode):
     def enter(self, module: nn.Module, _args: Any) -> None:
         self.time += 1
         self.stack.append(len(self.calls))
-        self.calls.append(Call(module, self.time, self.flops))
+        self.calls.append(TracedCall(module, self.time, self.flops))
 
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.time += 1

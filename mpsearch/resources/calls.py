@@ -18,8 +18,8 @@ from mpsearch.resources.arithmetic import stored_bits
 
 
 @dataclass(frozen=True)
-class Call:
-    """One call of a layer.
+class CallSizes:
+    """What one call of a layer moves: the sizes of its input and output.
 
     Attributes:
         shape: of its input.
@@ -37,24 +37,24 @@ class Call:
         return torch.Size(self.shape).numel()
 
 
-def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str, list[Call]]:
+def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str, list[CallSizes]]:
     """Run the example once and note every call of some modules; the model comes back as it was.
 
     Raises:
         TableError: without an example.
 
     >>> calls_of(nn.Sequential(nn.Linear(3, 2)), ["0"], torch.ones(5, 3))["0"]
-    [Call(shape=(5, 3), dtype=torch.float32, outputs=10)]
+    [CallSizes(shape=(5, 3), dtype=torch.float32, outputs=10)]
     """
     if example is None:
         raise TableError("this resource runs the model: give it example=, one batch")
-    found: dict[str, list[Call]] = {name: [] for name in names}
+    found: dict[str, list[CallSizes]] = {name: [] for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
             given = first_tensor(args if args else keywords)
             made = output if isinstance(output, Tensor) else first_tensor(output)
-            found[name].append(Call(tuple(given.shape), given.dtype, made.numel()))
+            found[name].append(CallSizes(tuple(given.shape), given.dtype, made.numel()))
 
         return see
 
@@ -65,12 +65,12 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
     return found
 
 
-def bytes_moved(layer: Layer, one: Call, precision: Precision, quantizer: ScaleLayout) -> float:
+def bytes_moved(layer: Layer, one: CallSizes, precision: Precision, quantizer: ScaleLayout) -> float:
     """Bytes that a call moves: the packed weight, or the rows of an embedding that are looked up, once; input and output once.
 
     Keys and values are written to the cache once and read once. nan where the format cannot hold rows of this length: not allowed.
 
-    >>> one = Call((2,), torch.int64, 2 * 4)
+    >>> one = CallSizes((2,), torch.int64, 2 * 4)
     >>> bytes_moved(Layer("e", "embedding", (100, 4)), one, Precision("16"), None)   # 2 rows of 16; 2 inputs and 8 outputs of 4
     72.0
     """

@@ -26,7 +26,7 @@ from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import canonical, kind_of, layer_of
 from mpsearch.models.running import Batch, call, device_of, preserved, samples
-from mpsearch.resources.calls import Call, calls_of
+from mpsearch.resources.calls import CallSizes, calls_of
 from mpsearch.resources.kernels import Kernel, NoKernel
 from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
 from mpsearch.resources.resource import Resource, ResourceCapabilities
@@ -144,7 +144,7 @@ class MeasuredLatency:
         return Resource(asked / count, rest / count, (plain + rest) / count)
 
     def _kernels(
-        self, module: nn.Module, one: Call, missing: dict[str, Precision]
+        self, module: nn.Module, one: CallSizes, missing: dict[str, Precision]
     ) -> tuple[dict[str, Kernel], dict[str, str]]:
         """Kernels by key, and the reasons where there is none."""
         if not missing:
@@ -160,11 +160,11 @@ class MeasuredLatency:
                 refused[key] = str(error)
         return kernels, refused
 
-    def _sum(self, module: nn.Module, calls: list[Call], precision: Precision, found: dict[str, Timing]) -> float:
+    def _sum(self, module: nn.Module, calls: list[CallSizes], precision: Precision, found: dict[str, Timing]) -> float:
         keys = [self._key(module, one, precision) for one in calls]
         return math.fsum(found[key].least_s if key in found else math.nan for key in keys)
 
-    def _key(self, module: nn.Module, one: Call, precision: Precision) -> str:
+    def _key(self, module: nn.Module, one: CallSizes, precision: Precision) -> str:
         """What a timing depends on."""
         settings = [
             f"{name}={getattr(module, name)}"
@@ -193,7 +193,7 @@ def _of_cache(precision: Precision) -> float:
     return math.nan if precision.quantizes_weight else 0.0
 
 
-def _input(module: nn.Module, one: Call) -> Tensor:
+def _input(module: nn.Module, one: CallSizes) -> Tensor:
     """An input of the shape and dtype of a call."""
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)

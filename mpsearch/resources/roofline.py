@@ -15,7 +15,7 @@ from mpsearch.models.running import Batch, samples
 from mpsearch.quantizers.packing import ScaleLayout
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.resources.arithmetic import number
-from mpsearch.resources.calls import Call, bytes_moved, calls_of
+from mpsearch.resources.calls import CallSizes, bytes_moved, calls_of
 from mpsearch.resources.devices import DEVICES, Device
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 
@@ -73,7 +73,7 @@ class Roofline:
         )
         return Resource(seconds[:, :-1], 0.0, float(seconds[:, -1].sum()))
 
-    def _layer(self, layer: Layer, calls: list[Call], precision: Precision, device: Device, count: int) -> float:
+    def _layer(self, layer: Layer, calls: list[CallSizes], precision: Precision, device: Device, count: int) -> float:
         """Seconds for one sample."""
         facing = "16" if layer.is_cache else precision.activation
         weight, given = number(precision.weight, layer.dtype), number(facing, layer.dtype)

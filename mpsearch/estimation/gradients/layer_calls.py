@@ -28,7 +28,7 @@ class Call:
 
     Attributes:
         module: what was called.
-        layer: its decision; None for another module that shares the weight.
+        layer: that it is a call of; None for another module that shares the weight.
         args: of the call, without gradients.
         keywords: of the call.
     """
@@ -45,7 +45,7 @@ class Call:
 
     @property
     def alone(self) -> nn.Module:
-        """A module that makes of the input alone what the call made of all it was given."""
+        """The module as a function of its input alone; a product of attention with its other factor fixed."""
         return self.module.alone(self.args[1]) if isinstance(self.module, Operand) else self.module
 
     @property
