@@ -35,7 +35,8 @@ from torch import Tensor, nn
 import mpsearch as mps
 from mpsearch.core import printing
 from mpsearch.display.figures import BLUE, GREY, ORANGE, save
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.files.writing import write_atomically
 from mpsearch.metrics.statistics import Mean, kl_divergence
 from mpsearch.models.running import call, predictions, samples

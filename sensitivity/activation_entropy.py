@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.decision import Decision
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Decision, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.observing import Observer, observed

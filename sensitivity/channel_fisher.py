@@ -8,8 +8,10 @@ from torch import Tensor
 
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, supervised_loss
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.observing import Observer, by_sample, observed

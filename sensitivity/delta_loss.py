@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from mpsearch.checkpoints.keys import DeltaLossKey
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import differentiable_weights
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples

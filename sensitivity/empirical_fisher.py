@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
 from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights

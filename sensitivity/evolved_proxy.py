@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError, FileError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.proxies.inputs import cost, weight_inputs
 from mpsearch.estimation.proxies.tree import Tree, parse
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores

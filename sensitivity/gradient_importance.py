@@ -8,7 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
 from mpsearch.estimation.gradients.targets import TokenWeights

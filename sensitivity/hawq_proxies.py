@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import (
     Blocks,
     differentiable_weights,
@@ -18,6 +19,7 @@ from mpsearch.estimation.gradients.hessian import (
     rademacher,
     top_eigenvalues,
 )
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples

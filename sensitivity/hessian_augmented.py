@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpsearch.core import amounts
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import Averages, GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
 from mpsearch.estimation.gradients.targets import TokenWeights

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from mpsearch.checkpoints.keys import TraceKey
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, hessian_products, rademacher
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import input_noise
 from mpsearch.metrics.seeds import seeded_generator
 from mpsearch.metrics.statistics import wide

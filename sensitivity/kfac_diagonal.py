@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from mpsearch.core.layer import Layer
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import GradientEstimator
 from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
 from mpsearch.estimation.gradients.targets import TokenWeights

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.core.layer import Layer
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.statistics import Mean, wide
 from mpsearch.models.running import call, samples
 

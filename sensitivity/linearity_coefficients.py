@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
-from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
+from mpsearch.estimation.perturbation import OneAtATime
+from mpsearch.estimation.probes import Output, Perturbation, Probe
 from mpsearch.estimation.relative_error import relative_error
 from mpsearch.metrics.seeds import seeded_generator
 from mpsearch.metrics.statistics import Mean, kl_divergence, wide

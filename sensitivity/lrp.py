@@ -9,7 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointError
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import Floats, cells_from_scores, unit_scores
 from mpsearch.estimation.relevance.linear_maps import Flow, Rule
 from mpsearch.estimation.relevance.propagation import Propagation

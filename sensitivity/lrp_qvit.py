@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mpsearch.core.precision import Precision
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import Floats, relative_error
 from mpsearch.sensitivity.kl_divergence import KLDivergence
 from mpsearch.sensitivity.lrp import LRP, unit_relevance

@@ -9,8 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpsearch.estimation.estimator import Context, Decision, Estimate, Passes
-from mpsearch.estimation.perturbation import OneAtATime, Output, Perturbation, Probe
+from mpsearch.core.decision import Decision
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
+from mpsearch.estimation.perturbation import OneAtATime
+from mpsearch.estimation.probes import Output, Perturbation, Probe
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import Mean, kl_divergence
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate
-from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.perturbation import OneAtATime
+from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import Mean
 

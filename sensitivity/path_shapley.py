@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from mpsearch.checkpoints.keys import PathKey
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import require_gradients
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.running import Batch

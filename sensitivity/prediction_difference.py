@@ -6,8 +6,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context
-from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.perturbation import OneAtATime
+from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.statistics import kl_divergence
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from mpsearch.core.layer import Layer
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import canonical

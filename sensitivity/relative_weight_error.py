@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import relative_error
 
 

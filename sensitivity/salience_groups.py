@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import canonical, weight_of
 from mpsearch.models.observing import observed

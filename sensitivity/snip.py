@@ -4,8 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import differentiable_weights, mean_gradient
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.metrics.statistics import wide
 

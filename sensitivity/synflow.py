@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.hessian import differentiable_weights, gradient, ones_like_sample
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.models.running import call
 from mpsearch.quantizers.fake_quantization import weights as replaced

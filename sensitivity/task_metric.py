@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context
-from mpsearch.estimation.perturbation import OneAtATime, Output, Probe
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.perturbation import OneAtATime
+from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.loading import load
 

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.models.modules.weights import canonical
 from mpsearch.quantizers.rounding import RoundToNearest

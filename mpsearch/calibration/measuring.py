@@ -8,7 +8,7 @@ from torch import nn
 from mpsearch.calibration.calibration import Calibration
 from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
-from mpsearch.estimation.estimator import Loss
+from mpsearch.estimation.context import Loss
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer

@@ -15,7 +15,9 @@ from mpsearch.core.layer_options import LayerOptions
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Estimator, Loss, Passes
+from mpsearch.estimation.context import Loss
+from mpsearch.estimation.estimator import Estimator
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch
 from mpsearch.quantizers.registry import AnyQuantizer

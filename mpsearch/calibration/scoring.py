@@ -10,10 +10,12 @@ import numpy as np
 
 from mpsearch.allocation.ties import in_proportion
 from mpsearch.core.callers_line import stacklevel
+from mpsearch.core.decision import Decision
 from mpsearch.core.layer import Layer
 from mpsearch.core.table import CostTable, Interactions
 from mpsearch.errors import EstimatorError, MpsearchWarning
-from mpsearch.estimation.estimator import Context, Decision, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.models.modules.experts import filled, report
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpsearch.core.evaluation import Evaluation
-from mpsearch.estimation.estimator import Loss
+from mpsearch.estimation.context import Loss
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.metric import Floats, Metric

@@ -7,10 +7,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core.decision import Decision as Decision
-from mpsearch.estimation.context import Context as Context
-from mpsearch.estimation.context import Loss as Loss
-from mpsearch.estimation.passes import Passes as Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.passes import Passes
 
 
 @dataclass(frozen=True)

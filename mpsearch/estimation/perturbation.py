@@ -16,9 +16,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate, Members
 from mpsearch.estimation.passes import Passes
-from mpsearch.estimation.probes import Output as Output
-from mpsearch.estimation.probes import Perturbation as Perturbation
-from mpsearch.estimation.probes import Probe as Probe
+from mpsearch.estimation.probes import Output, Perturbation, Probe
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import Resumption, record

@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import call, samples

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mpsearch.calibration.plan_runs import PlanInModel, Reference, plan_run, unquantized_run
 from mpsearch.checkpoints.keys import PlanKey, PlanRuns
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.statistics import ratio_of_samples
 from mpsearch.models.running import Batch, samples

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from mpsearch.calibration.plan_runs import Damage, plan_runs
 from mpsearch.calibration.tally import Tally
 from mpsearch.core.evaluation import Evaluation
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.evaluator import Measurement, PlanEvaluator

@@ -9,7 +9,8 @@ from mpsearch.core.layer_options import Groups
 from mpsearch.core.layer_options import Options as LayerPrecisions
 from mpsearch.core.precision import Precision
 from mpsearch.errors import nearest
-from mpsearch.estimation.estimator import Estimator, Loss
+from mpsearch.estimation.context import Loss
+from mpsearch.estimation.estimator import Estimator
 from mpsearch.models.running import Batch
 from mpsearch.plan_search.proposers import Proposer
 from mpsearch.plan_search.results.result import SearchResult

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from mpsearch.calibration.calibration import Calibration
 from mpsearch.core.table import CostTable
-from mpsearch.estimation.estimator import Context, Estimator
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimator
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.goals import Goal

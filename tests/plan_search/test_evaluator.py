@@ -10,7 +10,7 @@ from torch import nn
 import mpsearch as mps
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.core.decision import decisions_of
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.own import Own
 from mpsearch.metrics.registry import METRICS

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import mpsearch as mps
-from mpsearch.estimation.estimator import Passes
+from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relevance.propagation import Propagation
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import KLDivergence

@@ -10,9 +10,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate, Passes
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, one_pass
 from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import ratio_of_sums, wide
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.metrics.targets import Loss

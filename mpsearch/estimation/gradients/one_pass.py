@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from mpsearch.checkpoints.keys import SweepKey, SweepState
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Estimate
+from mpsearch.estimation.context import Context
+from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.factors import Factors, factors
 from mpsearch.estimation.gradients.hessian import require_gradients
 from mpsearch.estimation.gradients.layer_calls import Call, LayerCalls, Layout

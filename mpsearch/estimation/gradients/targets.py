@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Comparison, by_sample
 from mpsearch.metrics.statistics import wide
 from mpsearch.metrics.targets import Loss

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mpsearch.estimation.estimator import Context
+from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.one_pass import Gradients
 from mpsearch.estimation.relative_error import input_noise
 from mpsearch.metrics.statistics import wide

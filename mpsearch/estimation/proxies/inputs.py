@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.estimator import Context, Passes
+from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.hessian import (
     differentiable_weights,
     gradient,
@@ -16,6 +16,7 @@ from mpsearch.estimation.gradients.hessian import (
     ones_like_sample,
     rademacher,
 )
+from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import channel_axis, weight_of
