@@ -78,7 +78,7 @@ class ActivationEntropy:
             raise EstimatorError(f"outlier_share={self.outlier_share}: expected 0 to 1")
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """Passes over the data."""
+        """Two forward passes: the first tells the range of codes and the mean, the second counts."""
         return Passes(forward=2)
 
     def estimate(self, context: Context) -> Estimate:
@@ -185,7 +185,7 @@ def _bits(context: Context, decision: Decision, precision: Precision) -> int:
 
 
 def _look(context: Context, observers: dict[str, Observer], advance: Callable[[], object]) -> None:
-    """One forward pass."""
+    """One forward pass over the data, in which each function sees the input and output of its layer."""
     modules: dict[nn.Module, Observer] = {layer_of(context.model, name): see for name, see in observers.items()}
     with torch.no_grad(), observed(modules):
         for batch in context.batches:

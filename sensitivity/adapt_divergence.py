@@ -62,7 +62,7 @@ class AdaPTDivergence:
             raise EstimatorError(f"tolerance={self.tolerance}: expected more than 0 nats")
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """Passes over the data."""
+        """None: it reads weights alone."""
         return Passes()
 
     def estimate(self, context: Context) -> Estimate:

@@ -53,7 +53,7 @@ class GaussNewtonTrace(GradientEstimator):
 
     @property
     def draws(self) -> int:
-        """Backward passes a batch."""
+        """Backward passes a batch, one for each draw of u."""
         return self.num_samples
 
     def gradient_target(self, context: Context) -> GradientTarget:

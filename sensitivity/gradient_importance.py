@@ -55,5 +55,5 @@ class GradientImportance(GradientEstimator):
         return lambda gradients: gradients.importance
 
     def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
-        """Importance x relative error."""
+        """The importance of each decision times the relative error of each precision."""
         return cells_from_scores(context, mean, se)

@@ -59,7 +59,7 @@ class KFACDiagonal(GradientEstimator):
     token_weights: TokenWeights | None = None
 
     def accumulator(self, context: Context) -> Accumulator:
-        """Sums of second moments."""
+        """Sums of second moments of inputs and gradients, in groups of samples for the jackknife."""
         return _FactorSums(context, self.gradient_target(context).draws)
 
 

@@ -66,7 +66,7 @@ class LinearityCoefficients(OneAtATime):
             raise EstimatorError(f"greatest={self.greatest}: expected a finite number above 0")
 
     def probes_per_unit(self, precisions: int) -> int:
-        """One a level."""
+        """One for each level of noise, whatever the number of precisions."""
         return self.levels
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
@@ -103,7 +103,7 @@ class LinearityCoefficients(OneAtATime):
         return kl_divergence(reference.logits, output.logits)
 
     def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
-        """Slope x relative error."""
+        """The slope of each decision times the relative squared error of each precision."""
         x = np.array(self._squared())
         y = np.array(
             [[means[u, self._name(j)].value for j in range(self.levels)] for u in range(len(context.decisions))]

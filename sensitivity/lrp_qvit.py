@@ -53,7 +53,7 @@ class LRPQViT:
     lrp: LRP = field(default_factory=LRP)
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
-        """As `LRP`."""
+        """The passes that `LRP` takes, with the same settings."""
         return self.lrp.cost(batches, decisions, precisions)
 
     def estimate(self, context: Context) -> Estimate:

@@ -42,7 +42,7 @@ class MaskedKL(OneAtATime):
     scores_caches: ClassVar[bool] = False
 
     def probes_per_unit(self, precisions: int) -> int:
-        """One."""
+        """One, with the weights set to zero, whatever the number of precisions."""
         return 1
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
@@ -61,7 +61,7 @@ class MaskedKL(OneAtATime):
         return kl_divergence(reference.logits, output.logits)
 
     def finish(self, context: Context, means: Mapping[tuple[int, str], Mean]) -> Estimate:
-        """Importance x relative error."""
+        """The divergence without a decision times the relative squared error of each precision."""
         masked = [means[u, "masked"] for u in range(len(context.decisions))]
         return cells_from_scores(
             context, np.array([mean.value for mean in masked]), np.array([mean.se for mean in masked])

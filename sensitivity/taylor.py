@@ -60,5 +60,5 @@ class Taylor(GradientEstimator):
         return lambda gradients: gradients.projection
 
     def finish(self, context: Context, mean: NDArray[np.float64], se: NDArray[np.float64]) -> Estimate:
-        """Signed or absolute."""
+        """The mean of the signed changes, or its absolute value."""
         return Estimate(mean, se, context.unit) if self.signed else Estimate(np.abs(mean), se, "relative")

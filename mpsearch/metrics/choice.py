@@ -338,7 +338,7 @@ def _without_targets(
     sigmoid: bool,
     problem: str | None,
 ) -> _Found:
-    """From the output alone."""
+    """The same as `_kind` where there are no targets that tell: from the output, the model and its configuration."""
     shape, width = tuple(counted.shape), rows.shape[1]
     x = first_tensor(inputs_of(batch))
     part = _part(output, counted)

@@ -56,7 +56,7 @@ class Metric:
 
     @property
     def title(self) -> str:
-        """What it is called."""
+        """What it is called in sentences; by default its name."""
         return self.name
 
     @property

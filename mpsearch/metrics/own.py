@@ -42,12 +42,12 @@ class Own(Metric):
 
     @property
     def shown_unit(self) -> str:
-        """Its name."""
+        """`metric` or `loss`: nothing is known of its unit."""
         return self.title
 
     @property
     def runs_model(self) -> bool:  # type: ignore[override]
-        """True for `(model, batch)`."""
+        """True for a function `(model, batch)`, which runs the model itself."""
         return _arguments(self.function) == 2
 
     @property

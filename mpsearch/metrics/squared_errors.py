@@ -36,7 +36,7 @@ class SquaredError(Comparison):
     """A sum of squared errors over a weight that the unquantized output gives, so that twice the identity is the Hessian of the sum."""
 
     def root(self, reference: Tensor, values: Tensor, index: Tensor, count: int) -> Tensor:
-        """sqrt(2) times values."""
+        """sqrt(2) times values: the Hessian is twice the identity."""
         return math.sqrt(2) * values
 
 
@@ -81,7 +81,7 @@ class PSNR(SquaredError):
 
     @property
     def shown_unit(self) -> str:
-        """A logarithm."""
+        """dB: ten times the logarithm of the ratio."""
         return "dB"
 
     def shown(self, value: float) -> float:
@@ -89,5 +89,5 @@ class PSNR(SquaredError):
         return math.inf if value == 0 else -10 * math.log10(value)
 
     def shown_se(self, value: float, se: float) -> float:
-        """In dB."""
+        """The standard error in dB, to first order; nan without any error."""
         return math.nan if value == 0 else 10 / math.log(10) * se / value

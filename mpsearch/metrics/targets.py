@@ -34,7 +34,7 @@ class Loss(Metric):
 
     @property
     def unit(self) -> str:  # type: ignore[override]
-        """Nats, or `mse`."""
+        """`mse` for numbers, nats for classes and labels."""
         return "mse" if self.kind == "numbers" else "nats"
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -94,11 +94,11 @@ class Accuracy(Metric):
 
     @property
     def shown_unit(self) -> str:
-        """A share."""
+        """`accuracy`, a share of predictions."""
         return "accuracy"
 
     def shown(self, value: float) -> float:
-        """The share itself."""
+        """The share that is right: the mean is that of its negative."""
         return 0.0 - value
 
 

@@ -103,7 +103,7 @@ class Averages:
     pending: Tensor = field(default_factory=lambda: torch.zeros(0))
 
     def add(self, gradients: Gradients) -> None:
-        """One backward pass."""
+        """Add what one backward pass gives; the draws of a sample are averaged before they are squared."""
         added = wide(self.contribution(gradients))
         self.pending = added if gradients.draw == 0 else self.pending + added
         if gradients.draw + 1 < self.draws:

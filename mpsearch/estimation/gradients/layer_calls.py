@@ -40,7 +40,7 @@ class Call:
 
     @property
     def x(self) -> Tensor:
-        """The input."""
+        """The first tensor among the arguments, which is the input of a layer."""
         return first_tensor((*self.args, *self.keywords.values()))
 
     @property
@@ -99,7 +99,7 @@ class LayerCalls:
                 self._handles.append(module.register_forward_hook(see, prepend=True, with_kwargs=True))
 
     def close(self) -> None:
-        """Take the hooks out."""
+        """Take the hooks out of the model."""
         for handle in self._handles:
             handle.remove()
 

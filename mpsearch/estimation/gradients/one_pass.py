@@ -64,7 +64,7 @@ class Accumulator(Protocol):
     """Collects what an estimator needs over batches."""
 
     def add(self, gradients: Gradients) -> None:
-        """One backward pass."""
+        """Add what one backward pass gives; the draws of a batch come one after the other."""
         ...
 
     def state(self) -> Any:
@@ -76,7 +76,7 @@ class Accumulator(Protocol):
         ...
 
     def finish(self) -> Estimate:
-        """The scores."""
+        """The scores, once all batches have been added."""
         ...
 
 
@@ -89,11 +89,11 @@ class Reader(Protocol):
         ...
 
     def gradient_target(self, context: Context) -> GradientTarget:
-        """What is differentiated."""
+        """The scalar that is differentiated; estimators with an equal one share backward passes."""
         ...
 
     def accumulator(self, context: Context) -> Accumulator:
-        """Collects what is found."""
+        """A new accumulator, to which each backward pass is added."""
         ...
 
 

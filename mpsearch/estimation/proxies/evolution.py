@@ -132,7 +132,7 @@ class ProxyEvolution:
 
 
 class _Breeder:
-    """Draws trees."""
+    """Draws new trees, and children of trees, from the priors and chances of a search."""
 
     def __init__(self, settings: ProxyEvolution) -> None:
         self._random = np.random.default_rng(settings.seed)

@@ -103,7 +103,7 @@ class Tree:
 
     @property
     def inputs(self) -> frozenset[str]:
-        """Names of the leaves."""
+        """Names of the inputs at its leaves, each once."""
         return frozenset(node.name for node in self.nodes() if not node.parts)
 
     def nodes(self) -> Iterator["Tree"]:

@@ -19,7 +19,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 
 def constant(value: Any) -> Any:
-    """The same without relevance."""
+    """The same value, through which no relevance passes."""
     return value.detach() if isinstance(value, Tensor) else value
 
 

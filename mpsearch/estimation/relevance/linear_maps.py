@@ -51,7 +51,7 @@ class Affine:
     transposed: bool
 
     def output(self) -> Tensor:
-        """W x + b."""
+        """Z = W x + b, with the gradient of the map itself."""
         return self.apply(self.x, self.weight, self.bias)
 
     def part(self, first: _Sign, second: _Sign) -> Tensor:

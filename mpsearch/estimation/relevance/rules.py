@@ -208,7 +208,7 @@ def power(operation: Operation, settings: Settings) -> Any:
 
 
 def denominator(operation: Operation, settings: Settings) -> Any:
-    """A constant."""
+    """Roots, deviations and norms: constants, through which no relevance passes."""
     if not operation.alone or operation.in_place:
         return NotImplemented
     return operation.function(operation.args[0].detach(), *operation.args[1:], **operation.keywords)
@@ -292,7 +292,7 @@ def whole_attention(operation: Operation, settings: Settings) -> Any:
 
 
 def einsum(operation: Operation, settings: Settings) -> Any:
-    """A product."""
+    """A product: its factors that hold relevance get equal parts."""
     equation, *operands = operation.args
     if not isinstance(equation, str):
         return NotImplemented
