@@ -84,18 +84,18 @@ class Budget(Mapping[str, Written]):
             TableError: for effective_bits of a table without memory_bytes.
         """
         known = (*table.resources, *DERIVED, "sensitivity")
-        found = {}
+        limits = {}
         for name, value in self._limits.items():
             if name not in known:
                 raise BudgetError(f"the table has no resource {name!r}{nearest(name, known)}")
             total_of(table, name)  # it may not tell the bits
             whole = reference(table, name) if name in table.resources else None
-            found[name] = _limit(name, value, whole)
-            if name in table.peaks and found[name][0] > -math.inf:
+            limits[name] = _limit(name, value, whole)
+            if name in table.peaks and limits[name][0] > -math.inf:
                 raise BudgetError(
-                    f"{inequality(name, found[name])}: {name} is a peak over steps, which has no lower limit"
+                    f"{inequality(name, limits[name])}: {name} is a peak over steps, which has no lower limit"
                 )
-        return found
+        return limits
 
     def __getitem__(self, name: str) -> Written:
         return self._limits[name]

@@ -104,8 +104,8 @@ def with_options(
     Raises:
         TableError: for a pattern that matches no layer, no precision, several in `fixed`, or a group without an option in common.
 
-    >>> found = with_options([Layer("fc1"), Layer("fc2"), Layer("head")], {"fc*": "w2 w4", "fc2": "w4"}, {"head": "w8"})
-    >>> [(layer.name, " ".join(map(str, layer.allowed))) for layer in found]
+    >>> decisions = with_options([Layer("fc1"), Layer("fc2"), Layer("head")], {"fc*": "w2 w4", "fc2": "w4"}, {"head": "w8"})
+    >>> [(layer.name, " ".join(map(str, layer.allowed))) for layer in decisions]
     [('fc1', 'w2 w4'), ('fc2', 'w4'), ('head', 'w8')]
     """
     decided = Plan.load(fixed) if isinstance(fixed, str | os.PathLike) else fixed or {}
@@ -116,10 +116,10 @@ def with_options(
     if isinstance(decided, Plan):
         decided = by_names_of(decided, names)
     own: dict[str, tuple[Precision, ...]] = {}
-    for what, given in (("allow", allow or {}), ("fixed", decided)):
-        if not isinstance(given, Mapping):
-            raise TableError(f"{what}={given!r}: expected a mapping from names or patterns of layers to precisions")
-        for pattern, value in given.items():
+    for what, choices in (("allow", allow or {}), ("fixed", decided)):
+        if not isinstance(choices, Mapping):
+            raise TableError(f"{what}={choices!r}: expected a mapping from names or patterns of layers to precisions")
+        for pattern, value in choices.items():
             options = _options(what, pattern, value)
             if what == "fixed" and len(options) != 1:
                 raise TableError(
@@ -129,9 +129,9 @@ def with_options(
             if not matching:
                 raise TableError(f"{what}: {pattern!r} matches no layer{nearest(pattern, names)}")
             own |= dict.fromkeys(matching, options)
-    found = [replace(layer, allowed=own.get(layer.name, layer.allowed)) for layer in layers]
-    _check_groups(found)
-    return found
+    decisions = [replace(layer, allowed=own.get(layer.name, layer.allowed)) for layer in layers]
+    _check_groups(decisions)
+    return decisions
 
 
 def columns(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[list[Layer], tuple[Precision, ...]]:
@@ -149,11 +149,13 @@ def columns(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[list
 
 
 def _options(what: str, pattern: str, value: Options) -> tuple[Precision, ...]:
-    found = precisions(value) if isinstance(value, str) else (value,) if isinstance(value, Precision) else tuple(value)
-    wrong = next((one for one in found if not isinstance(one, Precision)), None)
-    if wrong is not None or not found:
+    options = (
+        precisions(value) if isinstance(value, str) else (value,) if isinstance(value, Precision) else tuple(value)
+    )
+    wrong = next((option for option in options if not isinstance(option, Precision)), None)
+    if wrong is not None or not options:
         raise TableError(f"{what}: {pattern!r} has {value!r}, expected precisions such as 'w2 w4'")
-    return found
+    return options
 
 
 def _check_groups(layers: Sequence[Layer]) -> None:

@@ -121,15 +121,15 @@ class MeasuredPlans:
             if name not in self.layers:
                 raise PlanError(f"the plans say nothing of layer {name!r} of the table")
         column = {precision: p for p, precision in enumerate(table.precisions)}
-        found = np.empty((len(self.plans), len(known)), np.int64)
+        columns = np.empty((len(self.plans), len(known)), np.int64)
         for number, plan in enumerate(self.plans):
             for row, name in enumerate(known):
                 at = column.get(plan[name], -1)
                 if at < 0 or not table.allowed[row, at]:
                     options = " ".join(str(table.precisions[p]) for p in np.flatnonzero(table.allowed[row]))
                     raise PlanError(f"plan {number} has {name!r} at {plan[name]}, the table allows {options}")
-                found[number, row] = at
-        return found
+                columns[number, row] = at
+        return columns
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plans as CSV, atomically; every number survives to the last bit."""

@@ -210,10 +210,10 @@ def undecided_text(facts: Mapping[str, Any]) -> str:
     >>> undecided_text({"share": 0.31, "parameters": {"pos": 0.2, "table": 0.1}, "vectors": 0.01})
     '31 % of the weights are not decided on and stay at full width: pos 20 %, table 10 %, norms and biases 1 %'
     """
-    left = without_option(facts.get("without_option", {}))
+    refused = without_option(facts.get("without_option", {}))
     share = facts.get("share", 0.0)
     if share < WORTH_A_WORD:
-        return left
+        return refused
     named = list(facts.get("parameters", {}).items())
     parts = [f"{name} {_percent(part)}" for name, part in named[:_NAMED] if part > 0]
     others = facts.get("others", {})
@@ -226,7 +226,7 @@ def undecided_text(facts: Mapping[str, Any]) -> str:
     if facts.get("excluded"):
         parts.append(f"excluded {_percent(facts['excluded'])}")
     shares = f"{_percent(share)} of the weights are not decided on and stay at full width: {', '.join(parts)}"
-    return "; ".join(filter(None, [shares, left]))
+    return "; ".join(filter(None, [shares, refused]))
 
 
 def without_option(reasons: Mapping[str, str]) -> str:

@@ -41,10 +41,10 @@ def by_names_of(plan: Plan, names: Iterable[str]) -> Plan:
     own = set(names)
     if plan.keys() <= own:
         return plan
-    found: dict[str, list[str]] = {}
+    by_plain_name: dict[str, list[str]] = {}
     for name in sorted(own):
-        found.setdefault(plain(name), []).append(name)
-    renamed = {name: _match(name, own, found) for name in plan}
+        by_plain_name.setdefault(plain(name), []).append(name)
+    renamed = {name: _match(name, own, by_plain_name) for name in plan}
     taken: dict[str, str] = {}
     for name, new in renamed.items():
         if taken.setdefault(new, name) != name:

@@ -38,8 +38,8 @@ def blocks(names: Sequence[str], most: int = MOST) -> list[Block]:
     cut are put together.
 
     >>> names = [f"model.layers.{i}.{part}" for i in range(32) for part in ("q", "k", "v", "o", "up", "down")]
-    >>> found = blocks(names)
-    >>> len(found), found[0], found[-1].label
+    >>> runs = blocks(names)
+    >>> len(runs), runs[0], runs[-1].label
     (32, Block(label='model.layers.0', start=0, stop=6), 'model.layers.31')
     >>> [block.label for block in blocks([f"conv{i}" for i in range(100)], 3)]
     ['conv0 … conv33', 'conv34 … conv67', 'conv68 … conv99']
@@ -47,24 +47,24 @@ def blocks(names: Sequence[str], most: int = MOST) -> list[Block]:
     parts = [name.split(".") for name in names]
     finer = _runs(parts, max(map(len, parts)))
     for depth in range(max(map(len, parts)), 0, -1):
-        found = _runs(parts, depth)
-        if len(found) <= most:
-            if len(found) >= min(_LEAST, most, len(finer)):
-                return found
+        runs = _runs(parts, depth)
+        if len(runs) <= most:
+            if len(runs) >= min(_LEAST, most, len(finer)):
+                return runs
             break
-        finer = found
+        finer = runs
     each = math.ceil(len(finer) / most)
     return [_joined(finer[i : i + each]) for i in range(0, len(finer), each)]
 
 
 def _runs(parts: Sequence[Sequence[str]], depth: int) -> list[Block]:
-    found: list[Block] = []
+    runs: list[Block] = []
     start = 0
     for name, run in groupby(".".join(part[:depth]) for part in parts):
         stop = start + len(list(run))
-        found.append(Block(name, start, stop))
+        runs.append(Block(name, start, stop))
         start = stop
-    return found
+    return runs
 
 
 def _joined(run: Sequence[Block]) -> Block:

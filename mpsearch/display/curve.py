@@ -56,12 +56,12 @@ class Point:
 def points(result: SearchResult) -> list[Point]:
     """Plans of the front, uniform precisions and the chosen plan, by increasing use; a plan that is several of them once."""
     over, layers = result.front.over, tuple(result.plan)
-    found: dict[tuple[str, ...], Point] = {}
+    by_plan: dict[tuple[str, ...], Point] = {}
 
     def add(plan: Plan, damage: float, se: float, kind: str) -> None:
         key = tuple(str(plan[name]) for name in layers)
-        known = found.get(key)
-        found[key] = Point(
+        known = by_plan.get(key)
+        by_plan[key] = Point(
             plan,
             plan.usage[over],
             damage,
@@ -81,7 +81,7 @@ def points(result: SearchResult) -> list[Point]:
         add_all(result.front.uniforms, "uniform")
     selected = result.plan.origin["search"]["select"]
     add(result.plan, selected["damage"], selected["se"], "chosen")
-    return sorted(found.values(), key=lambda point: (point.use, -point.damage))
+    return sorted(by_plan.values(), key=lambda point: (point.use, -point.damage))
 
 
 def data(result: SearchResult, shown: Sequence[Point]) -> dict[str, Any]:

@@ -150,10 +150,10 @@ def measured_plans(shown: "MeasuredPlans") -> str:
         [
             str(number),
             _with_se(shown, number),
-            *(amounts.text(name, one.usage.get(name, math.nan)) for name in resources),
-            precision_counts(one),
+            *(amounts.text(name, plan.usage.get(name, math.nan)) for name in resources),
+            precision_counts(plan),
         ]
-        for number, one in _ends(shown.plans)
+        for number, plan in _ends(shown.plans)
     ]
     header = ["plan", f"damage [{shown.unit}]", *(amounts.label(name) for name in resources), "layers at"]
     return _block(table(header, _cut(rows, len(shown)), caption=f"{len(shown)} measured plans"))
@@ -186,13 +186,13 @@ def comparison(shown: "SearchResult") -> str:
     header = ["held-out data", "average bits", *map(amounts.label, resources), *(title for _, title, _ in kinds)]
     rows = [
         [
-            _row_name(one, shown.beyond),
-            amounts.text("average_bits", one.usage.get("average_bits", math.nan)),
-            *(amounts.text(name, one.usage[name]) for name in resources),
-            *(text(getattr(one.evaluation, name), getattr(one.evaluation, f"{name}_se")) for name, _, text in kinds),
-            "" if one.role == "plan" else printing.damage(one.difference, one.difference_se),
+            _row_name(row, shown.beyond),
+            amounts.text("average_bits", row.usage.get("average_bits", math.nan)),
+            *(amounts.text(name, row.usage[name]) for name in resources),
+            *(text(getattr(row.evaluation, name), getattr(row.evaluation, f"{name}_se")) for name, _, text in kinds),
+            "" if row.role == "plan" else printing.damage(row.difference, row.difference_se),
         ]
-        for one in shown.comparison
+        for row in shown.comparison
     ]
     before = shown.measured.reference
     if before is not None:
@@ -209,9 +209,9 @@ def comparison(shown: "SearchResult") -> str:
     return table([*header, f"damage above the plan's [{unit}]"], rows)
 
 
-def _row_name(one: "Compared", beyond: str) -> str:
-    return {"plan": "plan", "uniform": f"uniform {one.name}", "uniform above": f"uniform {one.name} ({beyond})"}.get(
-        one.role, one.name
+def _row_name(row: "Compared", beyond: str) -> str:
+    return {"plan": "plan", "uniform": f"uniform {row.name}", "uniform above": f"uniform {row.name} ({beyond})"}.get(
+        row.role, row.name
     )
 
 

@@ -56,12 +56,12 @@ def page(result: SearchResult) -> str:
 def _facts(result: SearchResult) -> str:
     """The numbers that are looked for first."""
     usage, whole = result.plan.usage, result.tables["posterior"].reference_usage
-    found, before = result.measured, result.measured.reference
+    evaluation, before = result.measured, result.measured.reference
     facts = []
-    for name, title, text in found.kinds:
+    for name, title, text in evaluation.kinds:
         plain = None if before is None else getattr(before, name)
         compared = f"unquantized {text(plain)}" if plain else "to the unquantized model, on held-out data"
-        facts.append((title, text(getattr(found, name), getattr(found, f"{name}_se")), compared))
+        facts.append((title, text(getattr(evaluation, name), getattr(evaluation, f"{name}_se")), compared))
     for name, value in usage.items():
         share = f"{100 * value / whole[name]:.3g} % of the unquantized model" if whole.get(name) else ""
         facts.append((amounts.label(name), amounts.text(name, value), share))
@@ -221,8 +221,8 @@ def _proof(result: SearchResult) -> str:
 
 
 def _held_out(result: SearchResult) -> str:
-    one = next(one for one in result.comparison if one.role == "plan")
-    return f"{printing.damage(one.damage, one.damage_se)} {result.plans.unit}"
+    row = next(row for row in result.comparison if row.role == "plan")
+    return f"{printing.damage(row.damage, row.damage_se)} {result.plans.unit}"
 
 
 def _passes(result: SearchResult) -> str:

@@ -85,8 +85,8 @@ class FileSet:
         check_folder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._move()
-        for left in [*self.folder.glob(f"{_BEGUN}*"), *self.folder.glob(f"{_OLD}*")]:
-            shutil.rmtree(left)
+        for folder in [*self.folder.glob(f"{_BEGUN}*"), *self.folder.glob(f"{_OLD}*")]:
+            shutil.rmtree(folder)
         begun = Path(tempfile.mkdtemp(dir=self.folder, prefix=_BEGUN))
         try:
             for name, data in files.items():
@@ -108,11 +108,13 @@ class FileSet:
             (begun / name).parent.mkdir(parents=True, exist_ok=True)
             (begun / name).write_bytes(data)
             sync(begun / name)
-            found = (begun / name).read_bytes()
+            stored = (begun / name).read_bytes()
         except OSError as error:
             raise named(error, place) from None
-        if found != data:
-            raise OSError(errno.EIO, f"not whole on the disk: {len(found)} bytes of {len(data)}, or others", str(place))
+        if stored != data:
+            raise OSError(
+                errno.EIO, f"not whole on the disk: {len(stored)} bytes of {len(data)}, or others", str(place)
+            )
 
     def _move(self) -> None:
         """Bring files that count to their places."""

@@ -136,11 +136,11 @@ def _is_stream(path: str | os.PathLike[str]) -> bool:
 
 
 def _stream(path: str | os.PathLike[str]) -> io.BufferedWriter:
-    found = _descriptor(path)
-    if found is None or found[0] not in ("", str(os.getpid())):
+    descriptor = _descriptor(path)
+    if descriptor is None or descriptor[0] not in ("", str(os.getpid())):
         return open(path, "wb")
     sys.stdout.flush()
-    return open(os.dup(found[1]), "wb")  # opened by its name, a file would be written from its start again
+    return open(os.dup(descriptor[1]), "wb")  # opened by its name, a file would be written from its start again
 
 
 def _descriptor(path: str | os.PathLike[str]) -> tuple[str, int] | None:
@@ -148,9 +148,9 @@ def _descriptor(path: str | os.PathLike[str]) -> tuple[str, int] | None:
     place = os.path.abspath(path)
     for _ in range(40):  # as many links as systems follow
         folder, name = os.path.realpath(os.path.dirname(place)), os.path.basename(place)
-        found = _DESCRIPTORS.fullmatch(folder)
-        if found is not None and name.isdigit():
-            return found["process"] or "", int(name)
+        match = _DESCRIPTORS.fullmatch(folder)
+        if match is not None and name.isdigit():
+            return match["process"] or "", int(name)
         if not os.path.islink(place):
             return None
         place = os.path.join(folder, os.readlink(place))

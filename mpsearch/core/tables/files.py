@@ -252,26 +252,12 @@ def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[st
         cells[cell] = [_number(row[place[name]], name, where, layer, precision) for name in measures]
     if not cells:
         raise TableError("no rows: a table needs at least one layer")
-    shapes, dtypes = header.get("weight_shapes", {}), header.get("dtypes", {})
-    for key, named in (("weight_shapes", shapes), ("dtypes", dtypes)):
-        for name in named:
-            if name not in layers:
-                raise TableError(f"line 2: {key} names {name!r}, which is no layer of the table{nearest(name, layers)}")
-    made = []
-    for name, index in layers.items():
-        numel = _integer(facts[index].get("numel", ""), "numel", name)
-        shape = tuple(shapes.get(name, (numel,) if numel else ()))
-        if shape and numel and math.prod(shape) != numel:
-            raise TableError(f"layer {name!r} has numel {numel} but the shape {shape}")
-        macs = _integer(facts[index].get("macs", ""), "macs", name)
-        fact = facts[index]
-        made.append(Layer(name, fact.get("kind", ""), shape, macs, fact.get("group", ""), dtypes.get(name, "float32")))
     arrays = {name: np.full((len(layers), len(options)), np.nan) for name in measures}
     for (i, j), values in cells.items():
         for name, value in zip(measures, values, strict=True):
             arrays[name][i, j] = value
     return TableFields(
-        tuple(made),
+        _layers(header, layers, facts),
         tuple(options),
         arrays["sensitivity"],
         arrays.get("sensitivity_se"),
@@ -286,6 +272,27 @@ def _assemble(header: _Header, columns: list[str], rows: list[tuple[int, list[st
             for name, peak in header.get("peaks", {}).items()
         },
     )
+
+
+def _layers(header: _Header, names: Mapping[str, int], facts: list[dict[str, str]]) -> tuple[Layer, ...]:
+    """The layers, from what their rows say and from shapes and dtypes of the header."""
+    shapes, dtypes = header.get("weight_shapes", {}), header.get("dtypes", {})
+    for key, named in (("weight_shapes", shapes), ("dtypes", dtypes)):
+        for name in named:
+            if name not in names:
+                raise TableError(f"line 2: {key} names {name!r}, which is no layer of the table{nearest(name, names)}")
+    layers = []
+    for name, index in names.items():
+        numel = _integer(facts[index].get("numel", ""), "numel", name)
+        shape = tuple(shapes.get(name, (numel,) if numel else ()))
+        if shape and numel and math.prod(shape) != numel:
+            raise TableError(f"layer {name!r} has numel {numel} but the shape {shape}")
+        macs = _integer(facts[index].get("macs", ""), "macs", name)
+        fact = facts[index]
+        layers.append(
+            Layer(name, fact.get("kind", ""), shape, macs, fact.get("group", ""), dtypes.get(name, "float32"))
+        )
+    return tuple(layers)
 
 
 def _named_interactions(

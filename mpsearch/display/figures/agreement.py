@@ -49,8 +49,8 @@ def agreement_figure(
     panels[0].set_xticks(range(len(names)), names, rotation=90, fontsize=8)
     panels[0].set_xlabel("cells: Spearman above the diagonal, Kendall below")
     if measured is not None:
-        found = [plan_agreement(table, measured)[0] for table in parts]
-        _draw_matrix(panels[1], np.array([[one["spearman"]] for one in found]), names)
+        agreements = [plan_agreement(table, measured)[0] for table in parts]
+        _draw_matrix(panels[1], np.array([[agreement["spearman"]] for agreement in agreements]), names)
         panels[1].set_xticks([])
         panels[1].set_yticks([])
         panels[1].set_xlabel(f"{len(measured)} measured\nplans: Spearman")

@@ -43,30 +43,30 @@ def plan_figure(plan: Plan, layers: Sequence[Layer] = (), *, title: str = "") ->
     below = [
         (label, values) for label, values in (("parameters", parameters), ("MACs\n(one sample)", macs)) if values.any()
     ]
-    found = blocks(names)
-    alone = len(found) == len(names)
-    figure = empty(width(len(found)), 3.4 + 1.4 * len(below) + label_height(found))
+    runs = blocks(names)
+    alone = len(runs) == len(names)
+    figure = empty(width(len(runs)), 3.4 + 1.4 * len(below) + label_height(runs))
     panels = figure.subplots(1 + len(below), height_ratios=[2.4] + [1] * len(below), sharex=True, squeeze=False)[:, 0]
-    _draw_bits(panels[0], plan, found, parameters if parameters.any() else np.ones(len(names)))
+    _draw_bits(panels[0], plan, runs, parameters if parameters.any() else np.ones(len(names)))
     tidy(panels[0], title)
     for axes, (label, values) in zip(panels[1:], below, strict=True):
-        of_block = np.add.reduceat(values, [block.start for block in found])
-        widths = [0.8 if alone else 0.9 * (block.stop - block.start) for block in found]
-        axes.bar([block.middle for block in found], of_block, width=widths, color=GREY)
+        of_block = np.add.reduceat(values, [block.start for block in runs])
+        widths = [0.8 if alone else 0.9 * (block.stop - block.start) for block in runs]
+        axes.bar([block.middle for block in runs], of_block, width=widths, color=GREY)
         axes.set_ylabel(label)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: amounts.tick("", value)))
         tidy(axes)
     for axes in panels:
         axes.grid(False, axis="x")
-        layer_axis(axes, found, labels=axes is panels[-1])
+        layer_axis(axes, runs, labels=axes is panels[-1])
     figure.align_ylabels(panels.tolist())
     legend(figure, [panels[0]])
     return figure
 
 
-def _draw_bits(axes: Axes, plan: Plan, found: Sequence[Block], weights: Array) -> None:
-    alone = len(found) == len(plan)
+def _draw_bits(axes: Axes, plan: Plan, runs: Sequence[Block], weights: Array) -> None:
+    alone = len(runs) == len(plan)
     chosen = list(plan.values())
     bits = np.array([precision.weight_bits for precision in chosen], np.float64)
     for kind, style in styles(kinds(chosen)).items():
@@ -85,10 +85,10 @@ def _draw_bits(axes: Axes, plan: Plan, found: Sequence[Block], weights: Array) -
             markersize=9 if alone else 3, label="activation bits",
         )  # fmt: skip
     if not alone:
-        starts = [block.start for block in found]
+        starts = [block.start for block in runs]
         total = np.add.reduceat(weights, starts)
         mean = np.add.reduceat(bits * weights, starts) / np.where(total > 0, total, np.nan)
-        edges = [block.start - 0.5 for block in found] + [found[-1].stop - 0.5]
+        edges = [block.start - 0.5 for block in runs] + [runs[-1].stop - 0.5]
         axes.stairs(mean, edges, color=BLACK, linewidth=1.4, baseline=None, label="mean of the block")
     axes.set_ylabel("weight bits")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))

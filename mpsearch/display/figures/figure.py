@@ -71,7 +71,7 @@ def styles(precisions: Iterable[Precision]) -> dict[Precision, Style]:
     """A style for each precision: its own colour while there are enough, else one colour for all of the same weight bits.
 
     >>> from mpsearch.core.precision import precisions
-    >>> [found.colour for found in styles(precisions("w4 w8 w4a8")).values()] == [GREEN, BLUE, RED]
+    >>> [style.colour for style in styles(precisions("w4 w8 w4a8")).values()] == [GREEN, BLUE, RED]
     True
     """
     wanted = list(precisions)
@@ -82,17 +82,19 @@ def styles(precisions: Iterable[Precision]) -> dict[Precision, Style]:
             precision: Style(colour, MARKERS[variant % len(MARKERS)], HATCHES[variant % len(HATCHES)])
             for precision, colour, variant in zip(wanted, own, variants, strict=True)
         }
-    found: dict[Precision, Style] = {}
-    left = [colour for colour in COLOURS if colour not in own]
+    chosen: dict[Precision, Style] = {}
+    free = [colour for colour in COLOURS if colour not in own]
     for precision, colour, marker in zip(wanted, own, MARKERS[: len(wanted)], strict=True):
-        taken = colour == GREY or any(style.colour == colour for style in found.values())
-        found[precision] = Style(left.pop(0) if taken else colour, marker, "")
-    return found
+        taken = colour == GREY or any(style.colour == colour for style in chosen.values())
+        chosen[precision] = Style(free.pop(0) if taken else colour, marker, "")
+    return chosen
 
 
 def kinds(precisions: Iterable[Precision]) -> list[Precision]:
     """The different precisions among these, from the least weight bits to the most."""
-    return sorted(set(precisions), key=lambda one: (one.weight_bits, -one.activation_bits, str(one)))
+    return sorted(
+        set(precisions), key=lambda precision: (precision.weight_bits, -precision.activation_bits, str(precision))
+    )
 
 
 def tidy(axes: Axes, title: str = "") -> None:
@@ -118,13 +120,13 @@ def damage_axis(axis: Axis, values: Any, unit: str, origin: Mapping[str, Any], w
     metric = origin.get("metric", "kl" if unit == "nats" else "own")
     metric = "own" if metric == "loss" and unit != "nats" else metric
     axis.set_label_text(f"{what}, {printing.DAMAGE[metric]}" if metric in printing.DAMAGE else f"{what} [{unit}]")
-    found = np.asarray(values, np.float64)
-    found = found[np.isfinite(found)]
-    sizes = np.abs(found[found != 0])
+    finite = np.asarray(values, np.float64)
+    finite = finite[np.isfinite(finite)]
+    sizes = np.abs(finite[finite != 0])
     draw = axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale  # type: ignore[attr-defined]
     if not len(sizes):
         return
-    if (found > 0).all():
+    if (finite > 0).all():
         draw("log")
         return
     near = max(sizes.min(), _NEAR_ZERO * sizes.max())
@@ -139,8 +141,8 @@ def whiskers(se: Array | None) -> Array | None:
 def legend(figure: Figure, axes: Sequence[Axes], title: str = "") -> None:
     """One legend for all axes, below them, in as many columns as fit; the figure grows by its lines."""
     handles, labels = [], []
-    for one in axes:
-        for handle, label in zip(*one.get_legend_handles_labels(), strict=True):
+    for panel in axes:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             if label not in labels:
                 handles.append(handle)
                 labels.append(label)

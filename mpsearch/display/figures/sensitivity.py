@@ -27,11 +27,11 @@ def sensitivity_figure(table: CostTable, *, title: str = "") -> Figure:
         title: above the picture.
     """
     names = [layer.name for layer in table.layers]
-    found = blocks(names)
-    alone = len(found) == len(names)
+    runs = blocks(names)
+    alone = len(runs) == len(names)
     brackets = _brackets(table.layers) if alone else []
     lanes = max((lane for _, _, lane in brackets), default=-1) + 1
-    figure = empty(width(len(found)), 4.4 + label_height(found) + 0.3 * lanes)
+    figure = empty(width(len(runs)), 4.4 + label_height(runs) + 0.3 * lanes)
     if lanes:
         above, axes = figure.subplots(2, height_ratios=[0.3 * lanes, 5], sharex=True)
         _draw_brackets(above, brackets)
@@ -47,13 +47,13 @@ def sensitivity_figure(table: CostTable, *, title: str = "") -> Figure:
             axes.plot(
                 places, values, ".", color=style.colour, markersize=4, alpha=0.5, markeredgewidth=0, rasterized=True
             )
-            places, values, se = _means(found, values, se)
+            places, values, se = _means(runs, values, se)
         axes.errorbar(
             places, values, yerr=whiskers(se), fmt=f"{style.marker}-", color=style.colour, markersize=5, linewidth=0.8, capsize=2.5,
             elinewidth=1, label=str(precision),
         )  # fmt: skip
     damage_axis(axes.yaxis, table.sensitivity, table.unit, table.origin)
-    layer_axis(axes, found)
+    layer_axis(axes, runs)
     groups = len({layer.group for layer in table.layers if layer.group})
     if brackets:
         axes.set_xlabel("layer; those in brackets share a precision")
@@ -63,16 +63,16 @@ def sensitivity_figure(table: CostTable, *, title: str = "") -> Figure:
     return figure
 
 
-def _means(found: Sequence[Block], values: Array, se: Array | None) -> tuple[Array, Array, Array | None]:
+def _means(runs: Sequence[Block], values: Array, se: Array | None) -> tuple[Array, Array, Array | None]:
     """Middle, mean and standard error of the mean of each block, over its allowed cells."""
-    told = ~np.isnan(values)
-    starts = [block.start for block in found]
-    count = np.add.reduceat(told, starts, dtype=np.float64)
+    known = ~np.isnan(values)
+    starts = [block.start for block in runs]
+    count = np.add.reduceat(known, starts, dtype=np.float64)
     count[count == 0] = np.nan
-    mean = np.add.reduceat(np.where(told, values, 0.0), starts) / count
+    mean = np.add.reduceat(np.where(known, values, 0.0), starts) / count
     if se is not None:
-        se = np.sqrt(np.add.reduceat(np.where(told, np.nan_to_num(se), 0.0) ** 2, starts)) / count
-    return np.array([block.middle for block in found]), mean, se
+        se = np.sqrt(np.add.reduceat(np.where(known, np.nan_to_num(se), 0.0) ** 2, starts)) / count
+    return np.array([block.middle for block in runs]), mean, se
 
 
 def _brackets(layers: Sequence[Layer]) -> list[tuple[str, list[int], int]]:
@@ -81,14 +81,14 @@ def _brackets(layers: Sequence[Layer]) -> list[tuple[str, list[int], int]]:
     for number, layer in enumerate(layers):
         if layer.group:
             members.setdefault(layer.group, []).append(number)
-    found: list[tuple[str, list[int], int]] = []
+    brackets: list[tuple[str, list[int], int]] = []
     ends: list[int] = []  # of each lane
     for name, places in members.items():
         if len(places) > 1:
             lane = next((lane for lane, end in enumerate(ends) if end < places[0]), len(ends))
             ends[lane : lane + 1] = [places[-1]]
-            found.append((name, places, lane))
-    return found
+            brackets.append((name, places, lane))
+    return brackets
 
 
 def _draw_brackets(axes: Axes, brackets: Sequence[tuple[str, list[int], int]]) -> None:

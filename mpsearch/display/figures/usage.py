@@ -45,14 +45,14 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
     budget = (
         Budget(**{resource: plan.budget[resource]}).bounds(table)[resource][1] if resource in plan.budget else math.inf
     )
-    found = blocks(names)
-    figure = empty(width(len(found)), 4.8 + label_height(found))
+    runs = blocks(names)
+    figure = empty(width(len(runs)), 4.8 + label_height(runs))
     whole, depth = figure.subplots(2, height_ratios=[1, 3.4])
     start = _part(whole, 0.0, table.fixed_usage.get(resource, 0.0), _FIXED, "fixed part", resource)
-    edges = [block.start for block in found]
-    height = np.zeros(len(found))
-    places = [block.middle for block in found]
-    widths = [0.8 if len(found) == len(names) else 0.9 * (block.stop - block.start) for block in found]
+    edges = [block.start for block in runs]
+    height = np.zeros(len(runs))
+    places = [block.middle for block in runs]
+    widths = [0.8 if len(runs) == len(names) else 0.9 * (block.stop - block.start) for block in runs]
     for kind, style in styles(kinds(plan[name] for name in names)).items():
         chosen = np.array([plan[name] == kind for name in names])
         start = _part(whole, start, float(use[chosen].sum()), style, str(kind), resource)
@@ -68,10 +68,10 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
     whole.set_ylim(-0.5, 0.5)
     whole.margins(x=0.02)
     resource_axis(whole.xaxis, resource, "whole model")
-    resource_axis(depth.yaxis, resource, "each layer" if len(found) == len(names) else "each block")
+    resource_axis(depth.yaxis, resource, "each layer" if len(runs) == len(names) else "each block")
     tidy(whole, title)
     tidy(depth)
-    layer_axis(depth, found)
+    layer_axis(depth, runs)
     legend(figure, [whole])
     return figure
 
@@ -79,15 +79,15 @@ def usage_figure(table: CostTable, plan: Plan, resource: str | None = None, *, t
 def _used(table: CostTable, plan: Plan, cells: Array) -> Array:
     """(L,) of the (L, P) uses of all cells, those of the plan."""
     column = {precision: p for p, precision in enumerate(table.precisions)}
-    found = []
+    amounts_used = []
     for row, layer in enumerate(table.layers):
         if layer.name not in plan:
             raise PlanError(f"the plan says nothing of layer {layer.name!r} of the table")
         if plan[layer.name] not in column:
             options = " ".join(map(str, table.precisions))
             raise PlanError(f"the plan has {layer.name!r} at {plan[layer.name]}, the table has {options}")
-        found.append(cells[row, column[plan[layer.name]]])
-    return np.array(found)
+        amounts_used.append(cells[row, column[plan[layer.name]]])
+    return np.array(amounts_used)
 
 
 def _part(axes: Axes, start: float, size: float, style: Style, label: str, resource: str) -> float:
