@@ -1,16 +1,21 @@
 """Resources as the command line names them: `memory_bytes,latency_s=roofline:device=a100,coins=costs.py:coins`."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 from mpsearch.models.loading import UsageError, load, part
 
 
-def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
+def resource_functions(text: str, quantizer: Any = None) -> dict[str, Callable[..., Any]]:
     """Column -> resource function.
 
     Each item is the name of a column, or `column=kind`, with settings behind colons: `kv_cache_bytes:context=8192:batch=4`. A kind with
     a dot is a function of one's own, `file.py:function`.
+
+    Args:
+        text: the items, between commas.
+        quantizer: of the run, for resources that count with one and are given none; None = their own default.
 
     Raises:
         UsageError: for an unknown column, kind or setting, a value of the wrong kind, or a column that occurs twice.
@@ -31,5 +36,9 @@ def resource_functions(text: str) -> dict[str, Callable[..., Any]]:
         if "." in kind:
             functions[column] = load(item.partition("=")[2], "resource")
         else:
-            functions[column] = part(kind or column, RESOURCES if kind else usual, "resource", settings)
+            resource = part(kind or column, RESOURCES if kind else usual, "resource", settings)
+            chosen = any(setting.partition("=")[0].strip() == "quantizer" for setting in settings)
+            if quantizer is not None and not chosen and resource.capabilities.quantizer:
+                resource = dataclasses.replace(resource, quantizer=quantizer)
+            functions[column] = resource
     return functions

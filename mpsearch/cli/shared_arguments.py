@@ -236,11 +236,13 @@ def _allowed(texts: list[str]) -> dict[str, str]:
     return allowed
 
 
-def resources(arguments: argparse.Namespace) -> "Mapping[str, Callable[..., Any]]":
-    """The functions that `--resources` names."""
+def resources(
+    arguments: argparse.Namespace, quantizer: "Quantizer | None" = None
+) -> "Mapping[str, Callable[..., Any]]":
+    """The functions that `--resources` names, which count with the quantizer of the run."""
     from mpsearch.cli.resource_text import resource_functions
 
-    return resource_functions(arguments.resources)
+    return resource_functions(arguments.resources, quantizer)
 
 
 def quantizer(arguments: argparse.Namespace) -> "Quantizer":

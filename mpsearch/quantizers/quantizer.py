@@ -140,8 +140,8 @@ class Around:
     @property
     def bytes_from(self) -> BytesFrom:
         """As within."""
-        told: BytesFrom = self.quantizer.bytes_from
-        return told
+        bytes_from: BytesFrom = self.quantizer.bytes_from
+        return bytes_from
 
     @property
     def needs_data(self) -> bool:

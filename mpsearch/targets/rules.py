@@ -184,24 +184,19 @@ class Target:
         head = f"{self.name} cannot express {precision} for {layer.name!r}: "
         if f".{layer.name}".endswith(tuple(f".{end}" for end in self.in_float)):
             return f"{head}it writes that layer in float; plan w16"
-        found = [s for s in self.schemes if s.takes(layer)]
-        if not found:
+        fitting = [s for s in self.schemes if s.takes(layer)]
+        if not fitting:
             kinds = sorted({kind for s in self.schemes for kind in s.kinds})
             return f"{head}it quantizes {', '.join(kinds)}, not {layer.kind}"
-        for part, kept in (
-            ("weights", [s for s in found if precision.weight in s.weights]),
-            (
-                "activations",
-                [s for s in found if precision.weight in s.weights and precision.activation in s.activations],
-            ),
-        ):
-            if not kept:
-                values = dict.fromkeys(value for s in found for value in getattr(s, part))
-                return f"{head}it takes {part} of {', '.join(values)} there"
-            found = kept
-        grouped = [s for s in found if s.takes_group(precision.group_size)]
+        by_weight = [s for s in fitting if precision.weight in s.weights]
+        if not by_weight:
+            return f"{head}it takes weights of {_listed(s.weights for s in fitting)} there"
+        by_input = [s for s in by_weight if precision.activation in s.activations]
+        if not by_input:
+            return f"{head}it takes activations of {_listed(s.activations for s in by_weight)} there"
+        grouped = [s for s in by_input if s.takes_group(precision.group_size)]
         if not grouped:
-            return f"{head}it takes {_groups_text(found)} there"
+            return f"{head}it takes {_groups_text(by_input)} there"
         misfits = [s.misfit(layer, precision.group_size) for s in grouped]
         return head + misfits[0] if misfits[0] and all(misfits) else None
 
@@ -238,13 +233,13 @@ def lacking(names: Iterable[str], fused: Fused) -> dict[str, tuple[str, ...]]:
     """
     names = list(names)
     present = frozenset(without_number(name) for name in names)
-    found = {}
+    lacks = {}
     for whole, members in fused_groups(names, fused).items():
         _, *parts = _joined(without_number(members[0]), fused, present)
         absent = tuple(part for part in parts if part not in present and "*" not in part)
         if len(members) > 1 and absent:
-            found[whole] = absent
-    return found
+            lacks[whole] = absent
+    return lacks
 
 
 def _joined(name: str, fused: Fused, present: Container[str]) -> tuple[str, ...]:
@@ -256,16 +251,20 @@ def _joined(name: str, fused: Fused, present: Container[str]) -> tuple[str, ...]
         present: names of the layers of the model.
     """
     path = name.split(".")
-    found: tuple[str, ...] = ()
+    matrix: tuple[str, ...] = ()
     for title, ends in fused:
         for end in ends:
             parent, tail = path[: -1 - end.count(".")], path[-1 - end.count(".") :]
             if fnmatchcase(".".join(tail), end):
                 whole, *parts = (".".join((*parent, part)) for part in (title.replace("*", tail[-1]), *ends))
-                found = (whole, *parts)
+                matrix = (whole, *parts)
                 if all("*" in part or part in present for part in parts):
-                    return found
-    return found
+                    return matrix
+    return matrix
+
+
+def _listed(formats: Iterable[tuple[str, ...]]) -> str:
+    return ", ".join(dict.fromkeys(name for names in formats for name in names))
 
 
 def _groups_text(schemes: list[Scheme]) -> str:
@@ -384,10 +383,11 @@ def rules(target: str, vllm: bool | None = None) -> Target:
         target: a name in `TARGETS`.
         vllm: its files are for vLLM, or they are not; None: the exporter has no such option, or it is left as it is.
 
-    >>> [bool(rules(*asked).fused) for asked in (("torchao",), ("torchao", True), ("llm-compressor",), ("llm-compressor", False))]
+    >>> [bool(rules(*options).fused) for options in (("torchao",), ("torchao", True), ("llm-compressor",), ("llm-compressor", False))]
     [False, True, True, False]
     """
     if vllm is False:
-        found = TARGETS[target]
-        return replace(found, fused=(), schemes=tuple(replace(scheme, experts=True) for scheme in found.schemes))
+        rules_of_files = TARGETS[target]
+        schemes = tuple(replace(scheme, experts=True) for scheme in rules_of_files.schemes)
+        return replace(rules_of_files, fused=(), schemes=schemes)
     return TARGETS.get(f"{target}-vllm", TARGETS[target]) if vllm else TARGETS[target]

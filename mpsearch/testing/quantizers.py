@@ -171,9 +171,9 @@ def _left_alone(case: _Case) -> None:
 
 def _untouched(case: _Case) -> None:
     for name, precision, weight, _ in case.cells:
-        given = weight.clone()
-        case.quantizer.of_layer(name)(given, precision)
-        assert torch.equal(given, weight), f"{name} at {precision}: the weight itself was written to"
+        passed = weight.clone()
+        case.quantizer.of_layer(name)(passed, precision)
+        assert torch.equal(passed, weight), f"{name} at {precision}: the weight itself was written to"
 
 
 def _deterministic(case: _Case) -> None:
@@ -217,45 +217,49 @@ def _error_falls(case: _Case) -> None:
 
 def _layers(case: _Case) -> None:
     for name in case.names:
-        one = case.quantizer.of_layer(name)
-        assert isinstance(one, Quantizer), f"of_layer({name!r}) is a {type(one).__name__}, expected a Quantizer"
+        of_layer = case.quantizer.of_layer(name)
+        assert isinstance(of_layer, Quantizer), (
+            f"of_layer({name!r}) is a {type(of_layer).__name__}, expected a Quantizer"
+        )
         facts = ("symmetric", "granularity", "bytes_from")
         for fact, own, whole in (
-            (facts[0], one.symmetric, case.quantizer.symmetric),
-            (facts[1], one.granularity, case.quantizer.granularity),
-            (facts[2], one.bytes_from, case.quantizer.bytes_from),
+            (facts[0], of_layer.symmetric, case.quantizer.symmetric),
+            (facts[1], of_layer.granularity, case.quantizer.granularity),
+            (facts[2], of_layer.bytes_from, case.quantizer.bytes_from),
         ):
             assert own == whole, f"{fact} of layer {name!r} is {own!r}, of the quantizer {whole!r}"
         for precision in _ALWAYS:
-            told = (
-                one.stored_bytes(case.layer(name), precision),
+            sizes = (
+                of_layer.stored_bytes(case.layer(name), precision),
                 case.quantizer.stored_bytes(case.layer(name), precision),
             )
-            assert told[0] == told[1], f"{name} at {precision}: {told[0]} bytes by of_layer, {told[1]} by the quantizer"
+            assert sizes[0] == sizes[1], (
+                f"{name} at {precision}: {sizes[0]} bytes by of_layer, {sizes[1]} by the quantizer"
+            )
 
 
 def _bytes(case: _Case) -> None:
     quantizer = case.quantizer
     plain = RoundToNearest(symmetric=quantizer.symmetric, granularity=quantizer.granularity)
     for name, precision, weight, values in case.cells:
-        told = quantizer.stored_bytes(case.layer(name), precision)
-        assert told == int(told) >= 0, f"{name} at {precision}: {told!r} bytes, expected a whole number"
+        size = quantizer.stored_bytes(case.layer(name), precision)
+        assert size == int(size) >= 0, f"{name} at {precision}: {size!r} bytes, expected a whole number"
         if case.pack is not None:
             stored = sum(_size(part) for part in case.pack(weight, precision))
-            assert told == stored, f"{name} at {precision}: {told} bytes are told, {stored} are packed"
+            assert size == stored, f"{name} at {precision}: {size} bytes are told, {stored} are packed"
             continue
         packed = plain.codes(values, precision).pack()
         if quantizer.bytes_from == "packed":
-            assert told == packed.nbytes, f"{name} at {precision}: {told} bytes are told, {packed.nbytes} are packed"
+            assert size == packed.nbytes, f"{name} at {precision}: {size} bytes are told, {packed.nbytes} are packed"
             continue
         least, why = _least_bytes(values, precision, quantizer), "their codes alone take"
         if torch.equal(packed.unpack(tuple(values.shape)), values):
             least, why = packed.nbytes, "packed codes and scales of these values take"
-        assert told >= least, f"{name} at {precision}: {told} bytes are told, {why} {least}"
+        assert size >= least, f"{name} at {precision}: {size} bytes are told, {why} {least}"
     for name in case.names:
-        size = case.weight(name).numel() * 4
-        told = quantizer.stored_bytes(case.layer(name), Precision("16"))
-        assert told == size, f"{name} at w16: {told} bytes are told, the weight has {size}"
+        whole = case.weight(name).numel() * 4
+        size = quantizer.stored_bytes(case.layer(name), Precision("16"))
+        assert size == whole, f"{name} at w16: {size} bytes are told, the weight has {whole}"
 
 
 def _size(part: Tensor | bytes) -> int:
@@ -275,13 +279,13 @@ def _inputs(case: _Case) -> None:
     generator = torch.Generator().manual_seed(1)
     taken = []
     for name, channels in (("conv", 4), ("linear", 32)):
-        one = case.quantizer.of_layer(name)
+        of_layer = case.quantizer.of_layer(name)
         for dtype in (torch.float32, torch.bfloat16):
             x = torch.randn(3, 5, channels, generator=generator).to(dtype)
             for text in ("8", "mxfp8"):
                 before = x.clone()
                 try:
-                    values = one.activation_values(x, text, float(x.min()), float(x.max()))
+                    values = of_layer.activation_values(x, text, float(x.min()), float(x.max()))
                 except EstimatorError:
                     continue
                 taken.append(text)
@@ -295,7 +299,7 @@ def _inputs(case: _Case) -> None:
                     f"inputs of {name} at a{text}: a relative error of {error:.3g}, expected less than 20 %"
                 )
             empty = x[:0]
-            assert one.activation_values(empty, "mxfp8", math.nan, math.nan).shape == empty.shape
+            assert of_layer.activation_values(empty, "mxfp8", math.nan, math.nan).shape == empty.shape
     assert taken, "no format of inputs is taken, neither 8 nor mxfp8"
 
 

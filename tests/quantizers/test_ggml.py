@@ -124,6 +124,27 @@ def test_bit_for_bit_with_the_gguf_package():
 
 
 @pytest.mark.parametrize("name", ggml.TYPES)
+def test_any_bytes_mean_what_they_mean_to_the_gguf_package(name):
+    gguf = pytest.importorskip("gguf")
+    data = np.random.default_rng(1).integers(0, 256, (500, ggml.TYPES[name].nbytes), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        theirs = gguf.dequantize(data, gguf.GGMLQuantizationType[name.upper()])
+    ours = ggml.dequantize(torch.from_numpy(data), name).numpy()
+    assert np.isnan(theirs).any() or name.startswith("tq1")  # scales of all kinds, nan and infinite ones too
+    np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("name", LEGACY)
+def test_the_bytes_of_weights_of_any_size_are_those_of_the_gguf_package(name):
+    gguf = pytest.importorskip("gguf")
+    w = torch.cat([weights(shape=(8, 256)) * 10.0**power for power in range(-10, 5)])
+    w[3], w[5, :32], w[6] = 0.0, 0.0, -0.0
+    with np.errstate(all="ignore"):
+        theirs = gguf.quantize(w.numpy(), gguf.GGMLQuantizationType[name.upper()])
+    np.testing.assert_array_equal(ggml.quantize(w, name).numpy(), theirs)
+
+
+@pytest.mark.parametrize("name", ggml.TYPES)
 def test_bytes_and_noise_are_the_published_ones(name):
     w = weights(shape=(40, 1024))
     codes = RoundToNearest().codes(w, Precision(name))

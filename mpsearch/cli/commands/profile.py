@@ -61,7 +61,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         loss=loss,
         layers=layers,
         quantizer=quantizer,
-        resources=shared_arguments.resources(arguments),
+        resources=shared_arguments.resources(arguments, quantizer),
         checkpoint=arguments.checkpoint,
     )
     table.save(arguments.out)

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         proposers=_proposers(arguments.proposer),
         layers=shared_arguments.layers(model, data, arguments),
         exclude=arguments.exclude or (),
-        resources=shared_arguments.resources(arguments),
+        resources=shared_arguments.resources(arguments, quantizer),
         checkpoint=arguments.checkpoint,
         previous=arguments.previous,
         seed=arguments.seed,
