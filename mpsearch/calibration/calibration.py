@@ -378,6 +378,10 @@ class Calibration:
         """Finished work goes to this open store from now on, and is looked for there."""
         self._checkpoint = checkpoint
 
+    def run_by(self, user: str) -> None:
+        """Tell who else runs the model, for the message where it comes out changed."""
+        self._users.append(user)
+
     def _results(self, loss: Differentiated) -> Store:
         """Where finished work goes; a file is opened at the first use."""
         if self._checkpoint is None:
@@ -516,7 +520,7 @@ class Calibration:
         choice, loss = self.choice, self._loss if callable(self._loss) else None
         (in_model,) = self._in_model([plan])
         plain, quantized = Tally(choice, loss), Tally(choice, loss)
-        self._users.append("the metric or the loss")
+        self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data), "evaluate") as bar:
             for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized]):
                 bar.update(number is not None)
@@ -547,7 +551,7 @@ class Calibration:
         choice = self.choice
         in_model = self._in_model(plans)
         means = [Mean() for _ in plans]
-        self._users.append("the metric or the loss")
+        self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data) * len(plans), "measure plans") as bar:
             for _, plan_number, damage in plan_runs(
                 self.model, data, in_model, choice.metric, [choice.metric] * len(plans)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from mpsearch.core.budget import Budget
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.precision import Precision
 from mpsearch.core.problem import Problem
 from mpsearch.core.table import CostTable
@@ -61,6 +62,6 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
         if better not in coarse
     )
     text = f"options that use as much as a finer one are left out: {pairs_text}"
-    warnings.warn(text, MpsearchWarning, stacklevel=3)
+    warnings.warn(text, MpsearchWarning, stacklevel=stacklevel())
     sensitivity = np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity)
     return replace(table, sensitivity=sensitivity, origin={**table.origin, "outdone": text})

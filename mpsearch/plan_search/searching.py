@@ -23,16 +23,15 @@ from mpsearch.errors import EstimatorError, nearest
 from mpsearch.metrics.choice import check_metric
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.registry import METRICS
-from mpsearch.models.data.batches import missing_labels, reading_of
-from mpsearch.models.data.splitting import check_sizes, first_samples, split
+from mpsearch.models.data.batches import reading_of
+from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
 from mpsearch.models.running import (
     Batch,
-    collect,
     samples,
-    targets_of,
 )
+from mpsearch.plan_search.data_parts import FEW_SHARES, SHARES, DataParts
 from mpsearch.plan_search.environment import environment
 from mpsearch.plan_search.goals import Goal, goal_of
 from mpsearch.plan_search.options import SearchOptions, with_defaults
@@ -50,10 +49,6 @@ Effort = Literal["fast", "default", "thorough"]
 
 #: Metrics as they are by default: known by their name.
 _KNOWN = [metric() for metric in METRICS.values()]
-#: Shares of the data where it is one set.
-SHARES = {"score": 0.35, "select": 0.45, "report": 0.20}
-#: The same where few passes are spent: what counts then is the sweep.
-FEW_SHARES = {"score": 0.55, "select": 0.25, "report": 0.20}
 
 
 def search(
@@ -126,19 +121,19 @@ def search(
     if loss is not None and metric != "loss":
         raise EstimatorError(f"loss= is for metric='loss', got metric={metric!r}")
     _check_effort(effort, max_passes)
-    sparing = effort == "fast" if max_passes is None else max_passes < FEW
-    data = {"batches": collect(batches, model)}
-    for name, part in (("select", settings["select"]), ("report", settings["report"])):
-        if part is not None:
-            data[name] = collect(part, model)
-    if metric in ("loss", "accuracy") and loss is None:
-        _check_labels(str(metric), data)
-    parts = _parts(data, FEW_SHARES if sparing else SHARES, seed)
-    _check_counted(parts)
+    few = effort == "fast" if max_passes is None else max_passes < FEW
+    data = DataParts.of(
+        model,
+        {"batches": batches, "select": settings["select"], "report": settings["report"]},
+        FEW_SHARES if few else SHARES,
+        seed,
+        labels_for=str(metric) if metric in ("loss", "accuracy") and loss is None else None,
+    )
+    score = data.parts["score"]
     start = time.perf_counter()
     with Calibration(
         model,
-        parts["score"],
+        score,
         precisions,
         layers=layers,
         quantizer=quantizer,
@@ -151,20 +146,17 @@ def search(
         allow=settings["allow"],
         fixed=settings["fixed"],
         higher_is_better=settings["higher_is_better"],
-        whole=[batch for part in data.values() for batch in part],
-        example=first_samples(parts["score"][0], PROBED),
+        whole=data.every,
+        example=first_samples(score[0], PROBED),
     ) as calibration:
         check_caches(estimators or (), calibration.decisions)
         goal.check(calibration.base)
         base = without_outdone(calibration.base, goal)
         choice = calibration.choice
+        calibration.run_by("the metric or the loss")
         choice.warn(stacklevel=2)
         base = replace(base, unit=choice.metric.unit)
-        identity = {
-            **calibration.identity(choice.comparison),
-            "parts": " ".join(f"{name}: {size(part)}" for name, part in parts.items()) + f", seed {seed}",
-            "metric": choice.metric.name if choice.metric in _KNOWN else digest(described(choice.metric)),
-        }
+        identity = {**calibration.identity(choice.comparison), **_further_identity(data, choice.metric, seed)}
         earlier = _earlier(settings["previous"], identity)
         free = {} if earlier is None else earlier.finished.rows()
         limit = _limit(effort, max_passes, len(calibration.decisions) * len(calibration.precisions))
@@ -176,11 +168,12 @@ def search(
             store.fill(free)
             passes = PassBudget(limit, free=free, watch=bar.update)
             calibration.keep_in(store)
-            passes.charge(_preparing(calibration, parts, found=layers is None or isinstance(layers, LayerOptions)))
+            finds_layers = layers is None or isinstance(layers, LayerOptions)
+            passes.charge(_preparing(calibration, data, finds_layers=finds_layers))
             task = SearchTask(
                 calibration,
                 calibration.context(choice.comparison),
-                parts,
+                data.parts,
                 base,
                 choice,
                 goal,
@@ -214,8 +207,8 @@ def search(
             "quantizer": repr(calibration.quantizer),
             **({} if settings["proposers"] is None else {"proposers": [repr(part) for part in schedule.late]}),
             "seed": seed,
-            **reading_of(data["batches"][0]),
-            "samples": {name: size(part) for name, part in parts.items()},
+            **reading_of(data.whole["batches"][0]),
+            "samples": data.sizes,
             "model_fingerprint": calibration.fingerprint,
             "stages": passes.stages,
             "environment": environment(),
@@ -249,47 +242,22 @@ def _bar(limit: float, *, shown: bool) -> Any:
     )
 
 
-def _preparing(calibration: Calibration, parts: Mapping[str, list[Batch]], *, found: bool) -> float:
-    """Passes that making the model ready takes.
-
-    Args:
-        calibration: with its output, and the ranges of its inputs.
-        parts: of the data.
-        found: whether the layers were looked for, by a run over the first batch.
-    """
-    score = parts["score"]
+def _preparing(calibration: Calibration, data: DataParts, *, finds_layers: bool) -> float:
+    """Passes that making the model ready takes; `finds_layers` by a run over the first batch."""
+    score = data.parts["score"]
     # at a few samples: who reads the weights, their costs, and twice: is it random?
-    runs = (samples(score[0]) if found else 0) + 4 * samples(calibration.example)
+    runs = (samples(score[0]) if finds_layers else 0) + 4 * samples(calibration.example)
     if any(option.quantizes_activation for option in calibration.precisions):
-        runs += size(score)
-    return runs / sum(map(size, parts.values()))
+        runs += size(score)  # ranges of the inputs
+    return runs / size(data.every)
 
 
-def _parts(data: Mapping[str, list[Batch]], shares: Mapping[str, float], seed: int) -> dict[str, list[Batch]]:
-    """The three parts; those that are not given are split off."""
-    missing = {name: share for name, share in shares.items() if name not in data}
-    total = sum(missing.values())
-    parts = split(data["batches"], {name: share / total for name, share in missing.items()}, seed)
-    parts |= {name: part for name, part in data.items() if name in shares}
-    check_sizes({name: size(part) for name, part in parts.items()})
-    return {name: parts[name] for name in shares}
-
-
-def _check_labels(metric: str, data: Mapping[str, list[Batch]]) -> None:
-    for name, part in data.items():
-        for number, batch in enumerate(part):
-            if targets_of(batch) is None:
-                raise EstimatorError(
-                    f"the {metric} needs labels, batch {number} of {name} has {missing_labels(batch)}; give "
-                    "(inputs, targets), or the metric 'kl'"
-                )
-
-
-def _check_counted(parts: Mapping[str, list[Batch]]) -> None:
-    for name, part in parts.items():
-        labels = [targets_of(batch) for batch in part]
-        if all(values is not None and bool((values == -100).all()) for values in labels):
-            raise EstimatorError(f"every label of the {name} part is -100, which means ignored: no prediction counts")
+def _further_identity(data: DataParts, metric: Metric, seed: int) -> dict[str, str]:
+    """What results of a search depend on beyond those of a table."""
+    return {
+        "parts": " ".join(f"{name}: {count}" for name, count in data.sizes.items()) + f", seed {seed}",
+        "metric": metric.name if metric in _KNOWN else digest(described(metric)),
+    }
 
 
 def _check_effort(effort: str, max_passes: float | None) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.problem import Problem
 from mpsearch.errors import MpsearchWarning
 from mpsearch.plan_search.early_end import EarlyEnd, early_end
@@ -41,7 +42,9 @@ class BudgetStrategy:
         """See `Strategy.early_end`."""
         end = early_end(Problem.of(task.base, self.goal.budget))
         if end is not None:
-            warnings.warn(f"{end.reason}: it is measured, and nothing is searched", MpsearchWarning, stacklevel=2)
+            warnings.warn(
+                f"{end.reason}: it is measured, and nothing is searched", MpsearchWarning, stacklevel=stacklevel()
+            )
         return end
 
     def run(self, context: SearchContext, earlier: list[Columns]) -> Outcome:
