@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import sqlite3
+import struct
 import typing
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -195,6 +196,12 @@ def test_damaged_values_are_refused_or_read_but_never_run_wild(value: Any, data:
         packed[data.draw(st.integers(0, len(packed) - 1))] = data.draw(st.integers(0, 255))
     with contextlib.suppress(ValueError):
         unpack(bytes(packed[: data.draw(st.sampled_from([len(packed), len(packed) // 2]))]))
+
+
+def test_numbers_that_json_does_not_have_keep_their_bits() -> None:
+    for bits in ("7ff8000000000001", "fff8000000000000", "7ff0000000000000", "8000000000000000"):
+        (value,) = struct.unpack(">d", bytes.fromhex(bits))
+        assert struct.pack(">d", unpack(pack([value]))[0]).hex() == bits
 
 
 def test_a_device_that_is_not_there_is_told() -> None:
