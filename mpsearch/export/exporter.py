@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.packages import version
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import version
 from mpsearch.export.verification import Reader, Verification, verified
 from mpsearch.models.unwrapping import unwrapped
 from mpsearch.quantizers.quantizer import checked_quantizer

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
-from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
 from mpsearch.models.data.batches import arranged
 from mpsearch.models.modules.weights import weight_of

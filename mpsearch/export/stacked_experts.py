@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
-from mpsearch.export.package import package
 from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import holds_weight, kind_of, weight_of

@@ -5,10 +5,10 @@ from pathlib import Path
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import PlanError
-from mpsearch.export.package import package
 from mpsearch.export.tools.llama_quantize import tensor_name
 from mpsearch.models.modules.weights import kind_of
 

@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from mpsearch.core.layer import Layer
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import PlanError, TableError, nearest
-from mpsearch.export.package import package
 from mpsearch.imports.json_file import json_object
 from mpsearch.models.modules.weights import canonical, kind_of
 

@@ -7,9 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.precision import Precision
 from mpsearch.models.modules.weights import canonical, kind_of
-from mpsearch.resources.kernels import Kernel, NoKernel, package, unsigned_range
+from mpsearch.resources.kernels import Kernel, NoKernel, unsigned_range
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
 
@@ -24,7 +25,7 @@ def onnxruntime_kernel(module: nn.Module, x: Tensor, precision: Precision) -> Ke
         NoKernel: for all else.
         MissingPackage: without onnxruntime and onnx.
     """
-    helper = package("onnx", "onnxruntime").helper
+    helper = package("onnx", "onnxruntime", "latency_s with engine 'onnxruntime'").helper
     kind = kind_of(module)
     left_alone = not precision.quantizes_weight and not precision.quantizes_activation
     values = canonical(module).detach().float().numpy()
@@ -98,8 +99,8 @@ def _blocks_of_bits(values: NDArray[np.float32], bits: int, size: int) -> tuple[
 
 
 def _session(nodes: list[Any], constants: dict[str, Any], x: Tensor) -> Kernel:
-    onnx = package("onnx", "onnxruntime")
-    onnxruntime = package("onnxruntime", "onnxruntime")
+    onnx = package("onnx", "onnxruntime", "latency_s with engine 'onnxruntime'")
+    onnxruntime = package("onnxruntime", "onnxruntime", "latency_s with engine 'onnxruntime'")
     graph = onnx.helper.make_graph(
         nodes,
         "layer",

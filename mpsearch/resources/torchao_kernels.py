@@ -5,9 +5,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.precision import Precision
 from mpsearch.models.modules.weights import kind_of
-from mpsearch.resources.kernels import Kernel, NoKernel, package
+from mpsearch.resources.kernels import Kernel, NoKernel
 
 
 def torchao_kernel(module: nn.Module, x: Tensor, precision: Precision) -> Kernel:
@@ -25,7 +26,7 @@ def torchao_kernel(module: nn.Module, x: Tensor, precision: Precision) -> Kernel
     bits = precision.weight_bits
     if kind_of(module) != "linear" or type(module).__name__ == "Conv1D" or not precision.weight.isdecimal() or bits > 8:
         raise NoKernel(f"torchao runs no {precision} of a {kind_of(module)} layer")
-    quantization = package("torchao.quantization", "torchao")
+    quantization = package("torchao.quantization", "torchao", "latency_s with engine 'torchao'")
     size = precision.group_size
     if precision == Precision("8", "8"):
         config = quantization.Int8DynamicActivationInt8WeightConfig()

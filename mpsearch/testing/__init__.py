@@ -7,7 +7,8 @@ failure does not hide the others:
     def test_my_solver(name, check):
         check()
 
-`check_estimator` and `check_solver` run all of them at once.
+`check_estimator` and `check_solver` run all of them at once. A check that needs a package that is not installed raises
+`unittest.SkipTest`, which pytest and unittest show as skipped.
 """
 
 import importlib
@@ -37,9 +38,9 @@ _MODULES = {
     "exporter_checks": "mpsearch.testing.exporters",
     "format_checks": "mpsearch.testing.formats",
     "importer_checks": "mpsearch.testing.importers",
+    "proposer_checks": "mpsearch.testing.proposers",
     "quantizer_checks": "mpsearch.testing.quantizers",
     "resource_checks": "mpsearch.testing.resources",
-    "proposer_checks": "mpsearch.testing.proposers",
     "solver_checks": "mpsearch.testing.solvers",
 }
 

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from mpsearch.core.layer import Layer
+from mpsearch.core.packages import version
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError, MissingPackage, MpsearchError, VerificationError
 from mpsearch.export.exporter import Exporter, carried_out
-from mpsearch.export.package import version
 from mpsearch.models.modules.weights import canonical
 from mpsearch.models.running import call, first_tensor
 from mpsearch.testing.named_checks import Checks

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpsearch.core.packages import version
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import MissingPackage, MpsearchError, PlanError
 from mpsearch.export import EXPORTERS
-from mpsearch.export.package import version
 from mpsearch.imports.importer import Importer, imported
 from mpsearch.testing.exporters import small_transformer
 from mpsearch.testing.named_checks import Checks

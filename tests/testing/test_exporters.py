@@ -170,7 +170,7 @@ def test_a_false_declaration_is_caught(lie: dict[str, Any]) -> None:
 
 
 def test_what_is_not_installed_is_skipped_and_an_undeclared_need_is_told():
-    from mpsearch.export.package import package
+    from mpsearch.core.packages import package
 
     def needs_it(plan, model=None, *, snap=False, path=None):
         package("no_such_tool", "none")

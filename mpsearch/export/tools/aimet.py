@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files.writing import write_atomically

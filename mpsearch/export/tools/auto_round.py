@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, linear_layers, names_apart
 from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files.writing import write_atomically

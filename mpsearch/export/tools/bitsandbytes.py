@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel, rest_bytes
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.weights import weight_of

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
 from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.models.modules.weights import kind_of, weight_of

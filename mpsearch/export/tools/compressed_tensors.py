@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError, MpsearchWarning
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
-from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import (
     checkpoint_names,
     checkpoint_parts,

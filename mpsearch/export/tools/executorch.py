@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments, converted, stored
 from mpsearch.export.verification import StoredModel
 from mpsearch.files.writing import write_atomically

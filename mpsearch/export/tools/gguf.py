@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.export.tools.llama_quantize import tensor_name, tensor_names
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.state_file import write_state
 from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.models.unwrapping import unwrapped

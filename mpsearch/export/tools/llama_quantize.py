@@ -6,12 +6,12 @@ import re
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.experts import place_of

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
-from mpsearch.export.package import package
 from mpsearch.export.stacked_experts import layer_weights, names_apart, renamed
 from mpsearch.export.tools.compressed_tensors import config_groups
 from mpsearch.export.verification import Stored, StoredModel

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.weights import kind_of, storage_of, weight_of

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted, group_size
-from mpsearch.export.package import package
 from mpsearch.export.tools.pt2e import arguments
 from mpsearch.export.tracing import traced
 from mpsearch.export.verification import Stored, StoredModel

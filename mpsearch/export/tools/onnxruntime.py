@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes
-from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.weights import weight_of

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
 from mpsearch.export.onnx_graph import layer_nodes, transposed
-from mpsearch.export.package import package
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.data.batches import arranged

@@ -8,12 +8,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import ExportError
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted
-from mpsearch.export.package import package
 from mpsearch.export.tracing import traced
 from mpsearch.export.verification import Stored, StoredModel
 from mpsearch.files.writing import write_atomically

@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import nn
 
+from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.export.exporter import Exporter
 from mpsearch.export.fitting import fitted, group_size
-from mpsearch.export.package import package
 from mpsearch.export.verification import Stored, StoredModel, rest_bytes
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.weights import kind_of, weight_of

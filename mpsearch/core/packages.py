@@ -1,4 +1,4 @@
-"""Optional packages, loaded when an exporter needs them."""
+"""Optional packages, loaded when something needs them."""
 
 import importlib
 import importlib.metadata
@@ -7,12 +7,13 @@ from typing import Any
 from mpsearch.errors import MissingPackage
 
 
-def package(module: str, extra: str) -> Any:
+def package(module: str, extra: str, purpose: str = "") -> Any:
     """A module of an optional package.
 
     Args:
         module: its import name.
         extra: the extra of mpsearch that brings it.
+        purpose: what needs it, for the message.
 
     Raises:
         MissingPackage: where it cannot be imported.
@@ -20,9 +21,8 @@ def package(module: str, extra: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(
-            f"{module} cannot be imported ({error}); pip install 'mpsearch[{extra}]' brings it"
-        ) from None
+        problem = f"{purpose} needs {module} ({error})" if purpose else f"{module} cannot be imported ({error})"
+        raise MissingPackage(f"{problem}; pip install 'mpsearch[{extra}]' brings it") from None
 
 
 def version(distribution: str) -> str:
