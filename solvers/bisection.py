@@ -72,13 +72,13 @@ class Bisection:
         self, path: "_Path", sensitivity: Floats, usage: Floats, limits: Floats, bound: float, multipliers: Floats
     ) -> Choice:
         seen = _bisect(path.length, lambda position: not fits(path.plan(position), usage, limits))
-        kept = [position for position, over in seen.items() if not over]
-        if not kept:
-            kept = [position for position in range(path.length + 1) if fits(path.plan(position), usage, limits)]
+        within = [position for position, over in seen.items() if not over]
+        if not within:
+            within = [position for position in range(path.length + 1) if fits(path.plan(position), usage, limits)]
         stats = {"steps": path.length, "plans": len(seen)}
-        if not kept:
+        if not within:
             return Choice(None, Status.UNSOLVED, bound, multipliers, stats)
-        options = min(map(path.plan, kept), key=lambda plan: total(sensitivity, plan))
+        options = min(map(path.plan, within), key=lambda plan: total(sensitivity, plan))
         value = total(sensitivity, options)
         status = Status.OPTIMAL if value <= bound else Status.FEASIBLE
         return Choice(options, status, min(value, bound), multipliers, stats)
@@ -94,13 +94,13 @@ class Bisection:
             return measured[position] <= tolerance
 
         seen = _bisect(path.length, good)
-        kept = [p for p, accepted in seen.items() if accepted and fits(path.plan(p), usage, limits)]
+        within = [p for p, accepted in seen.items() if accepted and fits(path.plan(p), usage, limits)]
         stats = {"steps": path.length, "evaluations": len(measured)}
-        if not kept:
+        if not within:
             least = min(measured.values())
             reason = f"least measured damage {least:.6g}, expected at most {tolerance:.6g} within the limits"
             return Choice(None, Status.UNSOLVED, stats=stats | {"reason": reason})
-        return Choice(path.plan(max(kept)), Status.FEASIBLE, stats=stats | {"measured": measured[max(kept)]})
+        return Choice(path.plan(max(within)), Status.FEASIBLE, stats=stats | {"measured": measured[max(within)]})
 
 
 def _bisect(length: int, test: Callable[[int], bool]) -> dict[int, bool]:

@@ -75,20 +75,20 @@ class DynamicProgramming:
             new_cost = (cost[:, None] + above[row, columns]).ravel()
             new_use = [(u[:, None] + table[row, columns]).ravel() for u, (table, _) in zip(use, scaled, strict=True)]
             new_priced = (priced[:, None] + prices).ravel()
-            kept = np.arange(len(new_cost))
+            states = np.arange(len(new_cost))
             for u, least, (_, limit) in zip(new_use, ahead, scaled, strict=True):
-                kept = kept[np.asarray(u[kept] + least[row + 1] <= limit, bool)]
-            kept = kept[_undominated(new_cost[kept], [u[kept] for u in new_use])]
-            bounds = new_cost[kept] + new_priced[kept] + slack[row + 1]
-            kept, bounds = kept[bounds <= ceiling], bounds[bounds <= ceiling]
-            if len(kept) > most_kept:
+                states = states[np.asarray(u[states] + least[row + 1] <= limit, bool)]
+            states = states[_undominated(new_cost[states], [u[states] for u in new_use])]
+            bounds = new_cost[states] + new_priced[states] + slack[row + 1]
+            states, bounds = states[bounds <= ceiling], bounds[bounds <= ceiling]
+            if len(states) > most_kept:
                 order = np.argsort(bounds, kind="stable")
                 lost = min(lost, float(bounds[order[most_kept]]))
-                kept = np.sort(kept[order[:most_kept]])
-            cost, use, priced = new_cost[kept], [u[kept] for u in new_use], new_priced[kept]
-            steps.append(((kept // len(columns)).astype(np.int32), columns[kept % len(columns)].astype(np.int16)))
-            most = max(most, len(kept))
-            if not len(kept):
+                states = np.sort(states[order[:most_kept]])
+            cost, use, priced = new_cost[states], [u[states] for u in new_use], new_priced[states]
+            steps.append(((states // len(columns)).astype(np.int32), columns[states % len(columns)].astype(np.int16)))
+            most = max(most, len(states))
+            if not len(states):
                 break
         stats = {"states": most}
         options = _trace(steps, int(cost.argmin())) if len(cost) else known
@@ -149,9 +149,9 @@ def _undominated(cost: Floats, use: list[Whole]) -> NDArray[np.int64]:
         return order[:1]
     if len(use) == 1:
         ahead = np.minimum.accumulate(cost[order])
-        kept = np.ones(len(order), bool)
-        kept[1:] = ahead[1:] < ahead[:-1]
-        return np.sort(order[kept])
+        undominated = np.ones(len(order), bool)
+        undominated[1:] = ahead[1:] < ahead[:-1]
+        return np.sort(order[undominated])
     # whatever beats a state comes before it in this order
     coordinates = [cost[order], *(u[order] for u in use[1:])]
     front: list[NDArray[np.int64]] = [np.empty(0, np.int64)]

@@ -70,12 +70,12 @@ class Exact:
             return Choice(options, Status.OPTIMAL, _total(sensitivity, options), np.zeros(0))
         bounded = limits < math.inf
         if not bounded.all():
-            found = self.choose(sensitivity, usage[bounded], limits[bounded])
-            if found.multipliers is None:
-                return found
+            choice = self.choose(sensitivity, usage[bounded], limits[bounded])
+            if choice.multipliers is None:
+                return choice
             prices = np.zeros(len(limits))
-            prices[bounded] = found.multipliers
-            return dataclasses.replace(found, multipliers=prices)
+            prices[bounded] = choice.multipliers
+            return dataclasses.replace(choice, multipliers=prices)
         usage, limits = shifted(sensitivity, usage, limits)
         for use, limit in zip(usage, limits, strict=True):
             if _least(sensitivity, use) > limit:
@@ -120,12 +120,12 @@ class Exact:
             doubt, rest = rows[:_WIDEST], rows[_WIDEST:]
             core = _core(sensitivity, usage, prices, base, doubt, excess + rounding)
             if states:
-                found = lists.search(
+                outcome = lists.search(
                     core, slack, blur, prices, excess + rounding, usage, limits, max_states=states, deadline=deadline
                 )
             else:
                 seconds = deadline - time.perf_counter()
-                found = milp.search(
+                outcome = milp.search(
                     core,
                     slack,
                     prices,
@@ -135,13 +135,13 @@ class Exact:
                     time_limit_s=seconds,
                     max_nodes=self.max_nodes,
                 )
-            stats["states" if states else "nodes"] = found.size
-            if found.options is not None:
-                value = _total(sensitivity, found.options) - bound
+            stats["states" if states else "nodes"] = outcome.size
+            if outcome.options is not None:
+                value = _total(sensitivity, outcome.options) - bound
                 if value < excess:
-                    plan, excess = found.options, value
+                    plan, excess = outcome.options, value
             outside = float(_cheapest(sensitivity, usage, prices, rest[:1])[0]) if len(rest) else math.inf
-            reached = min(found.bound, outside)
+            reached = min(outcome.bound, outside)
             if plan is None and math.isinf(reached):
                 return Choice(None, Status.INFEASIBLE, math.inf, prices, stats)
             proven = max(proven, min(reached, excess))
@@ -184,10 +184,10 @@ def _size(sensitivity: Floats) -> float:
 
 
 def _least_cost(sensitivity: Floats) -> Options:
-    found = np.empty(len(sensitivity), np.int64)
-    for block in _blocks(len(found)):
-        found[block] = np.nanargmin(sensitivity[block], axis=1)
-    return found
+    columns = np.empty(len(sensitivity), np.int64)
+    for block in _blocks(len(columns)):
+        columns[block] = np.nanargmin(sensitivity[block], axis=1)
+    return columns
 
 
 def _price_block(sensitivity: Floats, usage: Floats, prices: Floats, block: slice) -> Floats:
@@ -312,10 +312,10 @@ def _one_price(sensitivity: Floats, use: Floats, limit: float) -> tuple[Floats, 
 
 
 def _at_price(sensitivity: Floats, use: Floats, price: float) -> NDArray[np.int16]:
-    found = np.empty(len(use), np.int16)  # half of the memory above a large table would be these
+    columns = np.empty(len(use), np.int16)  # half of the memory above a large table would be these
     for block in _blocks(len(use)):
-        found[block] = _price_block(sensitivity, use[None], np.array([price]), block).argmin(axis=1)
-    return found
+        columns[block] = _price_block(sensitivity, use[None], np.array([price]), block).argmin(axis=1)
+    return columns
 
 
 def _bracket(sensitivity: Floats, use: Floats, limit: float, guess: float) -> tuple[float, float]:

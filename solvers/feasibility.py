@@ -100,7 +100,7 @@ def shifted(sensitivity: Floats, usage: Floats, limits: Floats) -> tuple[Floats,
     >>> [part.tolist() for part in shifted(np.zeros((1, 2)), use, limit)]
     [[[[0.0, 4.0]]], [4.0]]
     """
-    found, free, moved = list(usage), limits.astype(np.float64), False
+    rows, free, moved = list(usage), limits.astype(np.float64), False
     for r, (use, limit) in enumerate(zip(usage, limits.tolist(), strict=True)):
         offset = spread = 0.0
         for at in range(0, len(use), _ROWS):
@@ -118,6 +118,6 @@ def shifted(sensitivity: Floats, usage: Floats, limits: Floats) -> tuple[Floats,
         room = most - sum(least.tolist())
         if sum(more.max(axis=1).tolist()) < 2**53:
             moved = True
-            found[r] = np.ldexp(more.astype(float), unit)
+            rows[r] = np.ldexp(more.astype(float), unit)
             free[r] = math.ldexp(max(min(room, 2**53), -(2**53)), unit)
-    return (np.array(found) if moved else usage), free
+    return (np.array(rows) if moved else usage), free

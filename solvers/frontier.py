@@ -93,12 +93,12 @@ def epsilon_front(
         first: NDArray[np.bool_] = np.append(True, bucket[1:] != bucket[:-1]) | (damage <= 0)
         return first
 
-    found = _merged(sensitivity, usage, rows, fixed, divisor, f"epsilon {epsilon:g}", thin)
-    above = np.maximum(found.sensitivity - base, 0.0)
+    points = _merged(sensitivity, usage, rows, fixed, divisor, f"epsilon {epsilon:g}", thin)
+    above = np.maximum(points.sensitivity - base, 0.0)
     lowest = base + above / (1 + epsilon)
-    size = np.maximum(np.abs(found.sensitivity), np.abs(lowest))
-    gap = np.divide(found.sensitivity - lowest, size, out=np.zeros_like(size), where=size > 0)
-    return Frontier(found.usage, found.sensitivity, np.maximum(gap, 0.0), found.method, found.options)
+    size = np.maximum(np.abs(points.sensitivity), np.abs(lowest))
+    gap = np.divide(points.sensitivity - lowest, size, out=np.zeros_like(size), where=size > 0)
+    return Frontier(points.usage, points.sensitivity, np.maximum(gap, 0.0), points.method, points.options)
 
 
 def _members(rows: Options | None, layers: int) -> list[Options]:
@@ -147,19 +147,19 @@ def _merged(
             raise SolverError(
                 f"more than {MAX_POINTS} non-dominated points after {row + 1} of {len(members)} rows; use method='hull'"
             )
-        states, kept = len(us[0]) // len(options), order[at]
-        used, damage = (us[0][kept], us[1][kept]), (ss[0][kept], ss[1][kept])
-        parents.append((kept % states).astype(np.int32))
-        chosen.append(options[kept // states].astype(np.int16))
+        states, survivors = len(us[0]) // len(options), order[at]
+        used, damage = (us[0][survivors], us[1][survivors]), (ss[0][survivors], ss[1][survivors])
+        parents.append((survivors % states).astype(np.int32))
+        chosen.append(options[survivors // states].astype(np.int16))
     points = undominated_points(used[0] / divisor, damage[0])
 
     def trace(index: int) -> NDArray[np.int64]:
-        found = np.empty(len(chosen), np.int64)
+        columns = np.empty(len(chosen), np.int64)
         at = int(points[index])
         for row in range(len(chosen) - 1, -1, -1):
-            found[row] = chosen[row][at]
+            columns[row] = chosen[row][at]
             at = int(parents[row][at])
-        return found
+        return columns
 
     return Frontier(used[0][points] / divisor, damage[0][points], np.zeros(len(points)), method, trace)
 
@@ -241,12 +241,12 @@ def exact_front_of_several(
     points = points[np.lexsort((damage[points], *used[points].T[::-1]))]
 
     def trace(index: int) -> NDArray[np.int64]:
-        found = np.empty(len(chosen), np.int64)
+        columns = np.empty(len(chosen), np.int64)
         state = int(points[index])
         for row in range(len(chosen) - 1, -1, -1):
-            found[row] = chosen[row][state]
+            columns[row] = chosen[row][state]
             state = int(parents[row][state])
-        return found
+        return columns
 
     return Frontier(used[points], damage[points], np.zeros(len(points)), "exact", trace)
 
@@ -285,9 +285,9 @@ def hull_front(
     points = undominated_points(used, damage)
 
     def options(index: int) -> NDArray[np.int64]:
-        found = steps.start.copy()
+        columns = steps.start.copy()
         taken = int(points[index])
-        found[moved[:taken]] = targets[:taken]  # the last step of a row wins
-        return found
+        columns[moved[:taken]] = targets[:taken]  # the last step of a row wins
+        return columns
 
     return Frontier(used[points], damage[points], np.zeros(len(points)), "hull", options)

@@ -264,13 +264,13 @@ class _Model:
             if math.fsum(chosen.tolist()) <= limit:
                 continue
             order = np.argsort(chosen - least, kind="stable")
-            kept, dropped = 0, len(rows)  # bisect how many rows at their least still leave the limit broken
-            while dropped - kept > 1:
-                middle = (kept + dropped) // 2
+            enough, dropped = 0, len(rows)  # bisect how many rows at their least still leave the limit broken
+            while dropped - enough > 1:
+                middle = (enough + dropped) // 2
                 relaxed = chosen.copy()
                 relaxed[order[:middle]] = least[order[:middle]]
-                kept, dropped = (middle, dropped) if math.fsum(relaxed.tolist()) > limit else (kept, middle)
-            cover = order[kept:]
+                enough, dropped = (middle, dropped) if math.fsum(relaxed.tolist()) > limit else (enough, middle)
+            cover = order[enough:]
             terms = [
                 (self.cells[row, p], 1.0)
                 for row in cover.tolist()

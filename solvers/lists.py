@@ -87,18 +87,18 @@ def search(
         new_use = (shift[:, None, :] + use[None, :, :]).reshape(-1, resources)  # sorted runs, which sort fast
         new_price = (cost[:, None] + price[None, :]).reshape(-1)
         unused = np.maximum(slack - new_use - up[row + 1], 0.0) @ multipliers
-        kept = np.flatnonzero((new_price + unused <= best[0]) & (new_use + down[row + 1] <= slack).all(axis=1))
-        kept = kept[undominated(new_use[kept], new_price[kept] - new_use[kept] @ multipliers)]
-        if len(kept) > max_states:
+        survivors = np.flatnonzero((new_price + unused <= best[0]) & (new_use + down[row + 1] <= slack).all(axis=1))
+        survivors = survivors[undominated(new_use[survivors], new_price[survivors] - new_use[survivors] @ multipliers)]
+        if len(survivors) > max_states:
             # the likeliest are cheap and near the limits; what is dropped is bounded by its price alone
-            likely = new_price[kept] + np.abs(slack - new_use[kept]) @ multipliers
+            likely = new_price[survivors] + np.abs(slack - new_use[survivors]) @ multipliers
             order = np.argpartition(likely, max_states)
-            lost = min(lost, float(new_price[kept[order[max_states:]]].min()))
-            kept = np.sort(kept[order[:max_states]])
-        use, price = new_use[kept], new_price[kept]
-        history.append(((kept % states).astype(np.int32), (kept // states).astype(np.int16)))
-        largest = max(largest, len(kept))
-        if not len(kept):
+            lost = min(lost, float(new_price[survivors[order[max_states:]]].min()))
+            survivors = np.sort(survivors[order[:max_states]])
+        use, price = new_use[survivors], new_price[survivors]
+        history.append(((survivors % states).astype(np.int32), (survivors // states).astype(np.int16)))
+        largest = max(largest, len(survivors))
+        if not len(survivors):
             break
         take(row + 1)
         if time.perf_counter() > deadline:

@@ -107,12 +107,12 @@ def _direct(table: CostTable, over: str, method: Method, epsilon: float) -> Fron
         method = "exact" if problem.objective.size <= EXACT_CELLS else "hull"
     rows, fixed, divisor = problem.row_of_layer, axis.fixed[0], axis.divisor
     if method == "exact":
-        found = frontier.exact_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
+        points = frontier.exact_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
     elif method == "epsilon":
-        found = frontier.epsilon_front(table.sensitivity, axis.cells[0], epsilon, rows, fixed, divisor)
+        points = frontier.epsilon_front(table.sensitivity, axis.cells[0], epsilon, rows, fixed, divisor)
     else:
-        found = frontier.hull_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
-    return Front(table, over, found.usage, found.sensitivity, found.gap, found.method, problem, _Points(found))
+        points = frontier.hull_front(table.sensitivity, axis.cells[0], rows, fixed, divisor)
+    return Front(table, over, points.usage, points.sensitivity, points.gap, points.method, problem, _Points(points))
 
 
 def _several(table: CostTable, over: tuple[str, ...]) -> Front:
@@ -120,16 +120,16 @@ def _several(table: CostTable, over: tuple[str, ...]) -> Front:
 
     problem = Problem.of(table, Budget())
     axes = [total_of(table, name) for name in over]
-    found = frontier.exact_front_of_several(
+    points = frontier.exact_front_of_several(
         table.sensitivity,
         np.array([axis.cells[0] for axis in axes]),
         problem.row_of_layer,
         np.array([axis.fixed[0] for axis in axes]),
         np.array([axis.divisor for axis in axes]),
     )
-    first, more = found.usage[:, 0], found.usage[:, 1:]
+    first, more = points.usage[:, 0], points.usage[:, 1:]
     return Front(
-        table, over[0], first, found.sensitivity, found.gap, found.method, problem, _Points(found), over[1:], more
+        table, over[0], first, points.sensitivity, points.gap, points.method, problem, _Points(points), over[1:], more
     )
 
 
@@ -171,7 +171,7 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
     if cheapest is None:
         cheapest = least_options(axis.cells[0], free.row_of_layer, ~np.isnan(free.objective))
     limits = np.linspace(used(cheapest), used(best.options), points)
-    found: dict[float, tuple[float, float, NDArray[np.int64]]] = {}
+    best_at: dict[float, tuple[float, float, NDArray[np.int64]]] = {}
     for limit in limits.tolist():
         problem = free.limited({over: (-math.inf, limit)})
         choice = choose(solver, problem)
@@ -180,21 +180,21 @@ def _sweep(table: CostTable, over: str, budget: Budget, solver: Solver | None, p
         value = problem.value(choice.options)
         gap = 0.0 if choice.status is Status.OPTIMAL else relative_gap(value, choice.bound)
         at = used(choice.options)
-        if at not in found or value < found[at][0]:
-            found[at] = (value, gap, choice.options)
-    kept: list[float] = []
-    for at in sorted(found):
-        if not kept or found[at][0] < found[kept[-1]][0]:
-            kept.append(at)
-    if not kept:
+        if at not in best_at or value < best_at[at][0]:
+            best_at[at] = (value, gap, choice.options)
+    uses: list[float] = []
+    for at in sorted(best_at):
+        if not uses or best_at[at][0] < best_at[uses[-1]][0]:
+            uses.append(at)
+    if not uses:
         raise SolverError(f"{solver!r} found no plan at any of {points} limits")
     return Front(
         table,
         over,
-        np.array(kept),
-        np.array([found[at][0] for at in kept]),
-        np.array([found[at][1] for at in kept]),
+        np.array(uses),
+        np.array([best_at[at][0] for at in uses]),
+        np.array([best_at[at][1] for at in uses]),
         f"sweep of {solver!r}",
         Problem.of(table, Budget()),
-        [found[at][2] for at in kept],
+        [best_at[at][2] for at in uses],
     )

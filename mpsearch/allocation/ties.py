@@ -81,7 +81,7 @@ def tie_prices(table: CostTable, budget: Budget, *, minimize: str = "sensitivity
         alone = title in together
         key = (_reason(title, names), str(alone), *ends) if len(groups) > _ONE_BY_ONE else (title,)
         kinds.setdefault(key, []).append(title)
-    found = []
+    ties = []
     for titles in kinds.values():
         members = tuple(name for title in titles for name in groups[title])
         price, unknown = None, "its layers were scored as one"
@@ -89,8 +89,8 @@ def tie_prices(table: CostTable, budget: Budget, *, minimize: str = "sensitivity
             unknown = "the best plan is not proven"
         elif titles[0] not in together:
             price, unknown = _price(table, set(titles), tied, budget, minimize)
-        found.append(Tie(members, len(titles), _reason(titles[0], groups[titles[0]]), price, unknown))
-    return sorted(found, key=lambda tie: -np.inf if tie.price is None else tie.price, reverse=True)
+        ties.append(Tie(members, len(titles), _reason(titles[0], groups[titles[0]]), price, unknown))
+    return sorted(ties, key=lambda tie: -np.inf if tie.price is None else tie.price, reverse=True)
 
 
 def _price(
@@ -104,7 +104,9 @@ def _price(
         return None, str(error)
     if free.status is not Status.OPTIMAL:
         return None, "the best plan is not proven"
-    values = [one.sensitivity if minimize == "sensitivity" else one.usage[minimize] for one in (tied, free)]
+    values = [
+        solution.sensitivity if minimize == "sensitivity" else solution.usage[minimize] for solution in (tied, free)
+    ]
     return max(0.0, values[0] - values[1]), ""
 
 

@@ -98,17 +98,17 @@ class Problem:
                 rows.append((f"{name} at least", *self._row(total.negative, 0, -lower)))
             if upper < math.inf:
                 rows += [(name, *self._row(total, step, upper)) for step in range(len(total.cells))]
-        kept = [r for r, name in enumerate(self.row_names) if name.removesuffix(" at least") not in limits]
-        usage = [*self.usage[kept], *(row[1] for row in rows)]
+        others = [r for r, name in enumerate(self.row_names) if name.removesuffix(" at least") not in limits]
+        usage = [*self.usage[others], *(row[1] for row in rows)]
         stacked = usage[0][None] if len(usage) == 1 else np.array(usage).reshape(len(usage), *self.objective.shape)
         stacked.flags.writeable = False
         return replace(
             self,
             limits={**self.limits, **limits},
             usage=stacked,
-            free=np.array([*self.free[kept], *(row[2] for row in rows)]),
-            blur=np.array([*self.blur[kept], *(row[3] for row in rows)]),
-            row_names=(*(self.row_names[r] for r in kept), *(row[0] for row in rows)),
+            free=np.array([*self.free[others], *(row[2] for row in rows)]),
+            blur=np.array([*self.blur[others], *(row[3] for row in rows)]),
+            row_names=(*(self.row_names[r] for r in others), *(row[0] for row in rows)),
         )
 
     def _row(self, total: Total, step: int, limit: float) -> tuple[Array, float, float]:
@@ -174,9 +174,9 @@ class Problem:
                     continue
                 for step in range(len(steps.cells)):
                     least = least_options(steps.cells[step], self.row_of_layer, allowed)
-                    one = replace(steps, cells=[steps.cells[step]], fixed=[steps.fixed[step]])
-                    if (used := one.of(least[self.row_of_layer])) > bound:
-                        return self._shortfall(one, used, least, limit, lower=lower)
+                    amount_of_step = replace(steps, cells=[steps.cells[step]], fixed=[steps.fixed[step]])
+                    if (used := amount_of_step.of(least[self.row_of_layer])) > bound:
+                        return self._shortfall(amount_of_step, used, least, limit, lower=lower)
         return None
 
     def _shortfall(self, total: Total, used: float, options: NDArray[np.int64], limit: Limit, *, lower: bool) -> str:
@@ -293,7 +293,7 @@ def uniform_options(allowed: NDArray[np.bool_], precisions: Sequence[Precision])
     w4 where allowed [1 1 2]
     """
     bits = np.array([[p.weight_bits, p.activation_bits] for p in precisions])
-    found: dict[str, NDArray[np.int64]] = {}
+    plans: dict[str, NDArray[np.int64]] = {}
     for column, precision in enumerate(precisions):
         can = allowed[:, column]
         if 2 * can.sum() < len(can):
@@ -304,9 +304,9 @@ def uniform_options(allowed: NDArray[np.bool_], precisions: Sequence[Precision])
         for row in np.flatnonzero(~can):
             having = [int(p) for p in order if allowed[row, p]]
             options[row] = next((p for p in having if wider[p]), having[-1])
-        if not any(np.array_equal(options, other) for other in found.values()):
-            found[str(precision) if can.all() else f"{precision} where allowed"] = options
-    return found
+        if not any(np.array_equal(options, other) for other in plans.values()):
+            plans[str(precision) if can.all() else f"{precision} where allowed"] = options
+    return plans
 
 
 def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
@@ -318,15 +318,16 @@ def attainable(table: CostTable) -> dict[str, tuple[float, float]]:
     allowed = ~np.isnan(merged(table.sensitivity, rows)[0])
     if not allowed.any(axis=1).all():
         return dict.fromkeys(table.resources, (math.inf, -math.inf))
-    found = {}
+    ranges = {}
     for name in table.resources:
         total = total_of(table, name)
         steps = [replace(total, cells=[c], fixed=[f]) for c, f in zip(total.cells, total.fixed, strict=True)]
         ends = [
-            [one.of(least_options(sign * one.cells[0], rows, allowed)[rows]) for one in steps] for sign in (1.0, -1.0)
+            [step.of(least_options(sign * step.cells[0], rows, allowed)[rows]) for step in steps]
+            for sign in (1.0, -1.0)
         ]
-        found[name] = (max(ends[0]), max(ends[1]))
-    return found
+        ranges[name] = (max(ends[0]), max(ends[1]))
+    return ranges
 
 
 def least_options(cells: Array, row_of_layer: NDArray[np.int64], allowed: NDArray[np.bool_]) -> NDArray[np.int64]:

@@ -76,10 +76,10 @@ def fitted(
     """
     plan = named_in(plan, model)
     if snap:
-        found = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
-        if found.changes:
-            warnings.warn(str(found), MpsearchWarning, stacklevel=3)
-            return found.plan
+        moved = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
+        if moved.changes:
+            warnings.warn(str(moved), MpsearchWarning, stacklevel=3)
+            return moved.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     if model is not None:
         with decomposed(model):
@@ -92,8 +92,8 @@ def fitted(
     plan = _reached(plan, layers)
     for title, names in joined(plan, model, known.fused):
         if len({_effect(plan, name) for name in names}) > 1:
-            told = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
-            raise ExportError(f"{target} needs one precision for layers that {title}: {told}")
+            choices = ", ".join(f"{name} {plan.get(name, 'left alone')}" for name in names)
+            raise ExportError(f"{target} needs one precision for layers that {title}: {choices}")
     if model is not None and "memory_bytes" in plan.usage:
         difference = differing(plan.usage["memory_bytes"], plan_bytes(plan, model, known, symmetric=symmetric).total)
         if difference:
@@ -201,7 +201,7 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
     with decomposed(model):
         modules = dict(model.named_modules(remove_duplicate=False))
     known = [name for name, module in modules.items() if kind_of(module) is not None]
-    found = {}
+    layers = {}
     for name in plan:
         kind = kind_of(modules[name]) if name in modules else None
         if kind is None and _is_matrix(name, model):  # functions read it, and no layer holds it
@@ -225,8 +225,8 @@ def described(plan: Plan, model: nn.Module | None, target: str | None = None) ->
         if kind == "linear" and not isinstance(modules[name], nn.Linear):
             kind = "transposed linear"  # GPT-2's Conv1D, which other tools do not know
         dtype = str(weight.dtype).removeprefix("torch.")
-        found[name] = Layer(name, kind, tuple(weight.shape), dtype=dtype)
-    return found
+        layers[name] = Layer(name, kind, tuple(weight.shape), dtype=dtype)
+    return layers
 
 
 def _is_matrix(name: str, model: nn.Module) -> bool:
@@ -279,7 +279,7 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
         fused: what is joined at run time.
     """
     names = list(plan)
-    found: list[tuple[str, tuple[str, ...]]] = []
+    groups: list[tuple[str, tuple[str, ...]]] = []
     if model is not None:
         with decomposed(model):
             every = dict(model.named_modules(remove_duplicate=False))
@@ -288,9 +288,11 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
         holders: dict[tuple[torch.device, int, int], list[str]] = {}
         for name, module in modules.items():
             holders.setdefault(storage_of(weight_of(module)), []).append(name)
-        found += [("share a weight", tuple(tied)) for tied in holders.values() if len(tied) > 1]
-    found += [("are fused at run time", members) for members in fused_groups(names, fused).values() if len(members) > 1]
-    return [(title, group) for title, group in found if any(name in plan for name in group)]
+        groups += [("share a weight", tuple(tied)) for tied in holders.values() if len(tied) > 1]
+    groups += [
+        ("are fused at run time", members) for members in fused_groups(names, fused).values() if len(members) > 1
+    ]
+    return [(title, group) for title, group in groups if any(name in plan for name in group)]
 
 
 def group_size(found: int, columns: int, planned: Precision) -> int | None:

@@ -48,9 +48,9 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
     with traced("onnxruntime"):
         program = torch.onnx.export(model, **call, dynamo=True, verbose=False, dynamic_shapes=dynamic_shapes)
     assert program is not None
-    made = program.model_proto
-    constants = {tensor.name: tensor for tensor in made.graph.initializer}
-    for node in made.graph.node:
+    proto = program.model_proto
+    constants = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
         scopes = next((p.value for p in node.metadata_props if p.key == "pkg.torch.onnx.name_scopes"), "[]")
         owner = next((name for name in reversed(ast.literal_eval(scopes)[:-1]) if name), None)
         if owner not in nodes or node.op_type not in _OPERATORS or node.input[1] not in constants:
@@ -61,12 +61,12 @@ def layer_nodes(plan: Plan, model: nn.Module, example: Batch, dynamic_shapes: An
         if not np.array_equal(stored, weights[owner].numpy()):
             raise ExportError(f"the node {node.name!r} of the traced graph does not hold the weight of {owner!r}")
         nodes[owner].append(node)
-    for name, found in nodes.items():
-        if not found:
+    for name, members in nodes.items():
+        if not members:
             raise ExportError(
                 f"the traced graph has no product with the weight of {name!r}: does the example reach it?"
             )
-    return made, nodes
+    return proto, nodes
 
 
 def transposed(node: Any) -> bool:

@@ -89,7 +89,7 @@ def checkpoint_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
     own = dict(model.named_modules())
     places = [place for name in linear_layers(model) if name not in own and (place := place_of(name))]
     counts = Counter((place.block, place.part) for place in places)
-    found: dict[str, tuple[str, ...]] = {}
+    names_of: dict[str, tuple[str, ...]] = {}
     for (block, part), count in counts.items():
         marks = torch.tensor([0.0, 0.0, 1.0, 1.0]).reshape(1, 4, 1).expand(count, 4, 1)  # (experts, out, in)
         saved: dict[int, list[tuple[float, str, Tensor]]] = {}
@@ -100,15 +100,15 @@ def checkpoint_names(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for number, entries in saved.items():
             entries.sort(key=lambda entry: entry[0])
             if torch.equal(torch.cat([rows for *_, rows in entries]), marks[0].flatten()):
-                found[f"{block}.{number}.{part}"] = tuple(name for _, name, _ in entries)
-    return found
+                names_of[f"{block}.{number}.{part}"] = tuple(name for _, name, _ in entries)
+    return names_of
 
 
 def renamed(names: Iterable[str], known: Mapping[str, tuple[str, ...]]) -> list[str]:
     """What `targets` returns, by other names of the layers of experts."""
     blocks = {_pattern(_block(layer)): _pattern(_block(saved[0])) for layer, saved in known.items()}
-    found = [part for name in names for part in known.get(name, (blocks.get(name, name),))]
-    return list(dict.fromkeys(found))
+    parts = [part for name in names for part in known.get(name, (blocks.get(name, name),))]
+    return list(dict.fromkeys(parts))
 
 
 def checkpoint_parts(key: str, value: Tensor, known: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:

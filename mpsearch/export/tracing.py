@@ -23,5 +23,5 @@ def traced(target: str) -> Iterator[None]:
         while (before := cause.__cause__ or cause.__context__) is not None:
             cause = before
         lines = [line for line in str(cause).splitlines() if line.strip()]
-        told = f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
-        raise ExportError(f"{target} cannot trace the model on the example: {told}") from error
+        reason = f"{type(cause).__name__}: {lines[0].strip()}" if lines else type(cause).__name__
+        raise ExportError(f"{target} cannot trace the model on the example: {reason}") from error

@@ -73,19 +73,19 @@ def exllamav2_table(path: str | os.PathLike[str], model: nn.Module | None = None
 
 def _blocks(measured: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """Name and options of each measured block; norms, head and embedding have none."""
-    found: list[tuple[str, list[dict[str, Any]]]] = []
+    blocks: list[tuple[str, list[dict[str, Any]]]] = []
     for name, options in measured.items():
         if isinstance(options, dict):  # attention and MLP side by side
-            found += [(f"{name}.{part}", inner) for part, inner in options.items() if inner]
+            blocks += [(f"{name}.{part}", inner) for part, inner in options.items() if inner]
         elif options:
-            found.append((name, options))
-    return found
+            blocks.append((name, options))
+    return blocks
 
 
 def _members(linear: Mapping[str, nn.Module], block: str, key: str) -> list[str]:
     """Layers of a block that one entry of its options speaks of: all experts at once."""
-    found = _BLOCK.match(block)
-    names = [n for n in linear if found and n.startswith(f"{found[0]}.") and n.rpartition(".")[2] == key]
+    match = _BLOCK.match(block)
+    names = [n for n in linear if match and n.startswith(f"{match[0]}.") and n.rpartition(".")[2] == key]
     if not names:
         raise TableError(f"the measurement names {key!r} in {block!r}, which the model does not have")
     return names
@@ -99,6 +99,6 @@ def _best(options: list[dict[str, Any]], sizes: dict[str, int]) -> dict[int, tup
             key: sum(b * p for b, p in zip(option[key]["bits"], option[key]["bits_prop"], strict=True)) for key in sizes
         }
         width = round(sum(means[key] * size for key, size in sizes.items()) / sum(sizes.values()))
-        found = (1 - float(option["accuracy"]), float(option["total_bits"]))
-        best[width] = min(best.get(width, found), found)
+        measured = (1 - float(option["accuracy"]), float(option["total_bits"]))
+        best[width] = min(best.get(width, measured), measured)
     return best

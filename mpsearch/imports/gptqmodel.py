@@ -77,7 +77,7 @@ def _precision(settings: dict[str, Any]) -> Precision:
 
 
 def _literal(pattern: str, path: str | os.PathLike[str]) -> str:
-    found = _LITERAL.fullmatch(pattern.removeprefix("+:").removeprefix("-:"))
-    if found is None:
+    match = _LITERAL.fullmatch(pattern.removeprefix("+:").removeprefix("-:"))
+    if match is None:
         raise PlanError(f"{path}: {pattern!r} matches more than one name; give the model to match it")
-    return re.sub(r"\\(.)", r"\1", found[1])
+    return re.sub(r"\\(.)", r"\1", match[1])

@@ -78,14 +78,14 @@ def modelopt_table(path: str | os.PathLike[str], model: nn.Module | None = None)
     state = _state(path)
     rows: list[Layer] = []
     cells: list[dict[Precision, tuple[float, float]]] = []
-    for title, found in state["candidate_stats"].items():
-        names = found["module_names"]
+    for title, stats in state["candidate_stats"].items():
+        names = stats["module_names"]
         for place, name in enumerate(names):
             group = title.removesuffix(".quant_recipe") if len(names) > 1 else ""
-            shape = (int(found["uncompressed_cost"]),) if len(names) == 1 else ()
+            shape = (int(stats["uncompressed_cost"]),) if len(names) == 1 else ()
             rows.append(_layer(name, group, shape, model))
             options: dict[Precision, tuple[float, float]] = {}
-            for recipe, score, cost in zip(found["formats"], found["scores"], found["costs"], strict=True):
+            for recipe, score, cost in zip(stats["formats"], stats["scores"], stats["costs"], strict=True):
                 precision = _precision(recipe.config.quant_cfg, name, f"{path}: {recipe} of {name!r}")
                 if precision in options:
                     raise TableError(f"{path}: {name!r} has two formats that are {precision}")
@@ -130,17 +130,17 @@ def _layer(name: str, group: str, shape: tuple[int, ...], model: nn.Module | Non
 
 def _precision(entries: Sequence[Any], layer: str, where: str) -> Precision:
     """The last entry that matches a quantizer decides."""
-    found: dict[str, Any] = {"weight": None, "input": None}
+    formats: dict[str, Any] = {"weight": None, "input": None}
     for entry in entries:
-        for part in found:
+        for part in formats:
             if entry.get("parent_class") is None and fnmatch.fnmatch(
                 f"{layer}.{part}_quantizer", entry["quantizer_name"]
             ):
-                found[part] = entry.get("cfg") if entry.get("enable", True) else None
-    if found["weight"] is None:
+                formats[part] = entry.get("cfg") if entry.get("enable", True) else None
+    if formats["weight"] is None:
         return _LEFT_ALONE
-    weight, size = _format(found["weight"], where)
-    return Precision(weight, "16" if found["input"] is None else _format(found["input"], where)[0], size)
+    weight, size = _format(formats["weight"], where)
+    return Precision(weight, "16" if formats["input"] is None else _format(formats["input"], where)[0], size)
 
 
 def _format(settings: Any, where: str) -> tuple[str, int | None]:

@@ -39,11 +39,11 @@ def from_nncf(path: str | os.PathLike[str], model: nn.Module | None = None) -> P
         raise PlanError(f"{path}: no 'layers' of an OpenVINO model")
     chosen: dict[str, Precision] = {}
     for layer in root.iterfind("layers/layer[@type='Const']"):
-        found, data = _WEIGHT.fullmatch(layer.attrib["name"]), layer.find("data")
-        if found is not None and data is not None and data.attrib["element_type"] not in _FLOATS:
-            precision = _precision(data.attrib, f"{path}: {found[1]!r}")
-            if chosen.setdefault(found[1], precision) != precision:
-                raise PlanError(f"{path}: {found[1]!r} has two weights, at {chosen[found[1]]} and {precision}")
+        match, data = _WEIGHT.fullmatch(layer.attrib["name"]), layer.find("data")
+        if match is not None and data is not None and data.attrib["element_type"] not in _FLOATS:
+            precision = _precision(data.attrib, f"{path}: {match[1]!r}")
+            if chosen.setdefault(match[1], precision) != precision:
+                raise PlanError(f"{path}: {match[1]!r} has two weights, at {chosen[match[1]]} and {precision}")
     if model is None:
         return Plan(chosen, origin=_origin(path))
     kinds = {name: kind_of(module) for name, module in model.named_modules()}

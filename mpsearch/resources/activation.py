@@ -56,20 +56,20 @@ class ActivationBytes:
         usage = np.zeros(shape)  # the last column: unquantized
         fixed = np.zeros(shape[0])
         steps = np.array(watch.full_steps)
-        for one in watch.every:
-            alive = (steps >= one.born) & (steps < one.died)
-            names = sorted(one.readers, key=lambda name: row_of.get(name, -1))
-            decided = bool(names) and one.dtype.is_floating_point and "" not in one.readers
+        for piece in watch.every:
+            alive = (steps >= piece.born) & (steps < piece.died)
+            names = sorted(piece.readers, key=lambda name: row_of.get(name, -1))
+            decided = bool(names) and piece.dtype.is_floating_point and "" not in piece.readers
             if decided and len({decision_of[name] for name in names}) == 1:
-                dtype = str(one.dtype).removeprefix("torch.")
-                elements = one.nbytes / one.dtype.itemsize
-                sizes = [one.nbytes if f == "16" else elements * stored_bits(f, dtype) / 8 for f in formats]
-                usage[alive, row_of[names[0]]] += [*sizes, one.nbytes]
+                dtype = str(piece.dtype).removeprefix("torch.")
+                elements = piece.nbytes / piece.dtype.itemsize
+                sizes = [piece.nbytes if f == "16" else elements * stored_bits(f, dtype) / 8 for f in formats]
+                usage[alive, row_of[names[0]]] += [*sizes, piece.nbytes]
             else:
-                fixed[alive] += one.nbytes
+                fixed[alive] += piece.nbytes
         reference = float((usage[:, :, -1].sum(1) + fixed).max())
-        kept = _uncovered(np.concatenate([usage[:, :, :-1].reshape(len(fixed), -1), fixed[:, None]], 1))
-        return Resource(usage[kept][:, :, :-1], fixed[kept], reference)
+        largest = _uncovered(np.concatenate([usage[:, :, :-1].reshape(len(fixed), -1), fixed[:, None]], 1))
+        return Resource(usage[largest][:, :, :-1], fixed[largest], reference)
 
 
 def _one_sample(example: Batch) -> Batch:
@@ -81,11 +81,11 @@ def _one_sample(example: Batch) -> Batch:
 def _uncovered(steps: Array) -> list[int]:
     """Rows of (T, N) that no other row is at least as large as everywhere."""
     active = steps[:, steps.any(axis=0)]
-    kept: list[int] = []
+    uncovered: list[int] = []
     for place in np.argsort(-active.sum(axis=1), kind="stable"):
-        if not any((active[other] >= active[place]).all() for other in kept):
-            kept.append(int(place))
-    return sorted(kept)
+        if not any((active[other] >= active[place]).all() for other in uncovered):
+            uncovered.append(int(place))
+    return sorted(uncovered)
 
 
 @dataclass
@@ -114,17 +114,19 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._bury()
-        given = {_key(x): x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
-        for key, x in given.items():
+        inputs = {_key(x): x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)}
+        for key, x in inputs.items():
             if key not in self.storages and key not in self.weights:
                 self._note(key, x, 0)  # held from outside
         result = func(*args, **(kwargs or {}))
-        made = {_key(x): x for x in tree_iter(result) if isinstance(x, Tensor)}
-        for key, x in made.items():
-            if key not in given:
+        outputs = {_key(x): x for x in tree_iter(result) if isinstance(x, Tensor)}
+        for key, x in outputs.items():
+            if key not in inputs:
                 self._note(key, x, self.step)
                 self.living.append((StorageWeakRef(x.untyped_storage()), self.storages[key]))
-        for key in given.keys() - made.keys() - self.weights:  # what shares memory with the result is only seen anew
+        for key in (
+            inputs.keys() - outputs.keys() - self.weights
+        ):  # what shares memory with the result is only seen anew
             self.storages[key].readers.add(self.inside[-1])
         self.step += 1
         return result
@@ -134,12 +136,12 @@ class _Watch(TorchDispatchMode):
         self.every.append(self.storages[key])
 
     def _bury(self) -> None:
-        gone = [one for held, one in self.living if held.expired()]
-        for one in gone:
-            one.died = self.step
-        if gone:
+        freed = [piece for held, piece in self.living if held.expired()]
+        for piece in freed:
+            piece.died = self.step
+        if freed:
             self.full_steps.append(self.step - 1)
-            self.living = [(held, one) for held, one in self.living if one.died == math.inf]
+            self.living = [(held, piece) for held, piece in self.living if piece.died == math.inf]
 
     def finish(self) -> None:
         """Close the last step."""

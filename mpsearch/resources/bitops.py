@@ -93,10 +93,10 @@ class _Products(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if name in ("mm", "bmm", "mv", "dot", "addmm", "baddbmm", "addmv"):
-            left = args[1] if name in ("addmm", "baddbmm", "addmv") else args[0]
-            self.macs += result.numel() * left.shape[-1]
+            first = args[1] if name in ("addmm", "baddbmm", "addmv") else args[0]
+            self.macs += result.numel() * first.shape[-1]
         elif name in ("convolution", "_convolution"):
-            given, weight, transposed = args[0], args[1], args[6]
-            counted: Tensor = given if transposed else result  # each of its elements meets one kernel
+            x, weight, transposed = args[0], args[1], args[6]
+            counted: Tensor = x if transposed else result  # each of its elements meets one kernel
             self.macs += counted.numel() * (weight.numel() // weight.shape[0])
         return result

@@ -48,39 +48,39 @@ def calls_of(model: nn.Module, names: Iterable[str], example: Batch) -> dict[str
     """
     if example is None:
         raise TableError("this resource runs the model: give it example=, one batch")
-    found: dict[str, list[CallSizes]] = {name: [] for name in names}
+    calls: dict[str, list[CallSizes]] = {name: [] for name in names}
 
     def watch(name: str) -> Callable[[nn.Module, Any, Any, Any], None]:
         def see(module: nn.Module, args: Any, keywords: Any, output: Any) -> None:
-            given = first_tensor(args if args else keywords)
-            made = output if isinstance(output, Tensor) else first_tensor(output)
-            found[name].append(CallSizes(tuple(given.shape), given.dtype, made.numel()))
+            x = first_tensor(args if args else keywords)
+            y = output if isinstance(output, Tensor) else first_tensor(output)
+            calls[name].append(CallSizes(tuple(x.shape), x.dtype, y.numel()))
 
         return see
 
     with preserved(model, example), torch.no_grad():  # which takes the hooks out
-        for name in found:
+        for name in calls:
             layer_of(model, name).register_forward_hook(watch(name), with_kwargs=True)
         call(model, example)
-    return found
+    return calls
 
 
-def bytes_moved(layer: Layer, one: CallSizes, precision: Precision, quantizer: ScaleLayout) -> float:
+def bytes_moved(layer: Layer, sizes: CallSizes, precision: Precision, quantizer: ScaleLayout) -> float:
     """Bytes that a call moves: the packed weight, or the rows of an embedding that are looked up, once; input and output once.
 
     Keys and values are written to the cache once and read once. nan where the format cannot hold rows of this length: not allowed.
 
-    >>> one = CallSizes((2,), torch.int64, 2 * 4)
-    >>> bytes_moved(Layer("e", "embedding", (100, 4)), one, Precision("16"), None)   # 2 rows of 16; 2 inputs and 8 outputs of 4
+    >>> sizes = CallSizes((2,), torch.int64, 2 * 4)
+    >>> bytes_moved(Layer("e", "embedding", (100, 4)), sizes, Precision("16"), None)   # 2 rows of 16; 2 inputs and 8 outputs of 4
     72.0
     """
     try:
         if layer.is_cache:
-            rows = one.inputs // one.shape[-1]
-            return 2.0 * packed_bytes(one.inputs, rows, layer.dtype_bytes, precision, quantizer)
+            rows = sizes.inputs // sizes.shape[-1]
+            return 2.0 * packed_bytes(sizes.inputs, rows, layer.dtype_bytes, precision, quantizer)
         whole = packed_bytes(layer.numel, layer.weight_shape[0], layer.dtype_bytes, precision, quantizer)
     except EstimatorError:
         return math.nan
-    share = min(1.0, one.outputs / layer.numel) if layer.kind == "embedding" else 1.0
-    inputs = one.inputs * stored_bits(precision.activation, layer.dtype) / 8
-    return whole * share + inputs + one.outputs * layer.dtype_bytes
+    share = min(1.0, sizes.outputs / layer.numel) if layer.kind == "embedding" else 1.0
+    inputs = sizes.inputs * stored_bits(precision.activation, layer.dtype) / 8
+    return whole * share + inputs + sizes.outputs * layer.dtype_bytes

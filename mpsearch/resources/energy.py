@@ -106,7 +106,7 @@ class Energy:
         joules = np.zeros((len(layers), len(columns)))
         for row, layer in enumerate(layers):
             for column, precision in enumerate(columns):
-                moved = sum(bytes_moved(layer, one, precision, self.quantizer) for one in calls[layer.name]) / count
+                moved = sum(bytes_moved(layer, sizes, precision, self.quantizer) for sizes in calls[layer.name]) / count
                 facing = "16" if layer.is_cache else precision.activation
                 mac = self.operations.mac(number(precision.weight, layer.dtype), number(facing, layer.dtype))
                 joules[row, column] = layer.macs * mac + moved * self.operations.memory_byte

@@ -39,10 +39,10 @@ class Cache:
         """Bytes for one sequence; every head of every token has a scale of its own. nan where the format cannot hold a head."""
         tokens = context if self.window is None else min(context, self.window)
         try:
-            one = packed_bytes(self.heads * self.size, self.heads, self.dtype_bytes, precision, quantizer)
+            token = packed_bytes(self.heads * self.size, self.heads, self.dtype_bytes, precision, quantizer)
         except EstimatorError:
             return math.nan
-        return float(tokens * one)
+        return float(tokens * token)
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class KVCacheBytes:
             usage[row] = [self._nbytes(caches.get(layer.name, []), precision) for precision in precisions]
         decided = {layer.name for layer in layers}
         fixed = sum(
-            self._nbytes(found, self.keys if name.rpartition(".")[2].startswith("k") else self.values)
-            for name, found in caches.items()
+            self._nbytes(fills, self.keys if name.rpartition(".")[2].startswith("k") else self.values)
+            for name, fills in caches.items()
             if name not in decided
         )
-        return Resource(usage, fixed, sum(self._nbytes(found, Precision("16")) for found in caches.values()))
+        return Resource(usage, fixed, sum(self._nbytes(fills, Precision("16")) for fills in caches.values()))
 
     def _nbytes(self, caches: Sequence[Cache], precision: Precision) -> float:
         return self.batch * math.fsum(cache.nbytes(precision, self.context, self.quantizer) for cache in caches)
@@ -122,14 +122,14 @@ def caches_of(model: nn.Module, example: Batch) -> dict[str, list[Cache]]:
     Raises:
         TableError: where there is none.
     """
-    found: dict[str, list[Cache]] = {}
+    caches: dict[str, list[Cache]] = {}
 
     def watch(name: str) -> Callable[[KVCache, tuple[Any, ...], Tensor], None]:
         def see(module: KVCache, _args: tuple[Any, ...], x: Tensor) -> None:
             if x.ndim != 4:
                 raise TableError(f"cache {name!r} is given {tuple(x.shape)}, expected (batch, heads, tokens, size)")
             _, heads, _, size = x.shape
-            found.setdefault(name, []).append(Cache(heads, size, module.window, x.element_size()))
+            caches.setdefault(name, []).append(Cache(heads, size, module.window, x.element_size()))
 
         return see
 
@@ -141,9 +141,9 @@ def caches_of(model: nn.Module, example: Batch) -> dict[str, list[Cache]]:
         finally:
             for handle in handles:
                 handle.remove()
-    if not found:
+    if not caches:
         raise TableError(
             f"kv_cache_bytes: the example fills no cache: {type(model).__name__} has neither attention of transformers that keeps keys "
             "and values, nor modules mpsearch.KVCache that they go through"
         )
-    return found
+    return caches

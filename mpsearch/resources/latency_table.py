@@ -119,7 +119,7 @@ class LatencyTable:
             raise TableError(
                 f"{self.path}: columns {','.join(header) or 'none'}; expected {','.join(_BY_LAYER)} or {','.join(_BY_SHAPE)}"
             )
-        found: dict[tuple[str, str], float] = {}
+        cells: dict[tuple[str, str], float] = {}
         for line, row in enumerate(rows[1:], 2):
             if not row:
                 continue
@@ -133,10 +133,10 @@ class LatencyTable:
                 raise TableError(
                     f"{self.path}, line {line}: {','.join(row)}; expected {','.join(header)} with 0 or more seconds, or nan"
                 )
-            if place in found:
+            if place in cells:
                 raise TableError(f"{self.path}, line {line}: {place[0]} at {place[1]} occurs twice")
-            found[place] = value
-        return header == _BY_LAYER, found
+            cells[place] = value
+        return header == _BY_LAYER, cells
 
 
 def _shape(text: str) -> tuple[int, ...]:

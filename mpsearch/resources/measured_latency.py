@@ -101,7 +101,7 @@ class MeasuredLatency:
         count = samples(example)
         columns = list(dict.fromkeys([*precisions, Precision("16")]))
         known = _read(self.cache)
-        found: dict[str, Timing] = {}
+        timings: dict[str, Timing] = {}
         reasons: dict[str, str] = {}
         with preserved(model), torch.no_grad(), _threads(self.threads):
             work = {
@@ -112,46 +112,47 @@ class MeasuredLatency:
             }
             for module, one in work.values():
                 keys = {self._key(module, one, precision): precision for precision in columns}
-                found |= {key: known[key] for key in keys if key in known}
-                missing = {key: precision for key, precision in keys.items() if key not in found}
+                timings |= {key: known[key] for key in keys if key in known}
+                missing = {key: precision for key, precision in keys.items() if key not in timings}
                 kernels, refused = self._kernels(module, one, missing)
                 reasons |= refused
-                found |= time_in_turns(kernels, self.rounds, device_of(model))
+                timings |= time_in_turns(kernels, self.rounds, device_of(model))
             seconds = np.array(
                 [
                     [_of_cache(one) for one in columns]
                     if layer.is_cache
                     else [
-                        self._sum(_timed(layer_of(model, layer.name)), calls[layer.name], one, found) for one in columns
+                        self._sum(_timed(layer_of(model, layer.name)), calls[layer.name], one, timings)
+                        for one in columns
                     ]
                     for layer in layers
                 ]
             )
-            asked = seconds[:, [columns.index(one) for one in precisions]]
-            for layer, row in zip(layers, asked, strict=True):
+            of_options = seconds[:, [columns.index(one) for one in precisions]]
+            for layer, row in zip(layers, of_options, strict=True):
                 if np.isnan(row).all() and layer.is_cache:
                     raise TableError(
                         f"latency_s of cache {layer.name!r}: nothing installed runs one in few bits; add w16"
                     )
                 if np.isnan(row).all():
                     module, one = _timed(layer_of(model, layer.name)), calls[layer.name][0]
-                    said = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
-                    raise TableError(f"latency_s of layer {layer.name!r}: no kernel runs it: {'; '.join(said)}")
+                    refusals = dict.fromkeys(reasons.get(self._key(module, one, p), "") for p in precisions)
+                    raise TableError(f"latency_s of layer {layer.name!r}: no kernel runs it: {'; '.join(refusals)}")
             plain = float(seconds[:, columns.index(Precision("16"))].sum())
             rest = max(self._whole(model, example) - plain, 0.0) if self.engine != "onnxruntime" else 0.0
-        if self.cache is not None and found.keys() - known.keys():
-            _write(self.cache, found)
-        return Resource(asked / count, rest / count, (plain + rest) / count)
+        if self.cache is not None and timings.keys() - known.keys():
+            _write(self.cache, timings)
+        return Resource(of_options / count, rest / count, (plain + rest) / count)
 
     def _kernels(
-        self, module: nn.Module, one: CallSizes, missing: dict[str, Precision]
+        self, module: nn.Module, sizes: CallSizes, missing: dict[str, Precision]
     ) -> tuple[dict[str, Kernel], dict[str, str]]:
         """Kernels by key, and the reasons where there is none."""
         if not missing:
             return {}, {}
         if isinstance(module, Operand):
             return {}, dict.fromkeys(missing, "it is no layer of torch")
-        x = _input(module, one)
+        x = _input(module, sizes)
         kernels, refused = {}, {}
         for key, precision in missing.items():
             try:
@@ -160,11 +161,13 @@ class MeasuredLatency:
                 refused[key] = str(error)
         return kernels, refused
 
-    def _sum(self, module: nn.Module, calls: list[CallSizes], precision: Precision, found: dict[str, Timing]) -> float:
-        keys = [self._key(module, one, precision) for one in calls]
-        return math.fsum(found[key].least_s if key in found else math.nan for key in keys)
+    def _sum(
+        self, module: nn.Module, calls: list[CallSizes], precision: Precision, timings: dict[str, Timing]
+    ) -> float:
+        keys = [self._key(module, sizes, precision) for sizes in calls]
+        return math.fsum(timings[key].least_s if key in timings else math.nan for key in keys)
 
-    def _key(self, module: nn.Module, one: CallSizes, precision: Precision) -> str:
+    def _key(self, module: nn.Module, sizes: CallSizes, precision: Precision) -> str:
         """What a timing depends on."""
         settings = [
             f"{name}={getattr(module, name)}"
@@ -175,7 +178,7 @@ class MeasuredLatency:
         bias = "" if getattr(module, "bias", None) is None else " bias"
         return (
             f"{_machine(module)} | {self.engine} {_version(self.engine)} | {self.threads} threads | {kind_of(module)} {shape}"
-            f"{bias} {' '.join(settings)} | {'x'.join(map(str, one.shape))} {one.dtype} | {precision}"
+            f"{bias} {' '.join(settings)} | {'x'.join(map(str, sizes.shape))} {sizes.dtype} | {precision}"
         )
 
     def _whole(self, model: nn.Module, example: Batch) -> float:
@@ -193,14 +196,14 @@ def _of_cache(precision: Precision) -> float:
     return math.nan if precision.quantizes_weight else 0.0
 
 
-def _input(module: nn.Module, one: CallSizes) -> Tensor:
+def _input(module: nn.Module, sizes: CallSizes) -> Tensor:
     """An input of the shape and dtype of a call."""
     device = next(module.parameters()).device
     generator = torch.Generator().manual_seed(0)
-    if one.dtype.is_floating_point:
-        return torch.randn(one.shape, generator=generator).to(device, one.dtype)
+    if sizes.dtype.is_floating_point:
+        return torch.randn(sizes.shape, generator=generator).to(device, sizes.dtype)
     assert isinstance(module, nn.Embedding)
-    return torch.randint(module.num_embeddings, one.shape, generator=generator).to(device, one.dtype)
+    return torch.randint(module.num_embeddings, sizes.shape, generator=generator).to(device, sizes.dtype)
 
 
 def time_in_turns(kernels: dict[str, Kernel], rounds: int, device: torch.device) -> dict[str, Timing]:
@@ -262,10 +265,10 @@ def _read(path: str | Path | None) -> dict[str, Timing]:
         raise TableError(f"{path} is no file of timings ({error}); delete it") from None
 
 
-def _write(path: str | Path, found: dict[str, Timing]) -> None:
+def _write(path: str | Path, timings: dict[str, Timing]) -> None:
     """Add to the file, also to what another process has added since."""
     place = Path(path).expanduser()
     place.parent.mkdir(parents=True, exist_ok=True)
-    every = _read(place) | found
-    content = {key: {"least_s": one.least_s, "spread_s": one.spread_s} for key, one in sorted(every.items())}
+    every = _read(place) | timings
+    content = {key: {"least_s": timing.least_s, "spread_s": timing.spread_s} for key, timing in sorted(every.items())}
     write_atomically(place, json.dumps(content, indent=1) + "\n")

@@ -70,13 +70,13 @@ class MemoryBytes:
                 stacklevel=2,
             )
         rows = {layer.name: row for row, layer in enumerate(layers)}
-        held = holders(model, layers)
-        for one in held:
+        holding = holders(model, layers)
+        for holder in holding:
             for column, precision in enumerate(precisions):
-                if one.counts(precision, storage):
-                    usage[rows[one.layer.name], column] = self._bytes(one.layer, precision)
+                if holder.counts(precision, storage):
+                    usage[rows[holder.layer.name], column] = self._bytes(holder.layer, precision)
         reference = sum(tensor.numel() * tensor.element_size() for tensor in every_tensor(model).values())
-        left_alone = left_alone_bytes(model, {one.place for one in held}, storage)
+        left_alone = left_alone_bytes(model, {holder.place for holder in holding}, storage)
         return Resource(usage, float(left_alone), float(reference), self._counted(layers, storage))
 
     def _counted(self, layers: Sequence[Layer], storage: Storage | None) -> str:

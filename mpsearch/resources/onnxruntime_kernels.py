@@ -63,10 +63,10 @@ def onnxruntime_kernel(module: nn.Module, x: Tensor, precision: Precision) -> Ke
             nodes = [helper.make_node("Conv", ["x", "w"], ["y"], **settings)]
         else:
             constants |= _static(module, x, values)
-            given = ["q", "sx", "zx", "w", "sw", "zw", "sy", "zy"]
+            names = ["q", "sx", "zx", "w", "sw", "zw", "sy", "zy"]
             nodes = [
                 helper.make_node("QuantizeLinear", ["x", "sx", "zx"], ["q"]),
-                helper.make_node("QLinearConv", given, ["i"], **settings),
+                helper.make_node("QLinearConv", names, ["i"], **settings),
                 helper.make_node("DequantizeLinear", ["i", "sy", "zy"], ["y"]),
             ]
     else:
@@ -78,13 +78,13 @@ def _static(module: nn.Module, x: Tensor, values: NDArray[np.float32]) -> dict[s
     """Codes of the weight, and scales and zero-points of weight, input and output."""
     scales = np.maximum(np.abs(values).reshape(len(values), -1).max(1) / 127, 1e-12).astype(np.float32)
     codes = np.round(values / scales.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)
-    found: dict[str, Any] = {"w": codes, "sw": scales, "zw": np.zeros(len(scales), np.int8)}
+    constants: dict[str, Any] = {"w": codes, "sw": scales, "zw": np.zeros(len(scales), np.int8)}
     with torch.no_grad():
-        given = module.forward(x)
-    for name, tensor in (("x", x), ("y", given)):
+        y = module.forward(x)
+    for name, tensor in (("x", x), ("y", y)):
         scale, zero = unsigned_range(*(float(v) for v in tensor.float().aminmax()))
-        found |= {f"s{name}": np.float32(scale), f"z{name}": np.uint8(zero)}
-    return {key: np.asarray(value) for key, value in found.items()}
+        constants |= {f"s{name}": np.float32(scale), f"z{name}": np.uint8(zero)}
+    return {key: np.asarray(value) for key, value in constants.items()}
 
 
 def _blocks_of_bits(values: NDArray[np.float32], bits: int, size: int) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
@@ -118,5 +118,5 @@ def _session(nodes: list[Any], constants: dict[str, Any], x: Tensor) -> Kernel:
         settings,
         providers=["CPUExecutionProvider"],
     )
-    given = {"x": x.float().numpy()}
-    return lambda: session.run(None, given)[0]
+    feeds = {"x": x.float().numpy()}
+    return lambda: session.run(None, feeds)[0]

@@ -69,20 +69,23 @@ class Roofline:
         count = samples(example)
         columns = [*precisions, Precision("16")]
         seconds = np.array(
-            [[self._layer(layer, calls[layer.name], one, device, count) for one in columns] for layer in layers]
+            [
+                [self._layer(layer, calls[layer.name], precision, device, count) for precision in columns]
+                for layer in layers
+            ]
         )
         return Resource(seconds[:, :-1], 0.0, float(seconds[:, -1].sum()))
 
     def _layer(self, layer: Layer, calls: list[CallSizes], precision: Precision, device: Device, count: int) -> float:
         """Seconds for one sample."""
         facing = "16" if layer.is_cache else precision.activation
-        weight, given = number(precision.weight, layer.dtype), number(facing, layer.dtype)
-        rate = device.macs_per_s(weight, given) if layer.macs else math.inf  # an embedding multiplies nothing
+        weight, facing_number = number(precision.weight, layer.dtype), number(facing, layer.dtype)
+        rate = device.macs_per_s(weight, facing_number) if layer.macs else math.inf  # an embedding multiplies nothing
         if math.isnan(rate) or not calls:
             return rate if calls else 0.0
         macs = layer.macs * count / len(calls)
         total = 0.0
-        for one in calls:
-            moved = bytes_moved(layer, one, precision, self.quantizer)
+        for sizes in calls:
+            moved = bytes_moved(layer, sizes, precision, self.quantizer)
             total += float(np.maximum(macs / rate, moved / device.bytes_per_s)) + device.overhead_s  # nan stays nan
         return total / count

@@ -83,15 +83,15 @@ def _static_convolution(module: nn.Module, x: Tensor) -> Kernel:
         module.groups,
     )
     low, high = (float(v) for v in x.float().aminmax())
-    made = module.forward(x).float()
+    y = module.forward(x).float()
     scale_in, zero_in = unsigned_range(low, high)
-    scale_out, zero_out = unsigned_range(*(float(v) for v in made.aminmax()))
+    scale_out, zero_out = unsigned_range(*(float(v) for v in y.aminmax()))
 
     def kernel() -> Tensor:
-        found: Tensor = run(
+        product: Tensor = run(
             torch.quantize_per_tensor(x.float(), scale_in, zero_in, torch.quint8), packed, scale_out, zero_out
         )
-        return found.dequantize().to(x.dtype)
+        return product.dequantize().to(x.dtype)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -106,8 +106,8 @@ def _int8_weights(module: nn.Module, x: Tensor) -> Kernel:
     flat, scales, bias = x.reshape(-1, x.shape[-1]), scales.to(x.dtype), bias_of(module)
 
     def kernel() -> Tensor:
-        found: Tensor = torch._weight_int8pack_mm(flat, codes, scales)
-        return found if bias is None else found + bias
+        product: Tensor = torch._weight_int8pack_mm(flat, codes, scales)
+        return product if bias is None else product + bias
 
     return kernel
 
@@ -125,7 +125,7 @@ def _int4_weights(module: nn.Module, x: Tensor, size: int) -> Kernel:
     flat, bias = x.reshape(-1, inputs), bias_of(module)
 
     def kernel() -> Tensor:
-        found: Tensor = torch._weight_int4pack_mm_for_cpu(flat, packed, size, points)
-        return found if bias is None else found + bias
+        product: Tensor = torch._weight_int4pack_mm_for_cpu(flat, packed, size, points)
+        return product if bias is None else product + bias
 
     return kernel

@@ -81,7 +81,7 @@ def read_aimet(plan: Plan, model: nn.Module, *, example: Batch, quantizer: Round
     simulated = package("aimet_torch.quantsim", "aimet").QuantizationSimModel(model, arguments(example, model))
     encodings = aimet(plan, model, quantizer=quantizer)
     simulated.load_encodings(encodings, strict=True, partial=False)
-    found = {}
+    layers = {}
     for name, module in simulated.model.named_modules():
         rounding: Any = dict(getattr(module, "param_quantizers", {})).get("weight")
         if rounding is None:
@@ -93,7 +93,7 @@ def read_aimet(plan: Plan, model: nn.Module, *, example: Batch, quantizer: Round
         scales = scales.reshape(-1, *[1] * (weight.ndim - 1)).to(weight.dtype)
         least, levels = -(1 << (rounding.bitwidth - 1)), 1 << rounding.bitwidth
         codes = (weight / scales).round().clamp(least, least + levels - 1)
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             rounding(weight).dequantize().detach(),
             codes,
@@ -101,7 +101,7 @@ def read_aimet(plan: Plan, model: nn.Module, *, example: Batch, quantizer: Round
             codes * scales,
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 AIMET = Exporter(

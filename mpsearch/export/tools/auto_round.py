@@ -84,7 +84,7 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMo
         device_map="cpu",
     )
     quantized, _ = rounding.quantize()
-    found = {}
+    stored_layers = {}
     for name, original in originals.items():
         layers = [quantized.get_submodule(part) for part in apart.get(name, (name,))]
         if getattr(layers[0], "bits", 16) >= 16:
@@ -92,13 +92,13 @@ def read_auto_round(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMo
         size = layers[0].group_size if layers[0].group_size > 0 else None
         values = torch.cat([layer.weight.detach() for layer in layers]).to(original.dtype)
         scales = torch.cat([layer.scale.reshape(-1, 1) for layer in layers]).to(original.dtype)
-        found[name] = Stored(
+        stored_layers[name] = Stored(
             Precision(str(layers[0].bits), "16", size),
             values,
             (values.reshape(len(scales), -1) / scales).round(),
             None,  # kept in float until it is saved
         )
-    return StoredModel(found)
+    return StoredModel(stored_layers)
 
 
 AUTO_ROUND = Exporter(

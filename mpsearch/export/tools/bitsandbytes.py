@@ -76,7 +76,7 @@ def read_bitsandbytes(plan: Plan, model: nn.Module) -> StoredModel:
         loaded = type(whole).from_pretrained(
             folder, quantization_config=settings, dtype=whole.dtype, device_map={"": "cpu"}
         )
-    found = {}
+    stored_layers = {}
     for name, module in loaded.named_modules():
         if not isinstance(module, layers.Linear4bit | layers.Linear8bitLt):
             continue
@@ -90,7 +90,7 @@ def read_bitsandbytes(plan: Plan, model: nn.Module) -> StoredModel:
         else:
             precision, scales = Precision("8", "8"), weight.SCB
             values, expected = weight.data * weight.SCB[:, None] / 127, None
-        found[name] = Stored(
+        stored_layers[name] = Stored(
             precision,
             values.detach(),
             None if expected is not None else weight.data,
@@ -98,7 +98,7 @@ def read_bitsandbytes(plan: Plan, model: nn.Module) -> StoredModel:
             expected,
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return StoredModel(found, rest_bytes(loaded.state_dict(), found))
+    return StoredModel(stored_layers, rest_bytes(loaded.state_dict(), stored_layers))
 
 
 BITSANDBYTES = Exporter("bitsandbytes", bitsandbytes, "bitsandbytes", read_bitsandbytes)

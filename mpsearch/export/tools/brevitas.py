@@ -57,7 +57,7 @@ def read_brevitas(plan: Plan, model: nn.Module) -> StoredModel:
     """Replace the layers; every one whose weight is quantized."""
     originals = {name: weight_of(m).detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
     layers = package("brevitas.nn", _EXTRA)
-    found = {}
+    stored_layers = {}
     for name, module in _quantized(plan, model).named_modules():
         if not isinstance(module, layers.QuantLinear | layers.QuantConv1d | layers.QuantConv2d | layers.QuantConv3d):
             continue
@@ -68,7 +68,7 @@ def read_brevitas(plan: Plan, model: nn.Module) -> StoredModel:
             activation = str(int(layer.input_quant.bit_width()))
         precision = Precision(str(int(quantized.bit_width)), activation)
         codes = quantized.int().detach()
-        found[name] = Stored(
+        stored_layers[name] = Stored(
             precision,
             quantized.value.detach(),
             codes,
@@ -76,7 +76,7 @@ def read_brevitas(plan: Plan, model: nn.Module) -> StoredModel:
             RoundToNearest(scale="max")(originals[name], precision),
             tolerance=1e-6 * float(originals[name].abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(stored_layers)
 
 
 def _quantized(plan: Plan, model: nn.Module) -> nn.Module:
@@ -107,7 +107,7 @@ def _quantized(plan: Plan, model: nn.Module) -> nn.Module:
             }
         model = replace(
             model,
-            {kind: (made, settings) for kind, made in kinds.items()},
+            {kind: (layer, settings) for kind, layer in kinds.items()},
             name_blacklist=[name for name in names if name not in chosen],
         )
     return model

@@ -93,7 +93,7 @@ def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest, known: Mappin
     helpers = package("compressed_tensors.compressors", "compressed-tensors")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if isinstance(m, nn.Linear)}
     _compressed(plan, model, _config(plan, model), quantizer)
-    found, whole = {}, _state(model, known)
+    layers, whole = {}, _state(model, known)
     for name, original in originals.items():
         module: Any = model.get_submodule(name)
         state = {key: value.detach() for key, value in module.state_dict().items()}
@@ -111,15 +111,15 @@ def _read(plan: Plan, model: nn.Module, quantizer: RoundToNearest, known: Mappin
         activation = "16" if scheme.input_activations is None else str(scheme.input_activations.num_bits)
         precision = Precision(str(bits), activation, group)
         values = (codes.reshape(scale.numel(), -1).to(scale.dtype) * scale.reshape(-1, 1)).reshape(original.shape)
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             values,
             codes,
             sum(layer_bytes(whole, part) for part in known.get(name, (name,))),
             quantizer(original, precision),
         )
-    names = {part for name in found for part in known.get(name, (name,))}
-    return StoredModel(found, rest_bytes(whole, names))
+    names = {part for name in layers for part in known.get(name, (name,))}
+    return StoredModel(layers, rest_bytes(whole, names))
 
 
 def _state(model: nn.Module, known: Mapping[str, tuple[str, ...]]) -> dict[str, Tensor]:
@@ -169,10 +169,10 @@ def _check_experts(plan: Plan, model: nn.Module) -> None:
                 f"compressed-tensors cannot express {precision} for {name!r}: checkpoints of the model keep its experts in one tensor; "
                 "plan w16, or leave it out"
             )
-    found = {str(precision) if precision.quantizes_weight else "w16" for precision in stacked.values()}
-    if len(found) > 1:
+    precisions = {str(precision) if precision.quantizes_weight else "w16" for precision in stacked.values()}
+    if len(precisions) > 1:
         warnings.warn(
-            f"experts have {', '.join(sorted(found))}: vLLM reads them, transformers misreads or refuses all but one precision",
+            f"experts have {', '.join(sorted(precisions))}: vLLM reads them, transformers misreads or refuses all but one precision",
             MpsearchWarning,
             stacklevel=3,
         )
@@ -210,12 +210,12 @@ def _save(model: nn.Module, folder: Path, known: Mapping[str, tuple[str, ...]], 
     else:
         package("safetensors.torch", "compressed-tensors").save_file(state, folder / "model.safetensors")
         write_atomically(folder / "config.json", "{}\n")
-    made = compressor.from_pretrained_model(model)
-    if made.quantization_config is not None:  # None where nothing is quantized
-        for group in made.quantization_config.config_groups.values():
+    compressed = compressor.from_pretrained_model(model)
+    if compressed.quantization_config is not None:  # None where nothing is quantized
+        for group in compressed.quantization_config.config_groups.values():
             group.targets = renamed(group.targets, known)
-        made.quantization_config.ignore = renamed([*made.quantization_config.ignore, *ignored], known)
-    made.update_config(folder)
+        compressed.quantization_config.ignore = renamed([*compressed.quantization_config.ignore, *ignored], known)
+    compressed.update_config(folder)
 
 
 COMPRESSED_TENSORS = Exporter(

@@ -82,17 +82,19 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> S
         path = Path(folder) / "model.gguf"
         gguf(plan, model, path=path, architecture=architecture)
         file = library.GGUFReader(path)
-        kept = {tensor.name: tensor for tensor in file.tensors}
+        by_name = {tensor.name: tensor for tensor in file.tensors}
         starts = sorted(tensor.data_offset for tensor in file.tensors)
         ends = dict(zip(starts, [*starts[1:], len(file.data)], strict=True))
-        sizes = {name: ends[tensor.data_offset] - tensor.data_offset for name, tensor in kept.items()}
+        sizes = {name: ends[tensor.data_offset] - tensor.data_offset for name, tensor in by_name.items()}
         left_alone = sum(sizes.values())
         counted: set[str] = set()
-        found = {}
+        layers = {}
         for name, weight in layer_weights(model).items():
             names = tensor_names(name, architecture)
-            names = tuple(one if one in kept else _name_of_tied(model, name, architecture) for one in names)
-            tensors = [kept[one] for one in names]
+            names = tuple(
+                part_name if part_name in by_name else _name_of_tied(model, name, architecture) for part_name in names
+            )
+            tensors = [by_name[part_name] for part_name in names]
             place = place_of(name)
             parts = [tensor.data if place is None else tensor.data[place.number] for tensor in tensors]
             kind = tensors[0].tensor_type
@@ -102,10 +104,12 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> S
                 continue
             values = torch.from_numpy(np.concatenate([library.dequantize(part, kind) for part in parts]))
             precision = Precision(format_name)
-            nbytes = sum(sizes[one] for one in names) if place is None else sum(part.nbytes for part in parts)
+            nbytes = (
+                sum(sizes[part_name] for part_name in names) if place is None else sum(part.nbytes for part in parts)
+            )
             left_alone -= 0 if place is None and names[0] in counted else nbytes
             counted.update(names)
-            found[name] = Stored(
+            layers[name] = Stored(
                 precision,
                 _unrotated(name, values.reshape(weight.shape), model, architecture),
                 None,
@@ -113,7 +117,7 @@ def read_gguf(plan: Plan, model: nn.Module, *, architecture: str = "llama") -> S
                 REFERENCE(weight, precision),
                 tolerance=1e-6 * float(weight.abs().max()),
             )
-        return StoredModel(found, left_alone)
+        return StoredModel(layers, left_alone)
 
 
 def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple[str, Tensor]]:
@@ -121,7 +125,7 @@ def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple
     layers = layer_weights(model)
     with decomposed(model):
         parameters = dict(model.named_parameters())  # shared weights once, as llama.cpp reads them
-    found: dict[str, tuple[str, Tensor]] = {}
+    tensors: dict[str, tuple[str, Tensor]] = {}
     experts: dict[str, list[Tensor]] = {}
     for name, parameter in parameters.items():
         value = parameter.detach()
@@ -135,10 +139,10 @@ def _tensors(plan: Plan, model: nn.Module, architecture: str) -> dict[str, tuple
             wanted = "fp32"
         kind, names = _CASTS.get(wanted, wanted.upper()), tensor_names(layer, architecture)
         for tensor, rows in zip(names, _rotated(layer, value, model, architecture).chunk(len(names)), strict=True):
-            found[tensor] = (kind, rows)
+            tensors[tensor] = (kind, rows)
             if place_of(layer) is not None:
                 experts.setdefault(tensor, []).append(rows)
-    return found | {tensor: (found[tensor][0], torch.stack(parts)) for tensor, parts in experts.items()}
+    return tensors | {tensor: (tensors[tensor][0], torch.stack(parts)) for tensor, parts in experts.items()}
 
 
 def _write(path: Path, tensors: dict[str, tuple[str, Tensor]], model: nn.Module, architecture: str) -> None:

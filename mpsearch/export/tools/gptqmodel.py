@@ -72,10 +72,10 @@ def gptqmodel(
         names = [*(part for name in members for part in apart.get(name, (name,))), whole]
         dynamic[f"+:^(?:{'|'.join(re.escape(name) for name in names)})$"] = _settings(quantized[members[0]])
     every = linear_layers(model) if model else list(plan)
-    left = [part for name in every if name not in quantized for part in apart.get(name, (name,))]
+    left_alone = [part for name in every if name not in quantized for part in apart.get(name, (name,))]
     if vllm:  # which asks by the name of the whole
-        left += [whole for whole, members in fused_groups(every, VLLM).items() if members[0] not in quantized]
-    dynamic |= {f"-:^{re.escape(name)}$": {} for name in left}
+        left_alone += [whole for whole, members in fused_groups(every, VLLM).items() if members[0] not in quantized]
+    dynamic |= {f"-:^{re.escape(name)}$": {} for name in left_alone}
     content = {
         "bits": 4,  # of a layer that no pattern names; there is none
         "group_size": 128,
@@ -108,10 +108,10 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMod
         config = tool.QuantizeConfig(**gptqmodel(plan, model), offload_to_disk=False)
         loaded = tool.GPTQModel.load(folder, config, device="cpu", dtype=whole.dtype)
         loaded.quantize(samples, batch_size=1)
-        made = Path(folder) / "quantized"
-        loaded.save(made)
-        loaded = tool.GPTQModel.load(made, backend=tool.BACKEND.TORCH, device="cpu", dtype=torch.float16)
-    found, apart = {}, names_apart(model)
+        target = Path(folder) / "quantized"
+        loaded.save(target)
+        loaded = tool.GPTQModel.load(target, backend=tool.BACKEND.TORCH, device="cpu", dtype=torch.float16)
+    layers, apart = {}, names_apart(model)
     for name, weight in layer_weights(model).items():
         modules = [loaded.model.get_submodule(part) for part in apart.get(name, (name,))]
         if not hasattr(modules[0], "qweight"):
@@ -121,14 +121,14 @@ def read_gptqmodel(plan: Plan, model: nn.Module, *, example: Batch) -> StoredMod
         values = torch.cat([m.dequantize_weight().detach().to(weight.dtype) for m in modules], 1)  # (in, out)
         scales = torch.cat([m.scales.detach()[m.g_idx.long()].to(weight.dtype) for m in modules], 1)
         parts = [part for m in modules for part in (m.qweight, m.qzeros, m.scales, m.g_idx)]
-        found[name] = Stored(
+        layers[name] = Stored(
             Precision(str(bits), "16", size),
             values.T,
             (values / scales).round(),
             sum(part.numel() * part.element_size() for part in parts),
         )
-    names = {part for name in found for part in apart.get(name, (name,))}
-    return StoredModel(found, rest_bytes(loaded.model.state_dict(), names))
+    names = {part for name in layers for part in apart.get(name, (name,))}
+    return StoredModel(layers, rest_bytes(loaded.model.state_dict(), names))
 
 
 def _settings(precision: Precision) -> dict[str, Any]:

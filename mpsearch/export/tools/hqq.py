@@ -55,7 +55,7 @@ def read_hqq(plan: Plan, model: nn.Module) -> StoredModel:
     """Replace the layers, and unpack the codes of every `HQQLinear`."""
     core = package("hqq.core.quantize", "hqq")
     _replace(plan, model)
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         if not isinstance(module, core.HQQLinear):
             continue
@@ -64,13 +64,13 @@ def read_hqq(plan: Plan, model: nn.Module) -> StoredModel:
         bits, size = int(meta["nbits"]), int(meta["group_size"])
         groups = layer.in_features * layer.out_features // size
         codes: Tensor = core.Quantizer.unpack[meta["packing"]](layer.W_q.detach(), dtype=torch.uint8)[:groups]
-        found[name] = Stored(
+        layers[name] = Stored(
             Precision(str(bits), "16", size),
             layer.dequantize().detach(),
             codes,
             sum(part.numel() * part.element_size() for part in (layer.W_q, meta["scale"], meta["zero"])),
         )
-    return StoredModel(found, rest_bytes(model.state_dict(), found))
+    return StoredModel(layers, rest_bytes(model.state_dict(), layers))
 
 
 def _replace(plan: Plan, model: nn.Module) -> None:
@@ -79,11 +79,11 @@ def _replace(plan: Plan, model: nn.Module) -> None:
         if precision.quantizes_weight:
             layer: Any = model.get_submodule(name)
             settings = core.BaseQuantizeConfig(nbits=precision.weight_bits, group_size=precision.group_size, axis=1)
-            made = core.HQQLinear(
+            quantized = core.HQQLinear(
                 layer, settings, compute_dtype=layer.weight.dtype, device=str(layer.weight.device), del_orig=False
             )
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, made)
+            setattr(model.get_submodule(parent), last, quantized)
 
 
 HQQ = Exporter("hqq", hqq, "hqq", read_hqq, write_needs_package=True)

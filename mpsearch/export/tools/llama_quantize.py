@@ -94,10 +94,10 @@ def tensor_name(layer: str, architecture: str) -> str:
     if architecture not in known:
         raise ExportError(f"llama.cpp knows no architecture {architecture!r}, see gguf.MODEL_ARCH_NAMES")
     blocks = max((int(part) + 1 for part in layer.split(".") if part.isdecimal()), default=1)
-    found = gguf.get_tensor_name_map(known[architecture], blocks).get_name(layer)
-    if found is None:
+    tensor = gguf.get_tensor_name_map(known[architecture], blocks).get_name(layer)
+    if tensor is None:
         raise ExportError(f"llama.cpp has no tensor for {layer!r} in the architecture {architecture!r}")
-    return f"{found}.weight"
+    return f"{tensor}.weight"
 
 
 LLAMA_QUANTIZE = Exporter(

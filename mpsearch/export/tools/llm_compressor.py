@@ -81,10 +81,10 @@ def read_llm_compressor(plan: Plan, model: nn.Module, *, modifier: Modifier = "Q
         whole.save_pretrained(folder)
         package("transformers", _EXTRA).PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder)
         llm_compressor(plan, model, path=folder / "recipe.yaml", vllm=False)
-        made = tool.oneshot(model=place, recipe=str(folder / "recipe.yaml"))
-    found, apart = {}, names_apart(model)
+        compressed = tool.oneshot(model=place, recipe=str(folder / "recipe.yaml"))
+    layers, apart = {}, names_apart(model)
     for name, weight in layer_weights(model).items():
-        modules = [made.get_submodule(part) for part in apart.get(name, (name,))]
+        modules = [compressed.get_submodule(part) for part in apart.get(name, (name,))]
         scheme = getattr(modules[0], "quantization_scheme", None)
         if scheme is None:
             continue
@@ -100,7 +100,7 @@ def read_llm_compressor(plan: Plan, model: nn.Module, *, modifier: Modifier = "Q
                 for m in modules
             ]
         )
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             values,
             (values.reshape(scale.numel(), -1) / scale.reshape(-1, 1)).round(),
@@ -108,7 +108,7 @@ def read_llm_compressor(plan: Plan, model: nn.Module, *, modifier: Modifier = "Q
             _rounded(weight, precision),
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 def _rounded(weight: Tensor, precision: Precision) -> Tensor:

@@ -69,7 +69,7 @@ def read_mlx(plan: Plan, model: nn.Module) -> StoredModel:
     core, layers = package("mlx.core", "mlx"), package("mlx.nn", "mlx")
     tree = _tree(model)
     layers.quantize(tree, class_predicate=mlx(plan, model))
-    found = {}
+    stored_layers = {}
     for name, module in tree.named_modules():
         if not isinstance(module, layers.QuantizedLinear | layers.QuantizedEmbedding):
             continue
@@ -78,14 +78,14 @@ def read_mlx(plan: Plan, model: nn.Module) -> StoredModel:
         bits, size = module.bits, module.group_size
         values = core.dequantize(module.weight, module.scales, module.biases, size, bits)
         precision = Precision(str(bits), "16", size)
-        found[name] = Stored(
+        stored_layers[name] = Stored(
             precision,
             torch.from_numpy(np.array(values.astype(core.float32))).to(weight.dtype),
             torch.from_numpy(_codes(words, bits)),
             words.nbytes + module.scales.nbytes + module.biases.nbytes,
         )
     holders = _holders(model)
-    return StoredModel({name: found[holders[name]] for name in holders if holders[name] in found})
+    return StoredModel({name: stored_layers[holders[name]] for name in holders if holders[name] in stored_layers})
 
 
 def _codes(words: np.ndarray[Any, Any], bits: int) -> np.ndarray[Any, Any]:
@@ -112,18 +112,18 @@ def _tree(model: nn.Module) -> Any:
         module = model.get_submodule(name)
         weight = weight_of(module).detach()
         rows, columns = weight.shape
-        made = (
+        counterpart = (
             layers.Linear(columns, rows, bias=False)
             if isinstance(module, nn.Linear)
             else layers.Embedding(rows, columns)
         )
-        made.weight = core.array(weight.float().numpy()).astype(types[weight.dtype])
+        counterpart.weight = core.array(weight.float().numpy()).astype(types[weight.dtype])
         place, (*parents, last) = root, name.split(".")
         for part in parents:
             if part not in place:
                 setattr(place, part, layers.Module())
             place = place[part]
-        setattr(place, last, made)
+        setattr(place, last, counterpart)
     return root
 
 

@@ -57,8 +57,8 @@ def modelopt(
         precision = plan.get(name, Precision("16"))
         weight_name, input_name = _quantizers(name, own)
         if inputs.setdefault(input_name, precision.activation) != precision.activation:
-            told = f"{inputs[input_name]} and {precision.activation} bits"
-            raise ExportError(f"modelopt has one {input_name!r} for the experts, the plan has inputs of {told}")
+            widths = f"{inputs[input_name]} and {precision.activation} bits"
+            raise ExportError(f"modelopt has one {input_name!r} for the experts, the plan has inputs of {widths}")
         if precision.quantizes_weight:
             scales = {"axis": 0} if precision.group_size is None else {"block_sizes": {-1: precision.group_size}}
             entries.append({"quantizer_name": weight_name, "cfg": {"num_bits": precision.weight_bits, **scales}})
@@ -80,7 +80,7 @@ def read_modelopt(plan: Plan, model: nn.Module) -> StoredModel:
         model, modelopt(plan, model), lambda _model: None
     )  # inputs are not calibrated to read weights
     modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
-    found = {}
+    layers = {}
     for name, original in originals.items():
         weight_name, input_name = _quantizers(name, own)
         if weight_name not in modules or not modules[weight_name].is_enabled:
@@ -89,7 +89,7 @@ def read_modelopt(plan: Plan, model: nn.Module) -> StoredModel:
         blocks = of_weight.block_sizes or {}
         activation = str(of_input.num_bits) if of_input.is_enabled else "16"
         precision = Precision(str(of_weight.num_bits), activation, blocks.get(-1))
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             of_weight(original).detach(),
             None,
@@ -97,7 +97,7 @@ def read_modelopt(plan: Plan, model: nn.Module) -> StoredModel:
             RoundToNearest(scale="max")(original, precision),
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 def _quantizers(name: str, own: Container[str]) -> tuple[str, str]:

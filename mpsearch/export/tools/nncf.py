@@ -83,7 +83,7 @@ def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> StoredModel:
     for step in nncf(plan, model):
         graph = _compressed(tool, graph, **step)
     constants = {op.get_friendly_name(): op for op in graph.get_ops() if op.get_type_name() == "Constant"}
-    found = {}
+    layers = {}
     for name, module in model.named_modules():
         constant = constants.get(f"self.{name}.weight")
         element = constant and constant.get_element_type().get_type_name()
@@ -96,13 +96,13 @@ def read_nncf(plan: Plan, model: nn.Module, *, example: Batch) -> StoredModel:
         zeros = 0 if zero is None else torch.from_numpy(_computed(openvino, _user(zero))).to(weight.dtype)
         size = weight.shape[1] if codes.ndim == 2 else codes.shape[2]
         planned = plan.layers.get(name, Precision("16"))
-        found[name] = Stored(
+        layers[name] = Stored(
             Precision(bits, "16", group_size(size, weight.shape[1], planned)),
             ((codes.to(weight.dtype) - zeros) * scales).reshape(weight.shape),
             codes,
             sum(part.data.nbytes for part in (constant, scale, zero) if part is not None),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 def _compressed(

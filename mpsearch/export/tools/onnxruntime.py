@@ -70,12 +70,12 @@ def onnxruntime(
         warn_of_saturation("onnxruntime MatMulNBits", bytes_wide, "accuracy_level=0 computes them in float")
     traced, nodes = layer_nodes(plan, model, example, dynamic_shapes)
     graph = traced.graph
-    for name, found in nodes.items():
+    for name, members in nodes.items():
         weight = weight_of(model.get_submodule(name)).detach()
         inputs = _constants(graph, name, quantizer.codes(weight, plan[name]))
         settings = {"K": weight.shape[1], "N": weight.shape[0], "bits": plan[name].weight_bits}
         settings |= {"block_size": plan[name].group_size or weight.shape[1], "accuracy_level": accuracy_level}
-        for number, traced_node in enumerate(found):
+        for number, traced_node in enumerate(members):
             node = traced_node if traced_node.op_type == "MatMul" else _without_bias(graph, traced_node)
             product = package("onnx.helper", _EXTRA).make_node(
                 "MatMulNBits",
@@ -118,7 +118,7 @@ def read_onnxruntime(
     package("onnxruntime", _EXTRA).InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
     numpy_helper = package("onnx.numpy_helper", _EXTRA)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.graph.initializer}
-    found, inputs = {}, set()
+    layers, inputs = {}, set()
     for node in graph.graph.node:
         if node.op_type != "MatMulNBits":
             continue
@@ -133,7 +133,7 @@ def read_onnxruntime(
         values = (codes - zeros) * torch.tensor(scales).reshape(rows, groups, 1)
         precision = Precision(str(bits), "16", size)
         weight = weight_of(model.get_submodule(name)).detach()
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             values.reshape(weight.shape),
             codes,
@@ -142,7 +142,7 @@ def read_onnxruntime(
         )
     others = [value for key, value in constants.items() if key not in inputs and value.dtype.kind not in "biu"]
     return StoredModel(
-        found, sum(value.nbytes for value in others)
+        layers, sum(value.nbytes for value in others)
     )  # whole numbers are shapes and axes, which the tracer adds
 
 

@@ -84,8 +84,8 @@ def onnxruntime_static(
             weight.data.copy_(codes.values())  # an override sets the scale, but clips at int8 alone
     made, nodes = layer_nodes(plan, rounded, example, dynamic_shapes)
     overrides = {}
-    for name, found in nodes.items():
-        for number, node in enumerate(found):
+    for name, members in nodes.items():
+        for number, node in enumerate(members):
             node.name = f"{name}/{number}"
             settings = {"quant_type": tools.QuantType.QInt8, "axis": 1 if transposed(node) else 0}
             overrides[node.input[1]] = [{**settings, "scale": s, "zero_point": np.int8(0)} for s in scales[name]]
@@ -96,7 +96,7 @@ def onnxruntime_static(
                 made,
                 out,
                 _reader(made, inputs_of(arranged(example, model))),
-                nodes_to_quantize=[node.name for found in nodes.values() for node in found],
+                nodes_to_quantize=[node.name for members in nodes.values() for node in members],
                 op_types_to_quantize=["MatMul", "Gemm", "Conv"],
                 per_channel=True,
                 extra_options={"TensorQuantOverrides": overrides},
@@ -117,15 +117,15 @@ def read_onnxruntime_static(
     reduce_range: bool = False,
 ) -> StoredModel:
     """Write the model, start a session with it, and read the dequantized weight of every product that has one."""
-    made = onnxruntime_static(
+    proto = onnxruntime_static(
         plan, model, example=example, dynamic_shapes=dynamic_shapes, quantizer=quantizer, reduce_range=reduce_range
     )
-    package("onnxruntime", _EXTRA).InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])
+    package("onnxruntime", _EXTRA).InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     to_array = package("onnx.numpy_helper", _EXTRA).to_array
-    constants = {tensor.name: to_array(tensor) for tensor in made.graph.initializer}
-    sources = {node.output[0]: node for node in made.graph.node if node.op_type == "DequantizeLinear"}
-    found = {}
-    for node in made.graph.node:
+    constants = {tensor.name: to_array(tensor) for tensor in proto.graph.initializer}
+    sources = {node.output[0]: node for node in proto.graph.node if node.op_type == "DequantizeLinear"}
+    layers = {}
+    for node in proto.graph.node:
         if node.op_type not in ("MatMul", "Gemm", "Conv") or node.input[1] not in sources:
             continue
         name = node.name.rpartition("/")[0]
@@ -138,7 +138,7 @@ def read_onnxruntime_static(
         wanted = plan.layers.get(name, Precision("16"))
         bits = wanted.weight if span < 1 << wanted.weight_bits else str(span.bit_length())
         precision = Precision(bits, "8" if node.input[0] in sources else "16")
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             values,
             codes,
@@ -146,7 +146,7 @@ def read_onnxruntime_static(
             quantizer(weight, _reduced(precision) if reduce_range else precision),
             tolerance=1e-6 * float(weight.abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 def _ranged(plan: Plan, reduce_range: bool) -> Plan:
@@ -171,7 +171,7 @@ def _reader(traced: Any, inputs: Any) -> Any:
         feeds: dict[str, Any] = inputs
     else:
         values: Iterable[Any] = inputs if isinstance(inputs, tuple | list) else (inputs,)
-        feeds = {given.name: value for given, value in zip(traced.graph.input, values, strict=True)}
+        feeds = {entry.name: value for entry, value in zip(traced.graph.input, values, strict=True)}
     batches = iter([{name: value.numpy() for name, value in feeds.items()}])
     base = package("onnxruntime.quantization", _EXTRA).CalibrationDataReader
     return type("Example", (base,), {"get_next": lambda _self: next(batches, None)})()

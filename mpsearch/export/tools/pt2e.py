@@ -120,7 +120,7 @@ def arguments(example: Batch, model: nn.Module) -> tuple[Any, ...]:
 
 def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tensor]) -> StoredModel:
     """Every weight behind a dequantization in a quantized graph."""
-    found = {}
+    layers = {}
     for node in graph.graph.nodes:
         if (name := _owner(node)) is None:
             continue
@@ -134,7 +134,7 @@ def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tens
         bits = (high - low + 1).bit_length()
         activation = "8" if "dequantize" in str(node.args[0].target) else "16"
         precision = Precision(str(bits), activation)
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             values.to(folded[name].dtype),
             codes,
@@ -142,7 +142,7 @@ def stored(plan: Plan, graph: torch.fx.GraphModule, folded: dict[str, torch.Tens
             RoundToNearest(scale="max")(folded[name], precision),
             tolerance=1e-6 * float(folded[name].abs().max()),
         )
-    return StoredModel(found)
+    return StoredModel(layers)
 
 
 def _owner(node: torch.fx.Node) -> str | None:

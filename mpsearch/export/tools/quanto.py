@@ -62,7 +62,7 @@ def read_quanto(plan: Plan, model: nn.Module) -> StoredModel:
     for name, entry in quanto(plan, model).items():
         tool.quantize(model, weights=tool.qtypes[entry["weights"]], include=[name])
     tool.freeze(model)
-    found = {}
+    layers = {}
     for name, original in originals.items():
         weight: Any = model.get_submodule(name).weight
         if not isinstance(weight, tool.QTensor):
@@ -72,7 +72,7 @@ def read_quanto(plan: Plan, model: nn.Module) -> StoredModel:
         precision = Precision(str(bits), "16", group_size(size, columns, plan.layers.get(name, Precision("16"))))
         packed = getattr(weight._data, "_data", weight._data)
         scales = [getattr(weight, key) for key in ("_scale", "_shift") if hasattr(weight, key)]
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             weight.dequantize().detach(),
             weight._data.unpack() if bits < 8 else weight._data,
@@ -80,7 +80,7 @@ def read_quanto(plan: Plan, model: nn.Module) -> StoredModel:
             RoundToNearest(scale="max")(original, precision) if bits == 8 else None,
             tolerance=1e-6 * float(original.abs().max()),
         )
-    return StoredModel(found, rest_bytes(model.state_dict(), found))
+    return StoredModel(layers, rest_bytes(model.state_dict(), layers))
 
 
 QUANTO = Exporter("quanto", quanto, "optimum-quanto", read_quanto)

@@ -73,7 +73,7 @@ def read_torchao(plan: Plan, model: nn.Module, *, symmetric: bool = False) -> St
     quantization = package("torchao.quantization", "torchao")
     originals = {name: m.weight.detach().clone() for name, m in model.named_modules() if kind_of(m) is not None}
     quantization.quantize_(model, torchao(plan, model, symmetric=symmetric), filter_fn=None)
-    found, state = {}, model.state_dict()
+    layers, state = {}, model.state_dict()
     for name, original in originals.items():
         weight = model.get_submodule(name).weight
         if not isinstance(weight, quantization.IntxUnpackedToInt8Tensor):
@@ -82,14 +82,14 @@ def read_torchao(plan: Plan, model: nn.Module, *, symmetric: bool = False) -> St
         group = group_size(weight.block_size[1], original.shape[1], plan.layers.get(name, Precision("16")))
         activation = "16" if weight.activation_quantization is None else "8"
         precision = Precision(str(bits), activation, group)
-        found[name] = Stored(
+        layers[name] = Stored(
             precision,
             weight.dequantize(),
             weight.qdata,
             layer_bytes(state, name),
             MinMax(symmetric)(original, precision),
         )
-    return StoredModel(found, rest_bytes(state, found))
+    return StoredModel(layers, rest_bytes(state, layers))
 
 
 def _config(precision: Precision, symmetric: bool) -> Any:
