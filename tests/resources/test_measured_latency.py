@@ -1,6 +1,7 @@
 """`latency_s` with real kernels: that they compute the layer, what is refused, what is kept. Times themselves are only compared widely."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -132,12 +133,10 @@ def test_kernels_of_torchao(text, tolerance):
 
 
 def test_without_onnxruntime(monkeypatch):
-    def missing(name):
-        raise ImportError(name)
-
     model, x = net(), X
     layers = mps.layers(model, x)
-    monkeypatch.setattr("mpsearch.resources.kernels.importlib.import_module", missing)
+    for package in ("onnx", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(mps.MissingPackage, match=r"pip install 'mpsearch\[onnxruntime\]'"):
         MeasuredLatency("onnxruntime", cache=None)(model, layers, OPTIONS, example=x)
 
