@@ -76,7 +76,7 @@ class Context:
     Attributes:
         model: in evaluation mode.
         batches: B calibration batches.
-        decisions: U decisions.
+        decisions: D decisions.
         precisions: P options.
         quantizer: of the weights.
         ranges: of the inputs, where a precision quantizes them.
@@ -108,12 +108,12 @@ class Context:
         return layer_of(self.model, layer.name)
 
     def parameters(self, decision: Decision) -> dict[nn.Parameter, Layer]:
-        """The distinct weights of a unit (tied ones once), each with a layer that holds it; none of a cache."""
-        found: dict[nn.Parameter, Layer] = {}
+        """The distinct weights of a decision (tied ones once), each with a layer that holds it; none of a cache."""
+        holders: dict[nn.Parameter, Layer] = {}
         for layer in decision.layers:
             if not layer.is_cache:
-                found.setdefault(weight_of(self.module(layer)), layer)
-        return found
+                holders.setdefault(weight_of(self.module(layer)), layer)
+        return holders
 
     def quantizes_input(self, layer: Layer, precision: Precision) -> bool:
         """True where a precision changes what a layer is given: of a cache the weight format does."""
@@ -176,8 +176,8 @@ class Context:
 
     def run(self, batch: Batch) -> Run:
         """One forward pass, with the rows as the loss reads them."""
-        found = run(self.model, batch)
-        return replace(found, rows=self._read(found.rows))
+        as_it_is = run(self.model, batch)
+        return replace(as_it_is, rows=self._read(as_it_is.rows))
 
     def _read(self, rows: Tensor) -> Tensor:
         reader = self.beside if callable(self.loss) else self.loss
@@ -205,17 +205,17 @@ class Context:
                 raise EstimatorError(f"the loss returned {type(value).__name__}, expected a tensor with one number")
             value = value.reshape(())
         elif isinstance(self.loss, Comparison):
-            found = self.run(batch)
-            value = self.loss.mean(found.rows.detach(), found.rows, found.index, found.samples)
+            output = self.run(batch)
+            value = self.loss.mean(output.rows.detach(), output.rows, output.index, output.samples)
         else:
-            found = self.run(batch)
-            targets = self.loss.targets(self.model, batch, found)
+            output = self.run(batch)
+            targets = self.loss.targets(self.model, batch, output)
             if targets is None:
                 raise EstimatorError(
                     f"the loss needs labels that fit the output, the batch has {missing_labels(batch)}; give (inputs, targets) or "
                     "another loss"
                 )
-            value = self.loss.values(found.rows, targets).mean()
+            value = self.loss.values(output.rows, targets).mean()
         if not torch.isfinite(value.detach()):
             raise EstimatorError(f"the loss is {float(value.detach())}, expected a finite number")
         return value

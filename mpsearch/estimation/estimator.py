@@ -16,11 +16,11 @@ class Estimate:
     """What an estimator returns.
 
     Attributes:
-        sensitivity: (U, P) damage; larger = worse.
-        sensitivity_se: (U, P) standard errors, or None.
+        sensitivity: (D, P) damage; larger = worse.
+        sensitivity_se: (D, P) standard errors, or None.
         unit: of the damage, `relative` where it only ranks.
         facts: worth keeping in the table's origin; JSON values.
-        pairs: (U, P, U, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells
+        pairs: (D, P, D, P) symmetric damage of pairs of cells beyond the sum of the two, or None; where both cells
             are chosen, [u, p, v, q] is added once.
     """
 
@@ -42,14 +42,14 @@ class Estimator(Protocol):
     def estimate(self, context: Context) -> Estimate:
         """Score every cell.
 
-        The door has put the model in evaluation mode and checked data and names; it restores the model, spreads units
+        The door has put the model in evaluation mode and checked data and names; it restores the model, spreads decisions
         over their layers, and checks what comes back.
 
         Args:
-            context: model, data, units, precisions and helpers.
+            context: model, data, decisions, precisions and helpers.
 
         Returns:
-            (U, P) sensitivity, finite or nan (= option not allowed), 0 where nothing is quantized.
+            (D, P) sensitivity, finite or nan (= option not allowed), 0 where nothing is quantized.
         """
         ...
 

@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 def unit_scores(context: Context, scores: Mapping[nn.Parameter, float]) -> Floats:
-    """(U,) score of each unit: the sum over its distinct weights."""
+    """(D,) score of each decision: the sum over its distinct weights."""
     return np.array(
         [sum(scores[p] for p in context.parameters(decision)) for decision in context.decisions], np.float64
     )
@@ -32,9 +32,9 @@ def cells_from_scores(
     """Give scores without a bit axis one: sensitivity(u, p) = score(u) x `relative_error`(u, p), unit `relative`.
 
     Args:
-        context: units, precisions, quantizer and data.
-        score: (U,) one score a unit; larger = worse to quantize.
-        se: (U,) standard errors, or None.
+        context: decisions, precisions, quantizer and data.
+        score: (D,) one score a decision; larger = worse to quantize.
+        se: (D,) standard errors, or None.
         facts: for the table's origin.
     """
     error = relative_error(context)
@@ -47,12 +47,12 @@ def relative_error(context: Context) -> Floats:
 
         error(u, p) = sum ||Q(W) - W||^2 / sum ||W||^2  +  sum ||Q(a) - a||^2 / sum ||a||^2
 
-    over the distinct weights of a unit, and over the inputs of its layers on the calibration data: to first order the
+    over the distinct weights of a decision, and over the inputs of its layers on the calibration data: to first order the
     relative squared error of its output for errors without preferred direction. Quantized inputs cost one forward
     pass.
 
     Returns:
-        (U, P); 0 for what is not quantized or lies on its grid, inf for a tensor of zeros that does not stay one.
+        (D, P); 0 for what is not quantized or lies on its grid, inf for a tensor of zeros that does not stay one.
     """
     error = np.zeros((len(context.decisions), len(context.precisions)))
     for u, decision in enumerate(context.decisions):
@@ -63,10 +63,10 @@ def relative_error(context: Context) -> Floats:
                 noise = sum(_power(context.perturbation(layer, precision)) for layer in parameters.values())
                 error[u, p] = _ratio(noise, power)
     if context.quantizes_inputs:
-        found = input_noise(context)
+        noise_of = input_noise(context)
         for u, decision in enumerate(context.decisions):
-            power = sum(found[layer.name].power for layer in decision.layers)
-            noises = sum((found[layer.name].noise for layer in decision.layers), np.zeros(len(context.precisions)))
+            power = sum(noise_of[layer.name].power for layer in decision.layers)
+            noises = sum((noise_of[layer.name].noise for layer in decision.layers), np.zeros(len(context.precisions)))
             error[u] += [_ratio(noise, power) for noise in noises]
     return error
 
@@ -89,27 +89,28 @@ class InputNoise:
 def input_noise(context: Context) -> dict[str, InputNoise]:
     """Noise that each precision puts on the input of each layer; one forward pass, results by layer name."""
     total = sum(samples(batch) for batch in context.batches)
-    found = {layer.name: InputNoise(np.zeros(len(context.precisions))) for u in context.decisions for layer in u.layers}
+    layers = [layer.name for decision in context.decisions for layer in decision.layers]
+    noise_of = {name: InputNoise(np.zeros(len(context.precisions))) for name in layers}
 
     def measure(name: str) -> Callable[[Tensor], Tensor]:
         module = layer_of(context.model, name)
         functions = [input_quantizer(module, name, p, context.quantizer, context.ranges) for p in context.precisions]
 
         def see(x: Tensor) -> Tensor:
-            found[name].power += _power(x) / total
-            found[name].numel += x.numel() / total
+            noise_of[name].power += _power(x) / total
+            noise_of[name].numel += x.numel() / total
             for p, function in enumerate(functions):
                 if function is not None:
-                    found[name].noise[p] += _power(function(x) - x) / total
+                    noise_of[name].noise[p] += _power(function(x) - x) / total
             return x
 
         return see
 
-    with torch.no_grad(), inputs({layer_of(context.model, name): measure(name) for name in found}):
+    with torch.no_grad(), inputs({layer_of(context.model, name): measure(name) for name in noise_of}):
         for batch in context.batches:
             call(context.model, batch)
             context.passes.add(len(context.batches), forward=1)
-    return found
+    return noise_of
 
 
 def _power(x: Tensor) -> float:

@@ -111,16 +111,16 @@ def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor
 
 @dataclass(eq=False)
 class Surrogate:
-    """Damage of a plan without running the model: KL(p || softmax(log p + sum_u shift[u, plan(u)])), mean over a sample.
+    """Damage of a plan without running the model: KL(p || softmax(log p + sum_d shift[d, plan(d)])), mean over a sample.
 
-    Of other metrics it is the mean of |sum_u shift[u, plan(u)]|^2, in proportion to the damage.
+    Of other metrics it is the mean of |sum_d shift[d, plan(d)]|^2, in proportion to the damage.
 
     It sees how errors of layers add and cancel at the output, but not how one layer's error changes another's: a proposer,
     not the judge. On some networks its plans are worse than those of the tables.
 
     Attributes:
         log_p: (N, K) log probabilities of the unquantized model; 0 where squares are summed.
-        shifts: (U, P, N, K) what each cell adds to them, alone.
+        shifts: (D, P, N, K) what each cell adds to them, alone.
         squares: the damage is the sum of squares.
 
     >>> shifts = np.array([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])      # two cells that cancel
@@ -139,13 +139,13 @@ class Surrogate:
         self._p = np.exp(self.log_p)
 
     def damage(self, options: NDArray[np.int64]) -> float:
-        """Of one plan (U,)."""
+        """Damage of one plan, the (D,) columns of its options."""
         return float(self._damage(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
 
     def damage_of_changes(
         self, options: NDArray[np.int64], changes: list[tuple[tuple[int, int], ...]]
     ) -> NDArray[np.float64]:
-        """(M,) of a plan after each of M lists of changes (unit, column)."""
+        """(M,) damage of a plan after each of M lists of changes (decision, column)."""
         total = self.log_p + self.shifts[self._rows, options].sum(0)
         moved = np.repeat(total[None], len(changes), 0)
         for number, change in enumerate(changes):
@@ -155,14 +155,14 @@ class Surrogate:
 
     def _damage(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M,) mean damage for (M, N, K) shifted log probabilities."""
-        found: NDArray[np.float64]
+        damage: NDArray[np.float64]
         if self.squares:
-            found = np.square(logits).sum((1, 2)) / len(self.log_p)
-            return found
+            damage = np.square(logits).sum((1, 2)) / len(self.log_p)
+            return damage
         top = logits.max(-1, keepdims=True)
         log_q = logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-        found = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
-        return found
+        damage = np.einsum("nk,mnk->m", self._p, self.log_p - log_q) / len(self.log_p)
+        return damage
 
 
 def surrogate(checkpoint: Store, decisions: int, precisions: Sequence[Precision]) -> Surrogate | None:

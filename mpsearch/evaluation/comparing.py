@@ -35,12 +35,12 @@ def agreement(a: CostTable, b: CostTable) -> list[dict[str, Any]]:
     both = ~np.isnan(a.sensitivity) & ~np.isnan(other)
     cells = [("all cells", both)]
     cells += [(str(p), both & (np.arange(both.shape[1]) == j)) for j, p in enumerate(a.precisions)]
-    found = []
+    rows = []
     for name, mask in cells:
         x, y = a.sensitivity[mask], other[mask]
         if len(x) > 1:
-            found.append({"cells": name, "count": len(x), "spearman": spearman(x, y), "kendall": kendall(x, y)})
-    return found
+            rows.append({"cells": name, "count": len(x), "spearman": spearman(x, y), "kendall": kendall(x, y)})
+    return rows
 
 
 def regrets(a: CostTable, b: CostTable) -> list[dict[str, Any]]:
@@ -51,13 +51,13 @@ def regrets(a: CostTable, b: CostTable) -> list[dict[str, Any]]:
     if "memory_bytes" not in a.usage or "memory_bytes" not in b.usage:
         return []
     low, high = attainable(a)["memory_bytes"]
-    found = []
+    rows = []
     for share in SHARES:
         size = low + share * (high - low)
         first, second = (solve(table, Budget(memory_bytes=size)) for table in (a, b))
         assert first.plan is not None
         assert second.plan is not None
-        found.append(
+        rows.append(
             {
                 "memory_bytes": size,
                 "same_layers": sum(first.plan[name] == second.plan[name] for name in first.plan),
@@ -65,7 +65,7 @@ def regrets(a: CostTable, b: CostTable) -> list[dict[str, Any]]:
                 "second_by_first": _ratio(_judged(a, second.plan), first.sensitivity),
             }
         )
-    return found
+    return rows
 
 
 def _judged(table: CostTable, plan: Plan) -> float:
@@ -96,7 +96,7 @@ def plan_agreement(table: CostTable, measured: MeasuredPlans) -> list[dict[str, 
         raise TableError(f"{len(measured)} measured plans, expected 3 or more to rank")
     totals = _totals(table, measured)
     predicted = totals["sensitivity"]
-    found = [{"plans": "all", **_correlations(predicted, measured.damage)}]
+    overall = [{"plans": "all", **_correlations(predicted, measured.damage)}]
     size = next((name for name in ("memory_bytes", "average_bits") if name in totals), None)
     rows = []
     for members in _bands(totals[size]) if size else []:
@@ -111,8 +111,8 @@ def plan_agreement(table: CostTable, measured: MeasuredPlans) -> list[dict[str, 
             }
         )
     if rows:
-        found.append({"plans": "equal size", **_pooled(rows)})
-    return found + rows
+        overall.append({"plans": "equal size", **_pooled(rows)})
+    return overall + rows
 
 
 def misranked(table: CostTable, measured: MeasuredPlans, count: int = 5) -> list[dict[str, Any]]:
@@ -153,27 +153,27 @@ def _correlations(predicted: Array, damage: Array) -> dict[str, Any]:
 
 def _bands(sizes: Array) -> list[NDArray[np.int64]]:
     """Plans of equal size, in order of size."""
-    left = np.argsort(sizes, kind="stable")
-    found = []
-    while len(left) >= LEAST_PLANS:
-        ordered = sizes[left]
+    rest = np.argsort(sizes, kind="stable")
+    bands = []
+    while len(rest) >= LEAST_PLANS:
+        ordered = sizes[rest]
         ends = np.searchsorted(ordered, ordered * (1 + SIZE_TOLERANCE), side="right")
-        start = int(np.argmax(ends - np.arange(len(left))))
+        start = int(np.argmax(ends - np.arange(len(rest))))
         if ends[start] - start < LEAST_PLANS:
             break
-        found.append(left[start : ends[start]])
-        left = np.delete(left, slice(start, ends[start]))
-    return sorted(found, key=lambda members: float(sizes[members[0]]))
+        bands.append(rest[start : ends[start]])
+        rest = np.delete(rest, slice(start, ends[start]))
+    return sorted(bands, key=lambda members: float(sizes[members[0]]))
 
 
 def _pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Mean over bands, weighted by plans; a band where all damages or all predictions are equal says nothing."""
-    told = [row for row in rows if not math.isnan(row["spearman"])]
-    weights = np.array([row["count"] for row in told], np.float64)
+    ranked = [row for row in rows if not math.isnan(row["spearman"])]
+    weights = np.array([row["count"] for row in ranked], np.float64)
     total = float(weights.sum())
-    found: dict[str, Any] = {"count": int(total)}
+    pooled: dict[str, Any] = {"count": int(total)}
     for name in ("spearman", "kendall"):
-        values, errors = (np.array([row[key] for row in told]) for key in (name, f"{name}_se"))
-        found[name] = float(weights @ values) / total if told else math.nan
-        found[f"{name}_se"] = math.sqrt(float(np.square(weights * errors).sum())) / total if told else math.nan
-    return found
+        values, errors = (np.array([row[key] for row in ranked]) for key in (name, f"{name}_se"))
+        pooled[name] = float(weights @ values) / total if ranked else math.nan
+        pooled[f"{name}_se"] = math.sqrt(float(np.square(weights * errors).sum())) / total if ranked else math.nan
+    return pooled
