@@ -116,7 +116,12 @@ class Context:
         return holders
 
     def quantizes_input(self, layer: Layer, precision: Precision) -> bool:
-        """True where a precision changes what a layer is given: of a cache the weight format does."""
+        """Whether a precision changes what a layer is given: of a cache the weight format does.
+
+        Args:
+            layer: whose input it is.
+            precision: of the layer.
+        """
         return precision.quantizes_weight if layer.is_cache else precision.quantizes_activation
 
     @property
@@ -129,6 +134,10 @@ class Context:
         """Q(W) of a layer, laid out as the weight.
 
         The first ones are kept, for estimators that come back to a layer with every batch.
+
+        Args:
+            layer: whose weight it is.
+            precision: of the layer.
         """
         key = (id(weight_of(self.module(layer))), precision)
         value = self.quantized_weights.values.get(key)
@@ -138,7 +147,12 @@ class Context:
         return value
 
     def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
-        """Q(W) - W of a layer, laid out as the weight, in float32 or wider."""
+        """Q(W) - W of a layer, laid out as the weight, in float32 or wider.
+
+        Args:
+            layer: whose weight it is.
+            precision: of the layer.
+        """
         weight = weight_of(self.module(layer)).detach()
         wide = torch.promote_types(weight.dtype, torch.float32)
         return self.quantized(layer, precision).to(wide) - weight.to(wide)
@@ -146,7 +160,14 @@ class Context:
     def local_output(
         self, layer: Layer, precision: Precision, args: tuple[Any, ...], keywords: dict[str, Any]
     ) -> Tensor:
-        """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls."""
+        """What the module of a layer returns on its own, at a precision, for the arguments of one of its calls.
+
+        Args:
+            layer: the layer.
+            precision: of its weight and its input.
+            args: of the call, by position.
+            keywords: of the call, by name.
+        """
         module = self.module(layer)
         function = input_quantizer(module, layer.name, precision, self.quantizer, self.ranges)
         if function is not None:
@@ -170,7 +191,15 @@ class Context:
         return "nats" if callable(self.loss) else self.loss.unit
 
     def predictions(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
-        """`model.predictions`, with the rows as the loss reads them: logits, where the output is probabilities."""
+        """Rows, labels and sample numbers of the predictions that count, with the rows as the loss reads them.
+
+        Args:
+            output: of the model, what counts of it.
+            batch: that it is of.
+
+        Returns:
+            (N, C) rows, logits where the output is probabilities; (N,) labels or None; (N,) sample of each.
+        """
         rows, labels, index = predictions(self.model, output, batch)
         return self._read(rows), labels, index
 
