@@ -190,14 +190,48 @@ def search_result(value: mps.SearchResult) -> dict[str, Any]:
     }
 
 
-def finished(rows: Mapping[str, bytes]) -> list[Any]:
-    """What a search ran: (name, value), without what names the code."""
+def finished(work: Any) -> list[Any]:
+    """What a search ran: (name, value), without what names the code; of a store of records by the names that work had as text."""
+    if isinstance(work, Mapping):
+        rows = [(name, *torch.load(io.BytesIO(data), weights_only=False)) for name, data in work.items()]
+    else:
+        entries = [(key, work.entry(key)) for key in work.rows()]
+        rows = [(name, value, entry.passes) for key, entry in entries for name, value in named(key, entry.value)]
     found = []
-    for name, data in rows.items():
-        value, works = torch.load(io.BytesIO(data), weights_only=False)
+    for name, value, works in rows:
         passes = sorted(float(one).hex() for pair in works.values() for one in pair)
         found.append([without_digests(name), canonical(value), passes])
     return sorted(found, key=json.dumps)
+
+
+def named(key: Any, value: Any) -> list[tuple[str, Any]]:
+    """Finished work by the names that it had before keys were records."""
+    digest = "0" * 24
+    value = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    match key.kind:
+        case "plan":
+            return [(f"plan | {key.part} | {' '.join(key.precisions)}", value)]
+        case "tables":
+            return [(f"search | tables | {key.estimators}", value)]
+        case "turn":
+            return [(f"one at a time | confirmed | {key.turn}", value)]
+        case "cell":
+            return [(f"one at a time | {digest} | {key.turn}", value)]
+        case "sweep":
+            return [(f"sweep | {key.estimators} | {key.decisions} units", value)]
+        case "trace":
+            return [(f"hessian trace | {key.estimator} | {key.batch}", value)]
+        case "delta loss":
+            return [(f"delta loss | {key.precision} | {key.batch}", value)]
+        case "path":
+            return [(f"path | {key.nodes} | {key.precision} | {key.batch}", value)]
+        case "shift index":
+            return [("logit shift | index", value["rows"]), ("logit shift | squares", value["squares"])]
+        case "reference":
+            return [(f"logit shift | {key.rows}", value)]
+        case "shift":
+            return [(f"logit shift | {key.rows} | {key.decision} {key.precision}", value)]
+    return [(repr(key), value)]
 
 
 def without_digests(text: str) -> str:
