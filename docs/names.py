@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from mpsearch.core.formats import NUMBER_FORMATS, NumberFormat
 from mpsearch.export import EXPORTERS, READERS, TARGETS
 from mpsearch.imports import IMPORTERS, TABLE_IMPORTERS
 from mpsearch.plan_search.proposers import PROPOSERS
@@ -75,6 +76,14 @@ measures next, in turn; by default `additive-output` begins, `thompson` goes on,
 
 Devices of `roofline`: {devices}. `DEVICES[name].source` says where their numbers come from, and which are assumed.
 
+## Number formats
+
+What may stand after `w` and `a` in a [precision](files.md#precision), beside the integers `1` to `16`, `fp<n>_e<e>m<m>` and `bfp<n>`.
+
+| name | what it is | bits | numbers that share a scale |
+| --- | --- | --- | --- |
+{formats}
+
 ## Tools to export to
 
 `mpsearch export --to NAME`, `mpsearch.export`. "Read back": `--verify` carries the plan out with the real tool, compares every layer, its
@@ -125,6 +134,7 @@ def page() -> str:
         quantizers=_rows(QUANTIZERS.items(), lambda name: _fields(QUANTIZERS[name])),
         resources=_rows(RESOURCES.items(), lambda name: _fields(RESOURCES[name])),
         devices=", ".join(f"`{name}`" for name in DEVICES),
+        formats="\n".join(_number_format(facts) for facts in NUMBER_FORMATS.values() if not facts.parametric),
         exporters=exporters,
         packed=PACKED.text,
         storages="\n".join(_stored(name, target) for name, target in TARGETS.items()),
@@ -136,6 +146,18 @@ def _stored(name: str, target: Target) -> str:
     checked = target.storage.packs and name in READERS and name not in PACKED_WHEN_SAVED
     also = "; layers that share a weight have codes of their own" if target.storage.unties else ""
     return f"| `{name}` | {target.storage.text}{also} | {_yes(checked)} |"
+
+
+def _number_format(facts: NumberFormat) -> str:
+    kind = f"a list of {len(facts.values)} values" if facts.values else facts.family.replace("gguf", "GGUF")
+    kind += f" of `{facts.element}`" if facts.element else ""
+    if not facts.scale:
+        shared = ""
+    elif facts.block is None:
+        shared = "a row, or a group"
+    else:
+        shared = str(facts.block) if facts.fixed_block else f"{facts.block}, or a group"
+    return f"| `{facts.name}` | {kind} | {facts.bits} | {shared} |"
 
 
 def _rows(parts: Iterable[tuple[str, Any]], *columns: Callable[[str], str]) -> str:

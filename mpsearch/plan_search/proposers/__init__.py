@@ -1,7 +1,7 @@
 """What a search measures next: each proposer a file with one class and one method, `propose` (`Proposer`).
 
->>> sorted(PROPOSERS)
-['additive-output', 'crossing', 'moves', 'thompson']
+>>> PROPOSERS["moves"]()
+Moves()
 """
 
 from mpsearch.plan_search.proposers.additive_output import AdditiveOutput as AdditiveOutput
