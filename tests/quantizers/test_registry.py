@@ -46,7 +46,7 @@ def test_a_search_by_name_is_one_with_the_object():
             model, data, mps.Budget(average_bits=3), mps.precisions("w2 w4"), quantizer=quantizer, metric="kl",
             effort="fast", progress=False,
         )
-        for quantizer in ("hadamard", QUANTIZERS["hadamard"]())
+        for quantizer in ("awq", QUANTIZERS["awq"]())
     )  # fmt: skip
     assert by_name.plan == by_hand.plan
     assert by_name.plans.damage.tolist() == by_hand.plans.damage.tolist()
