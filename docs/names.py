@@ -138,7 +138,7 @@ def page() -> str:
         exporters=exporters,
         packed=PACKED.text,
         storages="\n".join(_stored(name, target) for name, target in TARGETS.items()),
-        importers=_rows((x.name, x.read) for x in (*IMPORTERS.values(), *TABLE_IMPORTERS.values())),
+        importers=_rows((name, x.read) for known in (IMPORTERS, TABLE_IMPORTERS) for name, x in known.items()),
     )
 
 

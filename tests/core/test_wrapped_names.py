@@ -124,8 +124,8 @@ def test_names_without_wrappers():
 
 def test_the_model_stays_wrapped():
     wrapped = torch.compile(net())
-    before = copy.deepcopy(wrapped.state_dict())
+    before = copy.deepcopy(wrapped.state_dict())  # type: ignore[attr-defined]
     export.neutral(plan(), wrapped)
     mps.evaluate(wrapped, DATA, plan(), progress=False)
-    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
-    assert list(wrapped._modules) == ["_orig_mod"]
+    assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())  # type: ignore[attr-defined]
+    assert list(wrapped._modules) == ["_orig_mod"]  # type: ignore[attr-defined]

@@ -509,7 +509,7 @@ def test_nothing_is_clipped(count):
 
 def test_a_notebook_shows_a_picture_by_itself():
     figure = empty(2.0, 1.0)
-    assert figure._repr_png_().startswith(b"\x89PNG")
+    assert figure._repr_png_().startswith(b"\x89PNG")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(

@@ -821,7 +821,7 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, options):
             raise _Stop
         return forward(context, batch, number)
 
-    forward = one_pass.predicted
+    forward = one_pass.predicted  # type: ignore[attr-defined]
     options = mps.precisions(options)
     whole = profile(model, batches, family, own, options)
     with monkeypatch.context() as patch:

@@ -173,7 +173,7 @@ def test_a_naive_program_gives_the_same_tables():
 @pytest.mark.parametrize("activation_bytes", [0, 10_000_000])
 def test_in_turns_or_all_at_once(monkeypatch, activation_bytes):
     turns = []
-    made, run = perturbation.record, perturbation._Run.turns
+    made, run = perturbation.record, perturbation._Run.turns  # type: ignore[attr-defined]
 
     def record(model, batch):
         trace, output = made(model, batch)
@@ -392,7 +392,7 @@ def test_right_numbers_whatever_the_model_does(monkeypatch, kind, batches, activ
     torch.manual_seed(0)
     model = kind().eval()
     if activation_bytes is not None:
-        made = perturbation.record
+        made = perturbation.record  # type: ignore[attr-defined]
 
         def record(model, batch):
             trace, output = made(model, batch)

@@ -51,3 +51,22 @@ def resolved(name):
             thing = getattr(thing, part)
         return True
     return False
+
+
+def test_every_registry_is_a_literal_dict_with_parts():
+    page = (ROOT / "docs/architecture.md").read_text()
+    registries = re.findall(r"\| `(mpsearch[\w.]+\.[A-Z_]+)` \|", page)
+    assert len(registries) == len(set(registries)) >= 8
+    for registry in registries:
+        module, _, name = registry.rpartition(".")
+        parts = getattr(importlib.import_module(module), name)
+        assert isinstance(parts, dict)
+        assert parts
+
+
+def test_every_suite_is_public():
+    page = (ROOT / "docs/architecture.md").read_text()
+    suites = re.findall(r"`mpsearch\.testing\.\w+\.(\w+_checks)`", page)
+    assert len(suites) >= 8
+    for suite in suites:
+        assert callable(getattr(importlib.import_module("mpsearch.testing"), suite))

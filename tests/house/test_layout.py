@@ -67,7 +67,6 @@ def test_no_module_hides_behind_an_underscore():
     assert {path.name for path in names} == {"__init__.py", "__main__.py"}
 
 
-@pytest.mark.xfail(reason="the doors are being converted")
 @checkout
 def test_no_function_takes_more_than_twelve_arguments():
     def arguments(function):

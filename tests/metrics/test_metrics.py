@@ -227,11 +227,11 @@ def test_the_projection_is_the_dense_gauss_newton_form(name):
     reference = found.rows.detach()
 
     def summed(rows):
-        return metric.terms(reference, rows, found.index, 3)[0].sum()
+        return metric.terms(reference, rows, found.index, 3)[0].sum()  # type: ignore[attr-defined]
 
     # a hair beside the reference, where the angle's derivative is not defined
     hessian = torch.autograd.functional.hessian(summed, reference * (1 + 1e-9 * draw(3, 4).double())).reshape(12, 12)
-    weight = metric.terms(reference, reference, found.index, 3)[1].sum()
+    weight = metric.terms(reference, reference, found.index, 3)[1].sum()  # type: ignore[attr-defined]
     quantize = RoundToNearest()
     for row, layer in enumerate(model[::2]):
         for column, option in enumerate(OPTIONS):

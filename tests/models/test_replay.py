@@ -115,7 +115,7 @@ class Wrapped(nn.Module):
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3))
-        for layer in self.layers[:2]:
+        for layer in self.layers[:2]:  # type: ignore[attr-defined]
             original = layer.forward
             layer.forward = lambda x, original=original: torch.tanh(original(x))
 

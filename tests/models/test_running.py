@@ -45,7 +45,7 @@ class Remembers(Two):
         if "hooked" not in vars(self):
             self.hooked = True
             self.a.register_forward_hook(lambda *_: None)
-        self.steps = self.steps + 1
+        self.steps = self.steps + 1  # type: ignore[has-type]
         self.last = x
         self.total += x.sum(0)
         self.runs += 1

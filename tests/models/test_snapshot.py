@@ -60,8 +60,8 @@ class Noting(nn.Module):
         if hasattr(self, "old"):
             del self.old
         torch.rand(1, generator=self.generators[0])
-        self.generators[1].random()
-        self.generators[2].random()
+        self.generators[1].random()  # type: ignore[attr-defined]
+        self.generators[2].random()  # type: ignore[attr-defined]
         return self.head(torch.relu(self.body(x)))
 
 

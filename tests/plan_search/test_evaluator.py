@@ -29,7 +29,7 @@ def net():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
     with torch.no_grad():
-        for layer in model[::2]:
+        for layer in model[::2]:  # type: ignore[attr-defined]
             layer.weight *= 4
     return model
 

@@ -675,7 +675,7 @@ def test_the_report_part_is_not_touched_before_the_report(monkeypatch):
     model.register_forward_pre_hook(
         lambda _, args: touched.append(bool(reporting)) if bool((args[0] == 0.25).all()) else None
     )
-    real = findings.report_on
+    real = findings.report_on  # type: ignore[attr-defined]
 
     def report_on(*args):
         reporting.append(True)

@@ -84,7 +84,7 @@ def test_weights_alone_of_a_bfloat16_model(kind, text, tolerance):
 )
 def test_what_no_kernel_runs(kind, text, message):
     with pytest.raises(NoKernel, match=message):
-        torch_kernel(*inputs(kind, torch.float32), mps.Precision.parse(text))
+        torch_kernel(*inputs(kind, torch.float32), mps.Precision.parse(text))  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def form(model, inputs, labels, options=OPTIONS):
             change = error(weight, option).T
         else:
             change = error(weight, option).flatten(1)
-        groups, outputs = a.shape[0], len(b)
-        inputs_of = a.repeat_interleave(outputs // groups, 0)
+        groups, outputs = a.shape[0], len(b)  # type: ignore[attr-defined]
+        inputs_of = a.repeat_interleave(outputs // groups, 0)  # type: ignore[attr-defined]
         found.append(0.5 * float((b[:, None] * inputs_of * change.square()).sum()))
     return found
 

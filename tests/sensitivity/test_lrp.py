@@ -139,7 +139,7 @@ def test_batch_norm_elsewhere_is_a_linear_map():
     x = draw(1, 2, 3, 3)
     hidden = model[1](model[0](x)).reshape(-1).numpy()
     middle = shared_out("epsilon", matrix, bias, hidden, np.array(matrix @ hidden + bias))
-    outer = shared_out("z+", *explicit(model[0], (2, 3, 3)), x.reshape(-1).numpy(), middle)
+    outer = shared_out("z+", *explicit(model[0], (2, 3, 3)), x.reshape(-1).numpy(), middle)  # type: ignore[call-arg]
     found = relevance(model, x, convolution="z+", epsilon=0.0)
     np.testing.assert_allclose(found.reshape(-1).numpy(), outer, rtol=1e-9, atol=1e-12)
 
@@ -539,9 +539,9 @@ def test_fused_attention_with_grouped_heads_and_masks(mask, attention):
     def written(x):
         q, k, v = parts(x)
         k, v = (t.repeat_interleave(2, 1) for t in (k, v))
-        scores = q @ k.mT * settings.get("scale", 0.5)
+        scores = q @ k.mT * settings.get("scale", 0.5)  # type: ignore[attr-defined]
         if "attn_mask" in settings or "is_causal" in settings:
-            given = settings.get("attn_mask", torch.ones(5, 5, dtype=torch.bool).tril())
+            given = settings.get("attn_mask", torch.ones(5, 5, dtype=torch.bool).tril())  # type: ignore[attr-defined]
             scores = scores + (torch.where(given, 0.0, -math.inf).double() if given.dtype == torch.bool else given)
         return scores.softmax(-1) @ v
 

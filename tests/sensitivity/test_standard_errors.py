@@ -89,12 +89,12 @@ def test_coverage(family):
         size = 8
         orders = torch.cat([torch.randperm(POOL, generator=generator) for _ in range(4)])
         whole = list(zip(x[orders].split(size), y[orders].split(size), strict=True))
-    truths = [table.sensitivity for table in run(whole, estimator=list(estimators.values()))]
+    truths = [table.sensitivity for table in run(whole, estimator=list(estimators.values()))]  # type: ignore[attr-defined]
     hits = np.zeros((len(estimators), 2))
     for seed in range(REPETITIONS):
         at = torch.randint(0, POOL, (SAMPLES,), generator=generator)
         batches = list(zip(x[at].split(size), y[at].split(size), strict=True))
-        drawn = [type(one)(**{**vars(one), "seed": seed}) if hasattr(one, "seed") else one for one in estimators]
+        drawn = [type(one)(**{**vars(one), "seed": seed}) if hasattr(one, "seed") else one for one in estimators]  # type: ignore[attr-defined]
         for row, (table, truth) in enumerate(zip(run(batches, estimator=drawn), truths, strict=True)):
             hits[row] += (abs(table.sensitivity - truth) <= 3 * table.sensitivity_se)[:, 0]
     covered = hits.mean(1) / REPETITIONS

@@ -90,7 +90,7 @@ def test_tables_that_were_solved_wrongly(solver, kind, seed):
     limits = np.array([math.fsum(u[np.arange(rows), chosen]) for u in use])
     if generator.random() < 0.3:
         limits = np.nextafter(limits, -np.inf)
-    choice = {"ilp": ILP(), "exact": Exact(), "greedy": Greedy()}[solver].choose(damage, use, limits)
+    choice = {"ilp": ILP(), "exact": Exact(), "greedy": Greedy()}[solver].choose(damage, use, limits)  # type: ignore[attr-defined]
     every = (np.array(o) for o in itertools.product(range(columns), repeat=rows))
     fitting = [value(damage, None, o) for o in every if within(use, limits, o)]
     if choice.status is Status.OPTIMAL:

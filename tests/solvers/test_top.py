@@ -56,5 +56,5 @@ def test_multipliers_save_solves(ordinary):
 
 
 def test_not_proven(ordinary):
-    found = top_choices(DynamicProgramming(max_states=1), *ordinary(20, 4), 3)
+    found = top_choices(DynamicProgramming(max_states=1), *ordinary(20, 4), 3)  # type: ignore[call-arg]
     assert not any(c.stats["rank_proven"] for c in found)

@@ -122,7 +122,7 @@ def test_what_is_proposed_fits_is_allowed_and_is_new(name, seed):
         record.measured[max(good - set(record.measured))] = 2.0
     first = len(record.measured)
     for _ in range(len(good)):
-        found = proposer.propose(record, posterior)
+        found = proposer.propose(record, posterior)  # type: ignore[attr-defined]
         if found is None:
             break
         key = tuple(found.tolist())
