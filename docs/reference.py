@@ -31,9 +31,10 @@ def render(folder: Path) -> None:
         vars(mpsearch)[name] = getattr(mpsearch, name)  # pdoc does not ask for names that are loaded when first used
     for part in PARTS:
         importlib.import_module(f"mpsearch.{part}")
-    mpsearch.__all__ += PARTS
+    mpsearch.__all__ += [part for part in PARTS if "." not in part]
     pdoc.render.configure(docformat="google", show_source=False)
-    pdoc.pdoc("mpsearch", output_directory=folder)
+    deeper = [f"mpsearch.{part}" for part in PARTS if "." in part]  # pdoc follows one name at a time
+    pdoc.pdoc("mpsearch", *deeper, output_directory=folder)
 
 
 if __name__ == "__main__":
