@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # two processes of one thread each: on two cores half the time of one process of two
 PARALLEL := -n 2 --dist worksteal
+# a second opinion on Hessians and K-FAC in the tests; it asks for torchvision, which it does not use here and which pulls another torch
+ORACLE := curvlinops-for-pytorch==3.0.1
 WHEEL := $(or $(TMPDIR),/var/tmp)/mpsearch-wheel
 export OMP_WAIT_POLICY = PASSIVE
 export OMP_NUM_THREADS = 1
@@ -43,6 +45,7 @@ docs: .venv/ready
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet torch==2.13.0
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps $(ORACLE)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	touch $@
 
