@@ -1,6 +1,7 @@
 """Hessian-vector products, traces, eigenvalues and Kronecker factors against curvlinops, a library of curvature matrices."""
 
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
