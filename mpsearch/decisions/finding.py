@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Options, with_options
 from mpsearch.core.precision import Precision
@@ -169,7 +170,9 @@ def _without_a_name(target: str, candidates: Mapping[str, nn.Module], own: set[s
     inside = {name for name, module in candidates.items() if name not in own or isinstance(module, Operand)}
     hidden = sorted(name for name in inside - excluded if not (TARGETS[target].stacked and place_of(name)))
     if hidden:
-        warnings.warn(f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=3)
+        warnings.warn(
+            f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=stacklevel()
+        )
     return set(hidden)
 
 
@@ -191,7 +194,7 @@ def _tell_undecided(
     heard = [weight_of(module) for name, module in candidates.items() if name not in asked and name not in decided]
     facts = undecided(model, [weight_of(every[name]) for name in decided], asked, heard)
     if facts["untold"] >= WORTH_A_WORD:
-        warnings.warn(undecided_text(facts), MpsearchWarning, stacklevel=3)
+        warnings.warn(undecided_text(facts), MpsearchWarning, stacklevel=stacklevel())
 
 
 def _layer(
@@ -244,7 +247,9 @@ def _called(
     lost = [name for name in idle if name not in waiting | elsewhere]
     if lost:
         warnings.warn(
-            f"the example never calls {_shown(lost)}: left out of the decisions", MpsearchWarning, stacklevel=3
+            f"the example never calls {_shown(lost)}: left out of the decisions",
+            MpsearchWarning,
+            stacklevel=stacklevel(),
         )
     called = {name: module for name, module in wanted.items() if name in macs or name in waiting}
     if not called:

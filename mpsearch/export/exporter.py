@@ -1,5 +1,6 @@
 """What an exporter is, and how its tool is asked whether it carries a plan out."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -61,6 +62,11 @@ class Exporter:
     def target(self) -> Target | None:
         """What the tool can express; None where anything goes."""
         return TARGETS.get(self.name)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """For `help`: the arguments of `write`."""
+        return inspect.signature(self.write)
 
     def __call__(self, plan: Plan, model: nn.Module | None = None, **options: Any) -> Any:
         """Write a plan; see `write`.

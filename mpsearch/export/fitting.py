@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
@@ -78,7 +79,7 @@ def fitted(
     if snap:
         moved = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
         if moved.changes:
-            warnings.warn(str(moved), MpsearchWarning, stacklevel=3)
+            warnings.warn(str(moved), MpsearchWarning, stacklevel=stacklevel())
             return moved.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     if model is not None:
@@ -97,7 +98,9 @@ def fitted(
     if model is not None and "memory_bytes" in plan.usage:
         difference = differing(plan.usage["memory_bytes"], plan_bytes(plan, model, known, symmetric=symmetric).total)
         if difference:
-            warnings.warn(f"{difference} as {target} stores it; {counted_for(target)}", MpsearchWarning, stacklevel=3)
+            warnings.warn(
+                f"{difference} as {target} stores it; {counted_for(target)}", MpsearchWarning, stacklevel=stacklevel()
+            )
     return plan
 
 

@@ -29,6 +29,9 @@ class ActivationAware(LayerByLayer):
 
     Inputs 16 times as large in the first channel; alpha is 0 or 1/2, so s is 1 and 1, or in proportion 4 to 1:
 
+    >>> import torch
+    >>> from mpsearch import Precision
+    >>> from mpsearch.quantizers import InputStatistics, RoundToNearest
     >>> statistics = InputStatistics(torch.diag(torch.tensor([256.0, 1.0]))[None], *torch.tensor([[0.0, 0], [16, 1], [16, 1], [1, 1]]))
     >>> quantizer = ActivationAware({"fc": statistics}, steps=2, quantizer=RoundToNearest(scale="max")).of_layer("fc")
     >>> quantizer(torch.tensor([[0.4, 1.0]]), Precision("3"))     # round (1.6, 1) to multiples of 1.6 / 3

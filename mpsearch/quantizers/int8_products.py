@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.errors import MpsearchWarning
 
 _ROWS, _LENGTH, _COLUMNS = 32, 64, 32
@@ -97,5 +98,5 @@ def warn_of_saturation(engine: str, layers: Iterable[str], remedy: str) -> None:
             f"int8 products of {engine} saturate on this machine: {_LENGTH} products of the largest codes add up to {1 - lost:.2f} "
             f"of their sum, so weights of 8 bits ({first}) give outputs here that are off by several percent; {remedy}",
             MpsearchWarning,
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )

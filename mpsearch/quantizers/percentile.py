@@ -21,6 +21,8 @@ class PercentileClip(Around):
 
     The channel's third of four sizes, 3, is its 75th percentile:
 
+    >>> import torch
+    >>> from mpsearch import Precision
     >>> PercentileClip(75)(torch.tensor([[-1.0, 2.0, 3.0, 100.0]]), Precision("3"))
     tensor([[-1.,  2.,  3.,  3.]])
     """

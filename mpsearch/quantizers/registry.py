@@ -47,6 +47,7 @@ def resolve_quantizer(
     Raises:
         EstimatorError: for an unknown name, or what is neither a quantizer nor a function.
 
+    >>> import torch
     >>> resolve_quantizer("rtn-max"), resolve_quantizer("gptq").needs_data
     (RoundByLargest(symmetric=True, scale='max', granularity='channel', activation='tensor'), True)
     >>> resolve_quantizer("gptq", nn.Sequential(nn.Linear(2, 2)), [torch.ones(1, 2)]).needs_data

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
@@ -67,7 +68,7 @@ class MemoryBytes:
             warnings.warn(
                 f"memory_bytes are those of RoundToNearest: {quantizer.name} has no stored_bytes(layer, precision)",
                 MpsearchWarning,
-                stacklevel=2,
+                stacklevel=stacklevel(),
             )
         rows = {layer.name: row for row, layer in enumerate(layers)}
         holding = holders(model, layers)

@@ -306,7 +306,7 @@ def test_escape_characters_of_names_reach_no_terminal(monkeypatch):
     with contextlib.redirect_stdout(out):
         assert cli.main(["solve", str(folder() / "odd.csv"), "--budget", "average_bits=3"]) == 0
     assert "=a�[2J" in out.getvalue()
-    assert set(re.findall(r"\x1b(?:\[[\d;]*m)?", out.getvalue())) <= {"\x1b[0m", "\x1b[1m", "\x1b[36m"}
+    assert set(re.findall(r"\x1b(?:\[[\d;]*m)?", out.getvalue())) <= {"\x1b[0m", "\x1b[1m", "\x1b[2m", "\x1b[36m"}
 
 
 def shell(line):

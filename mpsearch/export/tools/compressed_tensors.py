@@ -11,6 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
@@ -174,7 +175,7 @@ def _check_experts(plan: Plan, model: nn.Module) -> None:
         warnings.warn(
             f"experts have {', '.join(sorted(precisions))}: vLLM reads them, transformers misreads or refuses all but one precision",
             MpsearchWarning,
-            stacklevel=3,
+            stacklevel=stacklevel(),
         )
 
 

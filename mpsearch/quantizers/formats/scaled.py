@@ -91,6 +91,8 @@ class AsymmetricIntegers(Grid):
 class Minifloats(Grid):
     """Sign, exponent and mantissa from the highest bit down.
 
+    >>> import torch
+    >>> from mpsearch.core.formats import number_format
     >>> grid = Minifloats.of(number_format("fp4_e2m1"))
     >>> grid.encode(torch.tensor([0.5, -6.0])), grid.decode(torch.tensor([1, 15]), torch.float32)
     (tensor([ 1, 15]), tensor([ 0.5000, -6.0000]))
