@@ -227,7 +227,12 @@ def test_the_model_comes_back(error):
         ([MIXED[0], plan(conv="w2", one="w2", two="w4")], None, mps.PlanError, "plan 1: .* share a weight"),
         ([MIXED[0], plan(conv="w2")], None, mps.PlanError, "plan 1 and plan 0 name different layers"),
         (MIXED, [], mps.EstimatorError, "empty"),
-        (MIXED[:1], [batches()[0], batches()[1] * np.nan], mps.EstimatorError, "unquantized model is not finite .batch 1"),
+        (
+            MIXED[:1],
+            [batches()[0], batches()[1] * np.nan],
+            mps.EstimatorError,
+            "unquantized model is not finite .batch 1",
+        ),
     ],
 )
 def test_bad_input_is_refused(plans, data, error, words):
