@@ -36,8 +36,23 @@ class GradientEstimator:
     scores_members: ClassVar[Literal["no", "free", "runs"]] = "no"
 
     def __post_init__(self) -> None:
-        if getattr(self, "draws", 1) < 1:
-            raise EstimatorError(f"draws={self.draws}: expected 1 or more")  # type: ignore[attr-defined]
+        if self.draws < 1:
+            raise EstimatorError(f"draws={self.draws}: expected 1 or more")
+
+    @property
+    def draws(self) -> int:
+        """Random outputs for each prediction: a setting of those that draw them."""
+        return 1
+
+    @property
+    def seed(self) -> int:
+        """Of the random outputs: a setting of those that draw them."""
+        return 0
+
+    @property
+    def token_weights(self) -> TokenWeights | None:
+        """Weight of each token in the loss: a setting of those that weigh them."""
+        return None
 
     @property
     def scores_caches(self) -> bool:
@@ -65,14 +80,13 @@ class GradientEstimator:
         measured. Not counted: the one backward pass that tells samples from tokens where shapes leave doubt.
         """
         noise = "input_squared_norm" in self.needs or self.unit == "relative"
-        return Passes(2 if noise else 1, getattr(self, "draws", 1))
+        return Passes(2 if noise else 1, self.draws)
 
     def gradient_target(self, context: Context) -> GradientTarget:
         """What is differentiated: by default random outputs for a metric that compares outputs, else the loss itself."""
-        weights: TokenWeights | None = getattr(self, "token_weights", None)
         if isinstance(context.loss, Comparison):
-            return GradientTarget("gauss-newton", getattr(self, "draws", 1), getattr(self, "seed", 0), weights)
-        return GradientTarget("given", token_weights=weights)
+            return GradientTarget("gauss-newton", self.draws, self.seed, self.token_weights)
+        return GradientTarget("given", token_weights=self.token_weights)
 
     def accumulator(self, context: Context) -> Accumulator:
         """By default the means of the contributions with their standard errors."""

@@ -82,7 +82,7 @@ def onnxruntime_static(
             assert codes.scales is not None
             scales[name] = codes.scales.reshape(-1).numpy()
             weight.data.copy_(codes.values())  # an override sets the scale, but clips at int8 alone
-    made, nodes = layer_nodes(plan, rounded, example, dynamic_shapes)
+    graph, nodes = layer_nodes(plan, rounded, example, dynamic_shapes)
     overrides = {}
     for name, members in nodes.items():
         for number, node in enumerate(members):
@@ -93,18 +93,18 @@ def onnxruntime_static(
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "model.onnx"
             tools.quantize_static(
-                made,
+                graph,
                 out,
-                _reader(made, inputs_of(arranged(example, model))),
+                _reader(graph, inputs_of(arranged(example, model))),
                 nodes_to_quantize=[node.name for members in nodes.values() for node in members],
                 op_types_to_quantize=["MatMul", "Gemm", "Conv"],
                 per_channel=True,
                 extra_options={"TensorQuantOverrides": overrides},
             )
-            made = package("onnx", _EXTRA).load(out)
+            graph = package("onnx", _EXTRA).load(out)
     if path is not None:
-        write_atomically(path, made.SerializeToString())
-    return made
+        write_atomically(path, graph.SerializeToString())
+    return graph
 
 
 def read_onnxruntime_static(
