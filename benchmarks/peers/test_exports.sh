@@ -18,13 +18,13 @@ for tool in ${*:-gptqmodel autoround modelopt nncf quanto bitsandbytes executorc
     settings=
     case $tool in
         gptqmodel)
-            tests=tests/export/test_gptqmodel.py
+            tests=tests/export/tools/test_gptqmodel.py
             settings="GPTQMODEL_CPU_WORKERS=3 TORCHDYNAMO_DISABLE=1"  # on two cores it asks for a third worker
             ;;
-        llmcompressor) tests=tests/export/test_llm_compressor.py ;;
-        autoround) tests=tests/export/test_auto_round.py ;;
-        modelopt) tests="tests/export/test_modelopt.py tests/imports/test_modelopt.py" ;;
-        *) tests=tests/export/test_$tool.py ;;
+        llmcompressor) tests=tests/export/tools/test_llm_compressor.py ;;
+        autoround) tests=tests/export/tools/test_auto_round.py ;;
+        modelopt) tests="tests/export/tools/test_modelopt.py tests/imports/test_modelopt.py" ;;
+        *) tests=tests/export/tools/test_$tool.py ;;
     esac
     echo "$tool"
     report=$(env $settings "$venv/bin/python" -m pytest -q -rs -p no:cacheprovider $tests) || { echo "$report"; exit 1; }
