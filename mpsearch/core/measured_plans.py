@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.core import shown
+from mpsearch.core import printing, shown
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
@@ -22,6 +23,8 @@ from mpsearch.files.writing import comment_lines, csv_rows, csv_text, write_atom
 _VERSION = 1
 _MARK = "# mpsearch_plans:"
 _NUMBERS = ("damage", "damage_se")
+#: Plans that are printed.
+_PRINTED = 20
 
 
 class _Header(TypedDict, total=False):
@@ -71,6 +74,18 @@ class MeasuredPlans:
                 values.flags.writeable = False
                 object.__setattr__(self, name, values)
         self._check()
+
+    def __str__(self) -> str:
+        """A line for each of the first plans: how many layers have which precision, and the damage."""
+        errors = [None] * len(self.plans) if self.damage_se is None else self.damage_se.tolist()
+        rows = []
+        for number, (plan, damage, se) in enumerate(zip(self.plans, self.damage.tolist(), errors, strict=True)):
+            if number == _PRINTED:
+                break
+            counts = Counter(map(str, plan.values())).most_common()
+            rows.append([str(number), ", ".join(f"{n} {name}" for name, n in counts), printing.damage(damage, se)])
+        text = printing.table(["plan", "layers", f"damage [{self.unit}]"], rows)
+        return text if len(self.plans) <= _PRINTED else f"{text}\n... ({len(self.plans)} plans)"
 
     def _check(self) -> None:
         if self.damage is None:

@@ -246,3 +246,13 @@ def test_plans_are_checked_before_anything_runs():
 
     with pytest.raises(mps.PlanError, match="plan 1 and plan 0 name different layers"):
         measure_plans(net(), batches(), [MIXED[0], plan(conv="w2")], quantizer=quantizer)
+
+
+def test_it_prints_what_was_measured():
+    plans = [mps.Plan({"a": mps.Precision("2"), "b": mps.Precision("8")})] * 25
+    text = str(MeasuredPlans(tuple(plans), np.arange(25.0), np.full(25, 0.5), "nats"))
+    first, *_, last = text.splitlines()
+    assert first.split() == ["plan", "layers", "damage", "[nats]"]
+    assert "1 w2, 1 w8" in text
+    assert "1 ± 0.5" in text
+    assert last == "... (25 plans)"
