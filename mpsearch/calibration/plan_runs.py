@@ -33,7 +33,7 @@ class Reader(Protocol):
         """It looks at all that the model returns."""
         ...
 
-    def of(self, model: nn.Module, batch: Batch, found: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
+    def of(self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """(n,) sums and (n,) weights of the samples; see `Metric.of`."""
         ...
 

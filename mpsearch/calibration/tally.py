@@ -52,34 +52,34 @@ class Tally:
         """(n,) the rise of the chosen metric over the unquantized model."""
         return self._choice.metric.damage(sums, unquantized)
 
-    def of(self, model: nn.Module, batch: Batch, found: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
+    def of(self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """Add one batch.
 
         Args:
             model: as it stands; run again for a metric or a loss of one's own.
             batch: the batch.
-            found: what the model makes of it.
+            outcome: what the model makes of it.
             reference: what the unquantized model makes of it; None where this is it.
 
         Returns:
             (n,) sums and (n,) weights of the samples by the chosen metric.
         """
-        assert found is not None
+        assert outcome is not None
         for name, metric in list(self._metrics.items()):
             along = name in ("loss", "accuracy") and metric is not self._choice.metric and not isinstance(metric, Own)
-            if along and self._missing(model, batch, found):  # in some batches: then there is no mean
+            if along and self._missing(model, batch, outcome):  # in some batches: then there is no mean
                 del self._metrics[name], self._means[name]
                 continue
-            sums, counts = metric.of(model, batch, found, reference)
+            sums, counts = metric.of(model, batch, outcome, reference)
             self._means[name].add_samples(torch.from_numpy(sums), torch.from_numpy(counts))
             if metric is self._choice.metric:
                 chosen = sums, counts
-        self._samples += found.samples
+        self._samples += outcome.samples
         return chosen
 
-    def _missing(self, model: nn.Module, batch: Batch, found: Run) -> bool:
+    def _missing(self, model: nn.Module, batch: Batch, outcome: Run) -> bool:
         with_targets = self._choice.loss
-        return not isinstance(with_targets, TargetLoss) or with_targets.targets(model, batch, found) is None
+        return not isinstance(with_targets, TargetLoss) or with_targets.targets(model, batch, outcome) is None
 
     def result(self, reference: Evaluation | None) -> Evaluation:
         """The means."""

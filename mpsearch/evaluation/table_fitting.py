@@ -49,8 +49,8 @@ def calibrate(table: CostTable, measured: MeasuredPlans, *, per_precision: bool 
     >>> from mpsearch import Layer, Plan, Precision, precisions
     >>> table = CostTable((Layer("a"), Layer("b")), precisions("w2 w4"), [[4, 1], [2, 1]])
     >>> plans = [Plan({"a": Precision(x), "b": Precision(y)}) for x, y in ("22", "24", "42", "44")]
-    >>> found = calibrate(table, MeasuredPlans(plans, [12, 10, 6, 4], unit="nats"))
-    >>> found.sensitivity.tolist(), found.unit, found.origin["calibration"]["scales"]
+    >>> calibrated = calibrate(table, MeasuredPlans(plans, [12, 10, 6, 4], unit="nats"))
+    >>> calibrated.sensitivity.tolist(), calibrated.unit, calibrated.origin["calibration"]["scales"]
     ([[8.0, 2.0], [4.0, 2.0]], 'nats', {'all': 2.0})
     """
     if measured.unit == "relative":

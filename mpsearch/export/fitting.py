@@ -298,9 +298,9 @@ def joined(plan: Plan, model: nn.Module | None, fused: Fused) -> list[tuple[str,
     return [(title, group) for title, group in groups if any(name in plan for name in group)]
 
 
-def group_size(found: int, columns: int, planned: Precision) -> int | None:
+def group_size(size: int, columns: int, planned: Precision) -> int | None:
     """A group as wide as the weight and a scale an output channel are the same thing: as the plan writes it."""
-    return planned.group_size if found == columns and planned.group_size in (None, columns) else found
+    return planned.group_size if size == columns and planned.group_size in (None, columns) else size
 
 
 def _effect(plan: Plan, name: str) -> Precision | None:

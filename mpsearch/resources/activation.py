@@ -33,8 +33,8 @@ class ActivationBytes:
 
     >>> from mpsearch import layers, precisions
     >>> model, row = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(1, 4)
-    >>> found = ActivationBytes()(model, layers(model, row), precisions("w8a8 w8"), example=row)
-    >>> found.usage.tolist(), found.fixed.tolist(), found.reference
+    >>> resource = ActivationBytes()(model, layers(model, row), precisions("w8a8 w8"), example=row)
+    >>> resource.usage.tolist(), resource.fixed.tolist(), resource.reference
     ([[[4.0, 16.0], [8.0, 32.0]]], [8.0], 56.0)
     """
 

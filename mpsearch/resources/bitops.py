@@ -26,8 +26,8 @@ class BitOps:
     (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count.
 
     >>> from mpsearch import precisions
-    >>> found = BitOps()(nn.Identity(), [Layer("fc", "linear", (8, 4), macs=32)], precisions("w4 w4a8"))
-    >>> found.usage.tolist(), found.reference
+    >>> resource = BitOps()(nn.Identity(), [Layer("fc", "linear", (8, 4), macs=32)], precisions("w4 w4a8"))
+    >>> resource.usage.tolist(), resource.reference
     ([[2048.0, 1024.0]], 8192.0)
     """
 

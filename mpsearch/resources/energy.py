@@ -84,8 +84,8 @@ class Energy:
     >>> import torch
     >>> from mpsearch import layers, precisions
     >>> model, row = nn.Sequential(nn.Linear(2, 2, bias=False)), torch.ones(1, 2)
-    >>> found = Energy()(model, layers(model, row), precisions("w16"), example=row)
-    >>> round(float(found.usage[0, 0]) * 1e12, 3)
+    >>> resource = Energy()(model, layers(model, row), precisions("w16"), example=row)
+    >>> round(float(resource.usage[0, 0]) * 1e12, 3)
     5218.4
     """
 

@@ -69,8 +69,8 @@ class MeasuredLatency:
 
     >>> from mpsearch import layers, precisions
     >>> model, row = nn.Sequential(nn.Linear(64, 64)), torch.ones(1, 64)
-    >>> found = MeasuredLatency(cache=None, rounds=2)(model, layers(model, row), precisions("w3 w16"), example=row)
-    >>> bool(np.isnan(found.usage[0, 0])), bool(found.usage[0, 1] > 0)
+    >>> resource = MeasuredLatency(cache=None, rounds=2)(model, layers(model, row), precisions("w3 w16"), example=row)
+    >>> bool(np.isnan(resource.usage[0, 0])), bool(resource.usage[0, 1] > 0)
     (True, True)
     """
 

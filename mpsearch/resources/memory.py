@@ -42,8 +42,8 @@ class MemoryBytes:
 
     >>> from mpsearch import precisions
     >>> model = nn.Sequential(nn.Linear(4, 8))
-    >>> found = MemoryBytes()(model, [Layer("0", "linear", (8, 4))], precisions("w4 w16"))
-    >>> found.usage.tolist(), found.fixed, found.reference
+    >>> resource = MemoryBytes()(model, [Layer("0", "linear", (8, 4))], precisions("w4 w16"))
+    >>> resource.usage.tolist(), resource.fixed, resource.reference
     ([[48.0, 128.0]], 32.0, 160.0)
     >>> MemoryBytes()(model, [Layer("0", "linear", (8, 4), target="torchao")], precisions("w4 w16")).usage.tolist()
     [[72.0, 128.0]]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
-from mpsearch.estimation.estimator import Estimate
+from mpsearch.estimation.estimator import Estimate, SeededEstimator
 from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, one_pass
 from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
 from mpsearch.estimation.passes import Passes
@@ -43,11 +43,6 @@ class GradientEstimator:
     def draws(self) -> int:
         """Random outputs for each prediction: a setting of those that draw them."""
         return 1
-
-    @property
-    def seed(self) -> int:
-        """Of the random outputs: a setting of those that draw them."""
-        return 0
 
     @property
     def token_weights(self) -> TokenWeights | None:
@@ -85,7 +80,8 @@ class GradientEstimator:
     def gradient_target(self, context: Context) -> GradientTarget:
         """What is differentiated: by default random outputs for a metric that compares outputs, else the loss itself."""
         if isinstance(context.loss, Comparison):
-            return GradientTarget("gauss-newton", self.draws, self.seed, self.token_weights)
+            seed = self.seed if isinstance(self, SeededEstimator) else 0
+            return GradientTarget("gauss-newton", self.draws, seed, self.token_weights)
         return GradientTarget("given", token_weights=self.token_weights)
 
     def accumulator(self, context: Context) -> Accumulator:
