@@ -1,8 +1,12 @@
 """Every error that mpsearch raises on purpose: one message, with the numbers, and nothing else inside; and what it warns with."""
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 
+#: Top names of modules that a warning does not point at.
+_INSIDE = ("mpsearch", "functools", "contextlib")
 #: Characters of a message, at most: what a damaged file holds may have megabytes.
 _LONGEST = 1500
 
@@ -31,6 +35,22 @@ class MpsearchWarning(UserWarning):
 
     `warnings.filterwarnings("error", category=mps.MpsearchWarning)` makes errors of them.
     """
+
+
+def warn(text: str) -> None:
+    """Tell something and go on: the warning points at the user's line that called mpsearch, however many rooms lie between.
+
+    Properties that are made once and context managers pass through modules of Python's, which do not count as the user's.
+
+    >>> with warnings.catch_warnings(record=True) as told:
+    ...     exec("from mpsearch.errors import warn; warn('assumed')", {"__name__": "script"})
+    >>> told[0].category.__name__, told[0].lineno
+    ('MpsearchWarning', 1)
+    """
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, MpsearchWarning, stacklevel=level)
 
 
 class FileError(MpsearchError, ValueError):

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -41,7 +40,6 @@ from mpsearch.checkpoints.counting import CountingStore
 from mpsearch.checkpoints.memory import NoStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.checkpoints.store import Store
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.decision import Decision, decisions_of
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.layer import Layer
@@ -53,7 +51,7 @@ from mpsearch.core.table import CostTable
 from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.finding import layers as find_layers
 from mpsearch.decisions.mask import decidable, only_allowed, refused_options
-from mpsearch.errors import EstimatorError, MpsearchWarning, PlanError, nearest
+from mpsearch.errors import EstimatorError, PlanError, nearest, warn
 from mpsearch.estimation.context import Context, Loss, OutputObserver
 from mpsearch.estimation.estimator import Estimator
 from mpsearch.estimation.passes import Passes
@@ -524,7 +522,7 @@ class Calibration:
         with _Bars(self._progress)(None, len(data), "evaluate") as bar:
             for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized]):
                 bar.update(number is not None)
-        choice.warn(stacklevel=stacklevel())
+        choice.warn()
         return quantized.result(plain.result(None))
 
     def measure(self, plans: Sequence[Plan], batches: Iterable[Batch] | None = None) -> MeasuredPlans:
@@ -559,14 +557,14 @@ class Calibration:
                 if plan_number is not None and damage is not None:
                     means[plan_number].add_samples(torch.from_numpy(damage.sums), torch.from_numpy(damage.counts))
                     bar.update()
-        choice.warn(stacklevel=stacklevel())
+        choice.warn()
         origin = {
             "metric": choice.metric.name,
             "measured": choice.sentence,
             "quantizer": repr(self.quantizer),
             "samples": sum(samples(batch) for batch in data),
             "model_fingerprint": self.fingerprint,
-            "data_fingerprint": data_fingerprint(data),
+            "data_fingerprint": self._calibration_fingerprint if batches is None else data_fingerprint(data),
         }
         values, ses = np.array([(mean.value, mean.se) for mean in means]).T
         return dataclasses.replace(unmeasured, damage=values, damage_se=ses, unit=choice.metric.unit, origin=origin)
@@ -592,20 +590,18 @@ class Calibration:
 
     @functools.cached_property
     def _calibration_fingerprint(self) -> str:
-        return data_fingerprint(self.batches)
+        return self.data_fingerprint if self.whole is self.batches else data_fingerprint(self.batches)
 
     def _warn_of_metric(self, tables: Sequence[tuple[str, CostTable]]) -> None:
         """Warn of what was assumed of the metric, and of tables, by their estimator, that do not see what it measures."""
         if all(table.unit == "relative" for _, table in tables):
             return
-        self.choice.warn(stacklevel=stacklevel())
+        self.choice.warn()
         blind = [estimator for estimator, table in tables if table.unit == "nats"]
         if blind and self.choice.comparison.unit != "nats" and isinstance(self.loss, Comparison):
-            warnings.warn(
+            warn(
                 f"{', '.join(blind)} takes a KL over a softmax, which does not see what all outputs have in common; "
-                f"{self.choice.sentence}; the estimator OutputDamage measures that",
-                MpsearchWarning,
-                stacklevel=stacklevel(),
+                f"{self.choice.sentence}; the estimator OutputDamage measures that"
             )
 
     def _check_inside(self) -> None:

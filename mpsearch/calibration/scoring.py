@@ -1,7 +1,6 @@
 """From what an estimator returns to a cost table."""
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,11 +8,10 @@ from typing import Any
 import numpy as np
 
 from mpsearch.allocation.ties import in_proportion
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.decision import Decision
 from mpsearch.core.layer import Layer
 from mpsearch.core.table import CostTable, Interactions
-from mpsearch.errors import EstimatorError, MpsearchWarning
+from mpsearch.errors import EstimatorError, warn
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.models.modules.experts import filled, report
@@ -100,11 +98,9 @@ def warn_of_no_effect(context: Context, estimate: Estimate, unseen: set[str]) ->
     )
     if free:
         shown = ", ".join(list(free)[:5]) + (f", ... ({len(free)} in all)" if len(free) > 5 else "")
-        warnings.warn(
+        warn(
             f"the loss does not depend on {shown}: plans give them the fewest bits; exclude them if another output of the model counts, or "
-            "if the model cuts their gradients off",
-            MpsearchWarning,
-            stacklevel=stacklevel(),
+            "if the model cuts their gradients off"
         )
 
 

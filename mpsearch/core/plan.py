@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NotRequired, TypedDict
 
 from mpsearch.core import shown
 from mpsearch.core.precision import Precision
-from mpsearch.errors import MpsearchError, MpsearchWarning, PlanError, nearest
+from mpsearch.errors import MpsearchError, PlanError, nearest, warn
 from mpsearch.files.file_set import hash_of
 from mpsearch.files.schema import OPEN, read_json
 from mpsearch.files.writing import write_atomically
@@ -143,11 +142,9 @@ class Plan(Mapping[str, Precision]):
             raise PlanError(f"{path}: {error}") from None
         if stored == plan._hash() or not (plan.predicted or plan.usage):
             return plan
-        warnings.warn(
+        warn(
             f"{path}: the layers were changed after the plan was written; what was predicted of it and its use of resources do not belong "
-            "to it and are left out",
-            MpsearchWarning,
-            stacklevel=2,
+            "to it and are left out"
         )
         return dataclasses.replace(plan, predicted={}, usage={}, origin={**plan.origin, "edited": True})
 

@@ -1,15 +1,13 @@
 """What no decision touches: parameters that stay at full width, by name and share of all weights."""
 
 import fnmatch
-import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.printing import undecided_text
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 
 #: A plan that leaves matrices of this share unnamed is told.
 _UNNAMED = 0.1
@@ -77,11 +75,7 @@ def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> No
     """Warn where a plan leaves a tenth of the weights and more in matrices that it does not name."""
     facts = undecided(model, weights)
     if facts["share"] - facts["vectors"] >= _UNNAMED:
-        warnings.warn(
-            f"the plan names {number} layer{'s' * (number > 1)}: {undecided_text(facts)}",
-            MpsearchWarning,
-            stacklevel=stacklevel(),
-        )
+        warn(f"the plan names {number} layer{'s' * (number > 1)}: {undecided_text(facts)}")
 
 
 class _Memory:

@@ -1,7 +1,6 @@
 """The door from a model to its decisions."""
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -9,14 +8,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Options, with_options
 from mpsearch.core.precision import Precision
 from mpsearch.core.printing import WORTH_A_WORD, undecided_text
 from mpsearch.decisions import grouping
 from mpsearch.decisions.coverage import undecided
-from mpsearch.errors import MpsearchWarning, TableError, nearest
+from mpsearch.errors import TableError, nearest, warn
 from mpsearch.models.graph import DataFlow, trace
 from mpsearch.models.modules.experts import place_of, routers
 from mpsearch.models.modules.operand import Operand
@@ -170,9 +168,7 @@ def _without_a_name(target: str, candidates: Mapping[str, nn.Module], own: set[s
     inside = {name for name, module in candidates.items() if name not in own or isinstance(module, Operand)}
     hidden = sorted(name for name in inside - excluded if not (TARGETS[target].stacked and place_of(name)))
     if hidden:
-        warnings.warn(
-            f"{target} has no name for {_shown(hidden)}: left alone", MpsearchWarning, stacklevel=stacklevel()
-        )
+        warn(f"{target} has no name for {_shown(hidden)}: left alone")
     return set(hidden)
 
 
@@ -194,7 +190,7 @@ def _tell_undecided(
     heard = [weight_of(module) for name, module in candidates.items() if name not in asked and name not in decided]
     facts = undecided(model, [weight_of(every[name]) for name in decided], asked, heard)
     if facts["untold"] >= WORTH_A_WORD:
-        warnings.warn(undecided_text(facts), MpsearchWarning, stacklevel=stacklevel())
+        warn(undecided_text(facts))
 
 
 def _layer(
@@ -246,11 +242,7 @@ def _called(
     elsewhere = {name for group in tied if any(other in macs for other in group.members) for name in group.members}
     lost = [name for name in idle if name not in waiting | elsewhere]
     if lost:
-        warnings.warn(
-            f"the example never calls {_shown(lost)}: left out of the decisions",
-            MpsearchWarning,
-            stacklevel=stacklevel(),
-        )
+        warn(f"the example never calls {_shown(lost)}: left out of the decisions")
     called = {name: module for name, module in wanted.items() if name in macs or name in waiting}
     if not called:
         raise TableError("the example calls none of the quantizable layers")

@@ -1,6 +1,5 @@
 """Options that a layer may not have, is too small for, or that its target cannot carry out: not allowed, left as they are in the model."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -8,11 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.printing import without_option
-from mpsearch.errors import MpsearchWarning, TableError
+from mpsearch.errors import TableError, warn
 from mpsearch.quantizers.packing import row_misfit
 from mpsearch.quantizers.quantizer import Around, Quantizer
 from mpsearch.targets.rules import TARGETS
@@ -40,6 +38,7 @@ def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[li
         TableError: where no layer is left, or each layer of a group has options, but they have none in common.
 
     >>> from mpsearch import precisions
+    >>> import warnings
     >>> with warnings.catch_warnings():
     ...     warnings.simplefilter("ignore")
     ...     left, reasons = decidable([Layer("gate", "linear", (4, 4)), Layer("fc", "linear", (4, 256))], precisions("wq4_k"))
@@ -66,7 +65,7 @@ def decidable(layers: Sequence[Layer], options: Sequence[Precision]) -> tuple[li
             "fits, such as w16"
         )
     if reasons:
-        warnings.warn(without_option(reasons), MpsearchWarning, stacklevel=stacklevel())
+        warn(without_option(reasons))
     return [layer for layer in layers if layer.name not in reasons], reasons
 
 

@@ -1,21 +1,19 @@
 """The door of every exporter: a plan checked against a model and a target, and moved to what the target has."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.wrapped_names import by_names_of
 from mpsearch.decisions.coverage import tell_unnamed
 from mpsearch.decisions.model_bytes import plan_bytes
-from mpsearch.errors import EstimatorError, ExportError, MpsearchWarning, nearest
+from mpsearch.errors import EstimatorError, ExportError, nearest, warn
 from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.weights import canonical, holds_weight, kind_of, storage_of, weight_of
@@ -79,7 +77,7 @@ def fitted(
     if snap:
         moved = snapped(plan, model, target, vllm=vllm, symmetric=symmetric)
         if moved.changes:
-            warnings.warn(str(moved), MpsearchWarning, stacklevel=stacklevel())
+            warn(str(moved))
             return moved.plan
     known, layers = rules(target, vllm), described(plan, model, target)
     if model is not None:
@@ -98,9 +96,7 @@ def fitted(
     if model is not None and "memory_bytes" in plan.usage:
         difference = differing(plan.usage["memory_bytes"], plan_bytes(plan, model, known, symmetric=symmetric).total)
         if difference:
-            warnings.warn(
-                f"{difference} as {target} stores it; {counted_for(target)}", MpsearchWarning, stacklevel=stacklevel()
-            )
+            warn(f"{difference} as {target} stores it; {counted_for(target)}")
     return plan
 
 

@@ -12,12 +12,11 @@ import shutil
 import stat
 import sys
 import tempfile
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mpsearch.errors import FileError, MpsearchWarning
+from mpsearch.errors import FileError, warn
 
 #: Where systems list the open files of a process.
 _DESCRIPTORS = re.compile(r"/dev/fd|/proc/(?P<process>\d+)(/task/\d+)?/fd")
@@ -198,11 +197,7 @@ def csv_text(rows: Iterable[Iterable[Any]]) -> str:
 
     csv.writer(_Lines(text), lineterminator="\r\n").writerows(seen())  # what ends lines is quoted in cells
     if formulas:
-        warnings.warn(
-            f"the name {formulas[0]!r} is written to CSV: a spreadsheet takes it for a formula",
-            MpsearchWarning,
-            stacklevel=2,
-        )
+        warn(f"the name {formulas[0]!r} is written to CSV: a spreadsheet takes it for a formula")
     return text.getvalue()
 
 

@@ -1,6 +1,5 @@
 """Which metric fits a model: what its outputs and the targets of the data are."""
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import EstimatorError, MpsearchWarning, nearest
+from mpsearch.errors import EstimatorError, nearest, warn
 from mpsearch.metrics.divergences import KL, BernoulliKL, Divergence
 from mpsearch.metrics.metric import Comparison, Kind, Metric
 from mpsearch.metrics.own import Own
@@ -102,10 +101,10 @@ class MetricChoice:
         """The accuracy, where the data has labels."""
         return _accuracy(self.reading) if self.reading.scored and self.reading.kind != "numbers" else None
 
-    def warn(self, stacklevel: int) -> None:
+    def warn(self) -> None:
         """Warn of what was assumed, and of what is not measured."""
         if self.reading.unmeasured or (self.reading.assumed and not (self.asked and self.metric is self.comparison)):
-            warnings.warn(self.sentence, MpsearchWarning, stacklevel=stacklevel + 1)
+            warn(self.sentence)
 
 
 def choose(

@@ -8,7 +8,6 @@ import json
 import math
 import re
 import types
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 from mpsearch.models.running import fingerprint, state_fingerprint
 
 
@@ -109,11 +108,9 @@ def difference(stored: Mapping[str, str], wanted: Mapping[str, str]) -> str | No
                 f"another {name}: unquantized, on the first samples, the two differ by {change:.2g} of its size, and rounding explains "
                 f"{tolerance:.2g} (another forward, an attribute, other code with the same weights?)"
             )
-        warnings.warn(
+        warn(
             f"the output of the unquantized model differs by {change:.2g} of its size from that of the earlier run, as on another machine "
-            "or with another number of threads: results agree within rounding, not bit for bit",
-            MpsearchWarning,
-            stacklevel=4,
+            "or with another number of threads: results agree within rounding, not bit for bit"
         )
     return None
 

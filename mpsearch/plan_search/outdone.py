@@ -1,17 +1,15 @@
 """Options that use as much as a finer one: a tool keeps 6-bit codes in bytes, so that 8 bits cost what 6 do."""
 
-import warnings
 from dataclasses import replace
 
 import numpy as np
 
 from mpsearch.core.budget import Budget
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.precision import Precision
 from mpsearch.core.problem import Problem
 from mpsearch.core.table import CostTable
 from mpsearch.core.totals import merged, total_of
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 from mpsearch.plan_search.goals import Goal
 
 
@@ -62,6 +60,6 @@ def without_outdone(table: CostTable, goal: Goal) -> CostTable:
         if better not in coarse
     )
     text = f"options that use as much as a finer one are left out: {pairs_text}"
-    warnings.warn(text, MpsearchWarning, stacklevel=stacklevel())
+    warn(text)
     sensitivity = np.where(outdone[problem.row_of_layer], np.nan, table.sensitivity)
     return replace(table, sensitivity=sensitivity, origin={**table.origin, "outdone": text})

@@ -15,7 +15,6 @@ from mpsearch.calibration.families import check_caches
 from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.core.budget import Budget
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import LayerOptions
 from mpsearch.core.precision import Precision
@@ -155,7 +154,7 @@ def search(
         base = without_outdone(calibration.base, goal)
         choice = calibration.choice
         calibration.run_by("the metric or the loss")
-        choice.warn(stacklevel=stacklevel())
+        choice.warn()
         base = replace(base, unit=choice.metric.unit)
         identity = {**calibration.identity(choice.comparison), **_further_identity(data, choice.metric, seed)}
         earlier = _earlier(settings["previous"], identity)

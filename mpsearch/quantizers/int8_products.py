@@ -8,14 +8,12 @@ known answer is computed by the engine in question.
 
 import functools
 import importlib
-import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from mpsearch.core.callers_line import stacklevel
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 
 _ROWS, _LENGTH, _COLUMNS = 32, 64, 32
 
@@ -94,9 +92,7 @@ def warn_of_saturation(engine: str, layers: Iterable[str], remedy: str) -> None:
     names = list(layers)
     if names and (lost := saturation(engine)):
         first = f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
-        warnings.warn(
+        warn(
             f"int8 products of {engine} saturate on this machine: {_LENGTH} products of the largest codes add up to {1 - lost:.2f} "
-            f"of their sum, so weights of 8 bits ({first}) give outputs here that are off by several percent; {remedy}",
-            MpsearchWarning,
-            stacklevel=stacklevel(),
+            f"of their sum, so weights of 8 bits ({first}) give outputs here that are off by several percent; {remedy}"
         )

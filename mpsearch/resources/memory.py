@@ -1,6 +1,5 @@
 """Bytes of the stored model."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -8,11 +7,10 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.decisions.model_bytes import every_tensor, holders, left_alone_bytes
-from mpsearch.errors import EstimatorError, MpsearchWarning
+from mpsearch.errors import EstimatorError, warn
 from mpsearch.quantizers.packing import row_misfit
 from mpsearch.quantizers.quantizer import checked_quantizer, stored_bytes
 from mpsearch.quantizers.rounding import RoundToNearest
@@ -65,11 +63,7 @@ class MemoryBytes:
         storage = next((TARGETS[layer.target].storage for layer in layers if layer.target), None)
         quantizer = checked_quantizer(self.quantizer)
         if storage is None and quantizer.bytes_from == "assumed":
-            warnings.warn(
-                f"memory_bytes are those of RoundToNearest: {quantizer.name} has no stored_bytes(layer, precision)",
-                MpsearchWarning,
-                stacklevel=stacklevel(),
-            )
+            warn(f"memory_bytes are those of RoundToNearest: {quantizer.name} has no stored_bytes(layer, precision)")
         rows = {layer.name: row for row, layer in enumerate(layers)}
         holding = holders(model, layers)
         for holder in holding:

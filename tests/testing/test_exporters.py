@@ -1,6 +1,5 @@
 """The contract suite of exporters: every registered one passes, every way to cheat is caught."""
 
-import functools
 import json
 import time
 import unittest
@@ -11,23 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 import mpsearch as mps
 from mpsearch.export import EXPORTERS, Exporter, Setting
 from mpsearch.files.writing import write_atomically
 from mpsearch.testing import exporter_checks
-
-
-@functools.cache
-def transformers_llama() -> nn.Module:
-    """For gguf, which asks the model of its heads and sizes."""
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
-        return model
 
 
 def registered_checks() -> Iterator[Any]:
@@ -43,10 +30,8 @@ def test_registered_exporters(check: Callable[[], None]) -> None:
     check()
 
 
-def test_gguf():
-    for _, check in exporter_checks(
-        EXPORTERS["gguf"], model=transformers_llama(), example=torch.zeros(1, 8, dtype=int)
-    ):
+def test_gguf(llama):
+    for _, check in exporter_checks(EXPORTERS["gguf"], model=llama, example=torch.zeros(1, 8, dtype=int)):
         check()
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 import mpsearch as mps
@@ -26,15 +25,6 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Linear(64, 64), nn.Linear(64, 64)
-
-
-def llama() -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model: nn.Module = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=64, **sizes)).eval()
-        return model
 
 
 def registered_checks() -> Iterator[Any]:
@@ -58,14 +48,14 @@ def test_registered_importers(check: Callable[[], None]) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_gguf():
+def test_gguf(llama):
     plan = mps.Plan(
         {
             "model.layers.0.mlp.down_proj": mps.Precision("q8_0"),
             "model.layers.0.self_attn.o_proj": mps.Precision("q4_0"),
         }
     )
-    for _, check in importer_checks(IMPORTERS["gguf"], model=llama(), plan=plan):
+    for _, check in importer_checks(IMPORTERS["gguf"], model=llama, plan=plan):
         check()
 
 

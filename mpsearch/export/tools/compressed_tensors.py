@@ -3,7 +3,6 @@
 import copy
 import json
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -11,11 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.packages import package
 from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
-from mpsearch.errors import ExportError, MpsearchWarning
+from mpsearch.errors import ExportError, warn
 from mpsearch.export.exporter import Exporter, Setting
 from mpsearch.export.fitting import fitted, group_size
 from mpsearch.export.stacked_experts import (
@@ -172,10 +170,8 @@ def _check_experts(plan: Plan, model: nn.Module) -> None:
             )
     precisions = {str(precision) if precision.quantizes_weight else "w16" for precision in stacked.values()}
     if len(precisions) > 1:
-        warnings.warn(
-            f"experts have {', '.join(sorted(precisions))}: vLLM reads them, transformers misreads or refuses all but one precision",
-            MpsearchWarning,
-            stacklevel=stacklevel(),
+        warn(
+            f"experts have {', '.join(sorted(precisions))}: vLLM reads them, transformers misreads or refuses all but one precision"
         )
 
 

@@ -5,7 +5,6 @@ import dataclasses
 import hashlib
 import inspect
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.errors import EstimatorError, MpsearchWarning
+from mpsearch.errors import EstimatorError, warn
 from mpsearch.models.data.snapshot import random_states
 
 #: Whatever a data loader yields; `arranged` tells how it is read.
@@ -101,7 +100,7 @@ def collect(batches: Iterable[Batch], model: nn.Module) -> list[Batch]:
     assumed = next((pair for pair in read if pair[1] and pair[0].target is not None), None)
     assumed = assumed or next((pair for pair in read if pair[1]), None)
     if assumed:
-        warnings.warn(assumed[1], MpsearchWarning, stacklevel=3)
+        warn(assumed[1])
     readings = [
         dataclasses.replace(assumed[0], original=batch.original)
         if assumed and doubt and _like(batch, assumed[0])

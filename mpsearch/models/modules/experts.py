@@ -1,7 +1,6 @@
 """Mixture of experts: which layers belong to an expert, which route, and the scores of an expert without tokens."""
 
 import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.layer import Layer
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import canonical, layer_of
 from mpsearch.models.running import Batch, call
@@ -155,8 +153,4 @@ def report(unseen: Iterable[str]) -> None:
     """Warn of layers whose score is the mean of other experts'."""
     names = sorted(unseen)
     shown = ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
-    warnings.warn(
-        f"no calibration data reached the experts' layers {shown}: scored by the mean of the other experts",
-        MpsearchWarning,
-        stacklevel=stacklevel(),
-    )
+    warn(f"no calibration data reached the experts' layers {shown}: scored by the mean of the other experts")

@@ -1,13 +1,11 @@
 """The least damage within a budget."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from mpsearch.core.callers_line import stacklevel
 from mpsearch.core.problem import Problem
-from mpsearch.errors import MpsearchWarning
+from mpsearch.errors import warn
 from mpsearch.plan_search.early_end import EarlyEnd, early_end
 from mpsearch.plan_search.evaluator import Measurement
 from mpsearch.plan_search.goals import WithinBudget
@@ -42,9 +40,7 @@ class BudgetStrategy:
         """See `Strategy.early_end`."""
         end = early_end(Problem.of(task.base, self.goal.budget))
         if end is not None:
-            warnings.warn(
-                f"{end.reason}: it is measured, and nothing is searched", MpsearchWarning, stacklevel=stacklevel()
-            )
+            warn(f"{end.reason}: it is measured, and nothing is searched")
         return end
 
     def run(self, context: SearchContext, earlier: list[Columns]) -> Outcome:
