@@ -8,6 +8,7 @@ import torch
 
 import mpsearch as mps
 from mpsearch import Precision
+from mpsearch.models.peak_memory import live_bytes
 from mpsearch.quantizers.formats import grid_of
 from mpsearch.quantizers.packing import packed_bytes
 from mpsearch.quantizers.rounding import RoundToNearest
@@ -304,12 +305,12 @@ def test_inputs_in_any_format_are_as_near_as_weights(name):
     "text", ["w4", "w4g128", "wfp8_e4m3", "wnf4", "wmxfp4", "wnvfp4", "wbfp6", "wq4_0", "wq6_k", "wbf16"]
 )
 @pytest.mark.parametrize("options", [{}, {"symmetric": False}, {"granularity": "tensor"}])
-def test_memory_beside_the_weight(live_memory, dtype, text, options):
+def test_memory_beside_the_weight(dtype, text, options):
     """The result and all that is held on the way: at most twice the layer."""
     w = weight(shape=(1024, 2048), dtype=dtype)
-    with live_memory as live:
+    with live_bytes() as peak:
         RoundToNearest(scale="max", **options)(w, Precision.parse(text))
-    assert w.nbytes <= live.peak <= 2 * w.nbytes
+    assert w.nbytes <= peak.bytes <= 2 * w.nbytes
 
 
 @pytest.mark.parametrize("text", ["w3", "w4g16", "wmxfp6_e2m3", "wnvfp4", "wq4_0", "wfp16"])

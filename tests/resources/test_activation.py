@@ -8,6 +8,7 @@ from torch import nn
 
 import mpsearch as mps
 from mpsearch.core.problem import usage_of
+from mpsearch.models.peak_memory import live_bytes
 from mpsearch.resources import ActivationBytes
 
 
@@ -49,13 +50,13 @@ MODELS = [
 
 
 @pytest.mark.parametrize(("model", "x"), MODELS)
-def test_the_unquantized_peak_is_that_of_live_memory(live_memory, model, x):
+def test_the_unquantized_peak_is_that_of_live_bytes(model, x):
     model.eval()
     found = ActivationBytes()(model, mps.layers(model, x), mps.precisions("w4"), example=x)
-    with torch.no_grad(), live_memory as live:
+    with torch.no_grad(), live_bytes() as peak:
         model(x[:1])
     held = x[:1].numel() * x.element_size()
-    assert found.reference == live.peak + held  # one sample, its input held all along
+    assert found.reference == peak.bytes + held  # one sample, its input held all along
     assert (found.usage.sum(1)[:, 0] + found.fixed).max() == found.reference
 
 
