@@ -13,6 +13,7 @@ from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.metrics.metric import Floats
+from mpsearch.metrics.pieces import all_finite
 from mpsearch.metrics.runs import Run, run
 from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
 from mpsearch.models.running import Batch
@@ -103,7 +104,7 @@ def unquantized_run(model: nn.Module, batch: Batch, reader: Reader, place: str) 
     """
     with torch.no_grad():
         whole = None if reader.runs_model else run(model, batch)
-        if whole is not None and not torch.isfinite(whole.rows).all():
+        if whole is not None and not all_finite(whole.rows):
             raise EstimatorError(
                 f"the output of the unquantized model is not finite ({place}): nan or inf in the data?"
             )
@@ -129,7 +130,7 @@ def plan_run(
     """
     with torch.no_grad(), plan.inside():
         whole = None if reader.runs_model else run(model, batch)
-        finite = whole is None or bool(torch.isfinite(whole.rows).all())
+        finite = whole is None or all_finite(whole.rows)
         if finite:
             sums, counts = reader.of(model, batch, whole, reference.run)
             damage = reader.damage(sums, reference.sums)

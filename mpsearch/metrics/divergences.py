@@ -6,8 +6,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from mpsearch.metrics.metric import Comparison, Kind, drawn_by
-from mpsearch.metrics.statistics import kl_divergence, log_softmax, wide
+from mpsearch.metrics.metric import Comparison, Kind
+from mpsearch.metrics.pieces import by_pieces
+from mpsearch.metrics.seeds import Draw
+from mpsearch.metrics.statistics import cross_entropy, kl_divergence, log_softmax, wide
 
 
 def logits(kind: Kind, rows: Tensor) -> Tensor:
@@ -34,6 +36,7 @@ class Divergence(Comparison):
 
     probabilities: bool = False
     unit: ClassVar[str] = "nats"
+    by_rows: ClassVar[bool] = True
     taken: ClassVar[str]
 
     def rows(self, rows: Tensor) -> Tensor:
@@ -61,20 +64,23 @@ class KL(Divergence):
         values = kl_divergence(reference, rows)
         return values, torch.ones_like(values)
 
-    def random_output(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+    def _random_rows(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
         """sqrt(p) z - p <sqrt(p), z> with random signs z, of covariance diag(p) - p p^T."""
         p = log_softmax(rows).exp()
-        signs = (2 * torch.randint(0, 2, p.shape, generator=drawn_by(seed, draw)) - 1).to(p)
-        noise = p.sqrt() * signs
+        noise = p.sqrt() * draw.signs(draw.own, *p.shape).to(p)
         return noise - p * noise.sum(1, keepdim=True)
 
-    def drawn(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+    def drawn(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
         """-log p(y), labels y drawn from the model's own predictions."""
-        log_p = log_softmax(rows)
-        p = log_p.detach().exp()
-        uniform = torch.rand(len(p), 1, generator=drawn_by(seed, draw), dtype=torch.float64).to(p)
-        labels = (p.cumsum(1) < uniform * p.sum(1, keepdim=True)).sum(1, keepdim=True).clamp(max=p.shape[1] - 1)
-        return -log_p.gather(1, labels).sum()
+        uniform = torch.rand(len(rows), 1, generator=draw.own, dtype=torch.float64)
+        labels = by_pieces(_labels, rows.detach(), uniform.to(wide(rows[:1])))
+        return cross_entropy(rows, labels).sum()
+
+
+def _labels(rows: Tensor, uniform: Tensor) -> Tensor:
+    """(N,) classes that (N, 1) numbers from 0 to 1 pick from softmax(rows)."""
+    p = log_softmax(rows).exp()
+    return (p.cumsum(1) < uniform * p.sum(1, keepdim=True)).sum(1).clamp(max=p.shape[1] - 1)
 
 
 @dataclass(frozen=True)
@@ -96,9 +102,7 @@ class BernoulliKL(Divergence):
 
     def terms(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(N,) divergences."""
-        a, b = wide(reference), wide(rows)
-        log = torch.nn.functional.logsigmoid
-        values = (a.sigmoid() * (log(a) - log(b)) + (-a).sigmoid() * (log(-a) - log(-b))).sum(-1)
+        values = by_pieces(_bernoulli_divergence, reference, rows)
         return values, torch.ones_like(values)
 
     def root(self, reference: Tensor, values: Tensor, index: Tensor, count: int) -> Tensor:
@@ -106,9 +110,15 @@ class BernoulliKL(Divergence):
         a = wide(reference)
         return (a.sigmoid() * (-a).sigmoid()).sqrt() * values
 
-    def drawn(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+    def drawn(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
         """-log p(y), labels y drawn from the model's own predictions."""
         a = wide(rows)
-        uniform = torch.rand(a.shape, generator=drawn_by(seed, draw), dtype=torch.float64).to(a)
+        uniform = torch.rand(a.shape, generator=draw.own, dtype=torch.float64).to(a)
         labels = (uniform < a.detach().sigmoid()).to(a)
         return torch.nn.functional.binary_cross_entropy_with_logits(a, labels, reduction="sum")
+
+
+def _bernoulli_divergence(reference: Tensor, rows: Tensor) -> Tensor:
+    a, b = wide(reference), wide(rows)
+    log = torch.nn.functional.logsigmoid
+    return (a.sigmoid() * (log(a) - log(b)) + (-a).sigmoid() * (log(-a) - log(-b))).sum(-1)

@@ -1,15 +1,16 @@
 """What a metric is: the numbers that it makes of the samples of a batch, and for a comparison its curvature."""
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from mpsearch.metrics.pieces import by_pieces, piece_sizes
 from mpsearch.metrics.runs import Run
-from mpsearch.metrics.seeds import seeded_generator
+from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch
 
@@ -29,10 +30,12 @@ class Metric:
             over the unquantized model is the damage.
         reads_output: the metric is given all that the model returns.
         runs_model: the metric runs the model itself.
+        by_rows: what a prediction adds comes from its own row alone, so that rows can be taken a few at a time.
     """
 
     name: ClassVar[str]
     unit: ClassVar[str]
+    by_rows: ClassVar[bool] = False
     compares: ClassVar[bool] = False
     reads_output: ClassVar[bool] = False
     runs_model: ClassVar[bool] = False
@@ -144,40 +147,64 @@ class Comparison(Metric):
         """H^(1/2) times values (N, C), H the Hessian of the summed damages at the unquantized output."""
         raise NotImplementedError
 
-    def random_output(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+    def random_output(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
         """(N, C) random u of covariance H, so that E[<u, change>^2] / 2 is the damage of a small change of the output.
 
         u = H^(1/2) z with random signs z, which the draws of one seed multiply by the rows of a Hadamard matrix: a power of two
         of draws, of no less than the numbers of a sample, gives the expectation exactly.
 
         Args:
-            rows: (N, C) of the unquantized model, without gradient.
+            rows: (N, C) of the unquantized model, without gradient; of a metric `by_rows` they may be the next of many.
             index: (N,) sample of each, in order.
             count: of samples.
-            seed: of the source, and number of the batch.
-            draw: number of the draw.
+            draw: the random numbers; those of these rows are used up.
+
+        Returns:
+            in the type of the rows.
         """
-        signs = 2 * torch.randint(0, 2, rows.shape, generator=seeded_generator(*seed, 0)) - 1
-        first = torch.searchsorted(index.cpu(), index.cpu())  # the first row of the same sample
-        width = rows.shape[1]
-        place = ((torch.arange(len(rows)) - first) * width)[:, None] + torch.arange(width)
-        odd = torch.zeros_like(place)
-        for bit in range(draw.bit_length()):
-            if draw >> bit & 1:
-                odd ^= place >> bit & 1
-        return self.root(rows, (signs * (1 - 2 * odd)).to(wide(rows)), index, count)
+        u = torch.empty_like(rows)
+        sizes = piece_sizes(*rows.shape) if self.by_rows else [len(rows)]
+        for part, before, samples in zip(u.split(sizes), rows.split(sizes), index.split(sizes), strict=True):
+            part.copy_(self._random_rows(before, samples, count, draw))
+        return u
 
-    def drawn(self, rows: Tensor, index: Tensor, count: int, seed: tuple[int, int], draw: int) -> Tensor:
+    def _random_rows(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
+        """A piece of `random_output`, in the widest float of the device."""
+        size, width = rows.shape
+        signs = draw.signs(draw.common, size, width)
+        place = (draw.places(index) * width)[:, None] + torch.arange(width)
+        odd = torch.zeros_like(signs)
+        for bit in range(draw.number.bit_length()):
+            if draw.number >> bit & 1:
+                odd ^= (place >> bit & 1).to(torch.int8)
+        return self.root(rows, wide((signs * (1 - 2 * odd)).to(rows.device)), index, count)
+
+    def drawn(self, rows: Tensor, index: Tensor, count: int, draw: Draw) -> Tensor:
         """A scalar whose gradient has mean 0 and covariance H, summed over predictions: -log p of an output that is drawn."""
-        return (self.random_output(rows.detach(), index, count, seed, draw) * wide(rows)).sum()
+        return inner_product(self.random_output(rows.detach(), index, count, draw), rows)
 
 
-def drawn_by(seed: tuple[int, int], draw: int) -> torch.Generator:
-    """The generator of one draw.
+def inner_product(u: Tensor, rows: Tensor) -> Tensor:
+    """<u, rows>, whose gradient is u, without a copy of either in a wider type.
 
-    Args:
-        seed: of the estimator, and number of the batch.
-        draw: its number.
+    >>> rows = torch.ones(1, 2, requires_grad=True)
+    >>> product = inner_product(torch.tensor([[2.0, 3.0]]), rows)
+    >>> float(product), *torch.autograd.grad(product, rows)
+    (5.0, tensor([[2., 3.]]))
     """
-    estimator, batch = seed
-    return seeded_generator(estimator, draw, batch)
+    product: Tensor = _InnerProduct.apply(u, rows)  # type: ignore[no-untyped-call]
+    return product
+
+
+class _InnerProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, rows: Tensor) -> Tensor:
+        """The sum in the widest float of the device."""
+        ctx.save_for_backward(u)
+        return by_pieces(lambda a, b: (wide(a) * wide(b)).sum(-1), u, rows.detach()).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        """The first factor."""
+        (u,) = ctx.saved_tensors
+        return None, (u * gradients[0]).to(u)

@@ -32,9 +32,9 @@ class Run:
 
     @property
     def bytes(self) -> int:
-        """Size of the rows, and of the whole output where that is kept."""
+        """Size of the rows, and of the whole output where that is kept; what lies in one memory once."""
         parts = [self.rows, *(part for part in tree_iter(self.output) if isinstance(part, Tensor))]
-        return sum(part.numel() * part.element_size() for part in parts)
+        return sum({part.data_ptr(): part.numel() * part.element_size() for part in reversed(parts)}.values())
 
 
 def run(model: nn.Module, batch: Batch) -> Run:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.statistics import wide
 
 
@@ -21,10 +22,11 @@ class MSE(Comparison):
 
     name: ClassVar[str] = "mse"
     unit: ClassVar[str] = "mse"
+    by_rows: ClassVar[bool] = True
 
     def terms(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(N,) mean squared errors."""
-        values = (wide(rows) - wide(reference)).square().mean(-1)
+        values = by_pieces(lambda before, after: (wide(after) - wide(before)).square().mean(-1), reference, rows)
         return values, torch.ones_like(values)
 
     def root(self, reference: Tensor, values: Tensor, index: Tensor, count: int) -> Tensor:
@@ -51,11 +53,11 @@ class RelativeError(SquaredError):
 
     name: ClassVar[str] = "relative-error"
     unit: ClassVar[str] = "relative error"
+    by_rows: ClassVar[bool] = True
 
     def terms(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(N,) squared errors and (N,) squared lengths of the unquantized rows."""
-        before = wide(reference)
-        return (wide(rows) - before).square().sum(-1), before.square().sum(-1)
+        return _squared_errors(reference, rows), by_pieces(lambda before: wide(before).square().sum(-1), reference)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class PSNR(SquaredError):
 
     def terms(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """(N,) squared errors and (N,) squared peaks times numbers."""
-        before = wide(reference)
-        high = before.new_full((count,), -math.inf).scatter_reduce(0, index, before.amax(-1), "amax")
-        low = before.new_full((count,), math.inf).scatter_reduce(0, index, before.amin(-1), "amin")
-        return (wide(rows) - before).square().sum(-1), (before.shape[1] * (high - low).square())[index]
+        greatest, least = wide(reference.amax(-1)), wide(reference.amin(-1))
+        high = greatest.new_full((count,), -math.inf).scatter_reduce(0, index, greatest, "amax")
+        low = least.new_full((count,), math.inf).scatter_reduce(0, index, least, "amin")
+        return _squared_errors(reference, rows), (reference.shape[1] * (high - low).square())[index]
 
     @property
     def shown_unit(self) -> str:
@@ -91,3 +93,8 @@ class PSNR(SquaredError):
     def shown_se(self, value: float, se: float) -> float:
         """The standard error in dB, to first order; nan without any error."""
         return math.nan if value == 0 else 10 / math.log(10) * se / value
+
+
+def _squared_errors(reference: Tensor, rows: Tensor) -> Tensor:
+    """(N,) |y - y0|^2."""
+    return by_pieces(lambda before, after: (wide(after) - wide(before)).square().sum(-1), reference, rows)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
+from mpsearch.metrics.pieces import by_pieces
 
 Floats = NDArray[np.float64]
 
@@ -27,6 +28,10 @@ def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     >>> kl_divergence(torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3.0), 0.0]]))  # ln 2 - ln(3) / 2
     tensor([0.1438], dtype=torch.float64)
     """
+    return by_pieces(_kl_divergence, reference, logits)
+
+
+def _kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
     log_p, log_q = log_softmax(reference), log_softmax(logits)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
@@ -49,7 +54,7 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         raise EstimatorError(
             f"labels from {int(labels.min())} to {int(labels.max())}, but the model has {outputs} outputs: expected 0 to {outputs - 1}"
         )
-    return -log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+    return by_pieces(lambda rows, right: -log_softmax(rows).gather(-1, right[:, None])[:, 0], logits, labels)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.metrics.divergences import KL, BernoulliKL, logits
 from mpsearch.metrics.metric import Comparison, Floats, Kind, Metric, summed
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.runs import Run, target_rows
 from mpsearch.metrics.squared_errors import MSE
 from mpsearch.metrics.statistics import cross_entropy, wide
@@ -31,6 +32,7 @@ class Loss(Metric):
     kind: Kind = "classes"
     probabilities: bool = False
     name: ClassVar[str] = "loss"
+    by_rows: ClassVar[bool] = True
 
     @property
     def unit(self) -> str:  # type: ignore[override]
@@ -57,9 +59,8 @@ class Loss(Metric):
         if self.kind == "classes":
             return cross_entropy(rows, targets)
         if self.kind == "labels":
-            binary = torch.nn.functional.binary_cross_entropy_with_logits
-            return binary(wide(rows), wide(targets), reduction="none").sum(-1)
-        return (wide(rows) - wide(targets)).square().mean(-1)
+            return by_pieces(_binary_cross_entropy, rows, targets)
+        return by_pieces(lambda y, target: (wide(y) - wide(target)).square().mean(-1), rows, targets)
 
     def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """See `Metric.of`."""
@@ -81,13 +82,15 @@ class Accuracy(Metric):
     probabilities: bool = False
     name: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "relative"
+    by_rows: ClassVar[bool] = True
 
     def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """See `Metric.of`."""
         assert run is not None
         if self.kind == "labels":
             targets = _needed(target_rows(model, batch, run), batch, "accuracy")
-            right = ((run.rows > (0.5 if self.probabilities else 0.0)) == (targets > 0.5)).double().mean(-1)
+            least = 0.5 if self.probabilities else 0.0
+            right = by_pieces(lambda y, target: ((y > least) == (target > 0.5)).double().mean(-1), run.rows, targets)
         else:
             right = (run.rows.argmax(-1) == _needed(run.labels, batch, "accuracy")).double()
         return summed(-right, torch.ones_like(right), run.index, run.samples)
@@ -113,6 +116,11 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(loss, Tensor):
         raise EstimatorError(f"{type(model).__name__} returns no loss for batches with labels")
     return loss
+
+
+def _binary_cross_entropy(rows: Tensor, targets: Tensor) -> Tensor:
+    binary = torch.nn.functional.binary_cross_entropy_with_logits
+    return binary(wide(rows), wide(targets), reduction="none").sum(-1)
 
 
 def _needed(targets: Tensor | None, batch: Batch, metric: str) -> Tensor:

@@ -142,6 +142,8 @@ def predictions(model: nn.Module, logits: Tensor, batch: Batch) -> tuple[Tensor,
     else:
         labels = None
     index = torch.arange(len(counts), device=logits.device).reshape(-1, *[1] * (counts.ndim - 1)).expand_as(counts)
+    if counts.all():  # a mask would copy them
+        return logits.flatten(0, -2).contiguous(), labels, index[counts]
     return logits[counts], labels, index[counts]
 
 

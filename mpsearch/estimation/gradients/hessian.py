@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Comparison
+from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.metrics.targets import Loss
 from mpsearch.models.data.batches import mapped
@@ -65,7 +66,7 @@ def supervised_loss(context: Context, batch: Batch, generator: torch.Generator) 
         loss = torch.nn.functional.nll_loss(log_p, drawn[:, 0].to(log_p.device))
     else:
         seed = int(torch.randint(2**31, (), generator=generator))
-        loss = metric.drawn(run.rows, run.index, run.samples, (seed, 0), 0) / len(run.rows)
+        loss = metric.drawn(run.rows, run.index, run.samples, Draw(seed, 0, 0)) / len(run.rows)
     if not torch.isfinite(loss.detach()):
         raise EstimatorError(f"the loss is {float(loss.detach())}, expected a finite number")
     return loss

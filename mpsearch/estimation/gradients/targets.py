@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
-from mpsearch.metrics.metric import Comparison, by_sample
-from mpsearch.metrics.statistics import wide
+from mpsearch.metrics.metric import Comparison, by_sample, inner_product
+from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.targets import Loss
 from mpsearch.models.data.batches import original_of
 from mpsearch.models.running import Batch, samples
@@ -91,10 +91,10 @@ class Predicted:
             return Loss(self.metric.kind).values(self.logits, self.targets).sum()
         if self.metric is None:
             raise EstimatorError("this estimator draws outputs, which a loss of one's own does not tell how")
-        place = self.index, self.samples, (target.seed, number), draw
+        place = self.index, self.samples, Draw(target.seed, number, draw)
         if target.kind == "drawn":
             return self.metric.drawn(self.logits, *place)
-        return (self.metric.random_output(self.logits.detach(), *place) * wide(self.logits)).sum()
+        return inner_product(self.metric.random_output(self.logits.detach(), *place), self.logits)
 
 
 def predicted(context: Context, batch: Batch, number: int) -> Predicted:
