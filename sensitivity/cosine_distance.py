@@ -9,6 +9,7 @@ from torch import Tensor
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.perturbation import OneAtATime
 from mpsearch.estimation.probes import Output, Probe
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.statistics import wide
 
 
@@ -34,9 +35,13 @@ class CosineDistance(OneAtATime):
 
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) distance of each prediction."""
-        before, after = wide(reference.logits), wide(output.logits)
-        # 1 - cos = |a/|a| - b/|b||^2 / 2: no cancellation for small angles
-        a, b = (z / z.norm(dim=-1, keepdim=True).clamp(min=1e-300) for z in (before, after))
-        distance = (a - b).square().sum(-1) / 2
-        zeros = (before == 0).all(-1) ^ (after == 0).all(-1)
-        return torch.where(zeros, torch.ones_like(distance), distance)
+        return by_pieces(_distance, reference.logits, output.logits)
+
+
+def _distance(reference: Tensor, logits: Tensor) -> Tensor:
+    before, after = wide(reference), wide(logits)
+    # 1 - cos = |a/|a| - b/|b||^2 / 2: no cancellation for small angles
+    a, b = (z / z.norm(dim=-1, keepdim=True).clamp(min=1e-300) for z in (before, after))
+    distance = (a - b).square().sum(-1) / 2
+    zeros = (before == 0).all(-1) ^ (after == 0).all(-1)
+    return torch.where(zeros, torch.ones_like(distance), distance)

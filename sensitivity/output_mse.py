@@ -8,6 +8,7 @@ from torch import Tensor
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.perturbation import OneAtATime
 from mpsearch.estimation.probes import Output, Probe
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.statistics import wide
 
 
@@ -32,4 +33,6 @@ class OutputMSE(OneAtATime):
 
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) squared error of each prediction."""
-        return (wide(output.logits) - wide(reference.logits)).square().mean(-1)
+        return by_pieces(
+            lambda before, after: (wide(after) - wide(before)).square().mean(-1), reference.logits, output.logits
+        )

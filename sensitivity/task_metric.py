@@ -10,6 +10,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.perturbation import OneAtATime
 from mpsearch.estimation.probes import Output, Probe
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.loading import load
 
@@ -26,7 +27,7 @@ def accuracy(logits: Tensor, labels: Tensor | None) -> Tensor:
 def cross_entropy(logits: Tensor, labels: Tensor | None) -> Tensor:
     """-log p(label), in nats; (N,)."""
     assert labels is not None
-    return -log_softmax(logits).gather(-1, labels[:, None])[:, 0]
+    return by_pieces(lambda rows, right: -log_softmax(rows).gather(-1, right[:, None])[:, 0], logits, labels)
 
 
 _NAMED: dict[str, tuple[Metric, bool]] = {"accuracy": (accuracy, True), "cross-entropy": (cross_entropy, False)}
