@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.metric import Comparison, Metric, inner_product
 from mpsearch.metrics.pieces import all_finite, by_pieces, piece_sizes
 from mpsearch.metrics.registry import METRICS
@@ -88,7 +89,7 @@ def test_the_random_output_of_the_kl_by_its_formula():
     p = rows.double().log_softmax(-1).exp()
     noise = p.sqrt() * signs
     expected = (noise - p * noise.sum(1, keepdim=True)).float()
-    assert torch.equal(METRICS["kl"]().random_output(rows, torch.arange(40), 40, Draw(3, 1, 2)), expected)
+    assert torch.equal(KL().random_output(rows, torch.arange(40), 40, Draw(3, 1, 2)), expected)
 
 
 def test_an_inner_product_by_autograd():
@@ -119,7 +120,7 @@ def readers():
         )
     yield "divergence", kl_divergence
     yield "cross-entropy", lambda a, b: cross_entropy(a, labels(len(a)))
-    yield "drawn", lambda a, b: METRICS["kl"]().drawn(a, torch.arange(len(a)), len(a), Draw(0, 0, 0))  # type: ignore[attr-defined]
+    yield "drawn", lambda a, b: KL().drawn(a, torch.arange(len(a)), len(a), Draw(0, 0, 0))
     yield "labels", lambda a, b: Loss("labels").values(a, b)
     yield "numbers", lambda a, b: Loss("numbers").values(a, b)
     yield "finite", lambda a, b: all_finite(a)
