@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpsearch.plan_search.proposers.neighbours import changed
 from mpsearch.plan_search.proposers.posterior import Posterior
-from mpsearch.plan_search.proposers.record import Columns, Record, changed
+from mpsearch.plan_search.proposers.record import Columns, Record
 
 _MOST = 256  # neighbours looked at in one step
 
@@ -29,9 +30,7 @@ class AdditiveOutput:
             return None
         damage = surrogate.damage(columns)
         for _ in range(self.steps):
-            moves = record.neighbours(columns)
-            if len(moves) > _MOST:
-                moves = [moves[i] for i in record.generator.choice(len(moves), _MOST, replace=False)]
+            moves = record.neighbours(columns).drawn(_MOST, record.generator)
             if not moves:
                 break
             damages = surrogate.damage_of_changes(columns, moves)

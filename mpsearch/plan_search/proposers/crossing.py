@@ -29,8 +29,7 @@ class Crossing:
     def propose(self, record: Record, posterior: Posterior) -> Columns | None:
         """See `Proposer.propose`."""
         draw = record.generator
-        fitting = [key for key in record.measured if record.fits(np.array(key))]
-        best = np.array(sorted(fitting, key=record.measured.__getitem__)[: self.parents])
+        best = np.array(sorted(record.fitting, key=record.measured.__getitem__)[: self.parents])
         if len(best) < 2:
             return None
         rows = np.arange(best.shape[1])

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mpsearch.plan_search.proposers.neighbours import changed
 from mpsearch.plan_search.proposers.posterior import Posterior
-from mpsearch.plan_search.proposers.record import Columns, Record, changed
+from mpsearch.plan_search.proposers.record import Columns, Record
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,9 @@ class Moves:
         if best is None:
             return None
         expected = posterior.expected()
-        moves = record.neighbours(best)
-        gains = np.array(
-            [sum(expected[row, column] - expected[row, best[row]] for row, column in move) for move in moves]
-        )
-        for number in np.argsort(gains, kind="stable"):
-            neighbour = changed(best, moves[number])
+        gains = expected - expected[np.arange(len(best)), best][:, None]
+        for changes in record.neighbours(best).best(gains):
+            neighbour = changed(best, changes)
             if record.new(neighbour) and record.fits(neighbour):
                 return neighbour
         return None

@@ -37,31 +37,38 @@ class Posterior:
     row: float = 0.5
     cell: float = 0.35
     misfit: float = 0.1
-    plans: Columns = field(init=False)
     damage: list[float] = field(default_factory=list)
     noise: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._rows = np.arange(len(self.mean))
-        self.plans = np.zeros((0, len(self.mean)), np.int64)
-        self._factor = np.zeros((0, 0))  # Cholesky, of the covariance of what was measured
+        # room for more plans than there are, so that one is added without copying the others
+        self._all_plans = np.zeros((1, len(self.mean)), np.int64)
+        self._all_values = np.zeros((1, len(self.mean)))  # prior means of the cells of each plan
+        self._all_factors = np.zeros((1, 1))  # Cholesky, of the covariance of what was measured
         self._expected: Floats | None = None
+
+    @property
+    def plans(self) -> Columns:
+        """(N, D) the measured plans."""
+        return self._all_plans[: len(self.damage)]
 
     def add(self, columns: Columns, damage: float) -> None:
         """A plan (D,) was measured; one that does no damage, as was known, teaches nothing."""
         noise = self.misfit * max(damage, self.predict(columns))
         if noise == 0:
             return
-        size = len(self.plans)
-        below = solve_triangular(self._factor, self._overlap(columns), lower=True, check_finite=False)
-        own = self._values(columns)
+        size = len(self.damage)
+        own = self.mean[self._rows, columns]
+        below = solve_triangular(self._factor, self._overlap(columns, own), lower=True, check_finite=False)
         variance = (self.row**2 + self.cell**2) * float(own @ own) + noise**2
-        grown = np.zeros((size + 1, size + 1))
-        grown[:size, :size] = self._factor
-        grown[size, :size] = below
-        grown[size, size] = max(variance - float(below @ below), noise**2) ** 0.5
-        self._factor = grown
-        self.plans = np.vstack([self.plans, columns])
+        if size == len(self._all_plans):
+            self._all_plans = np.pad(self._all_plans, ((0, size), (0, 0)))
+            self._all_values = np.pad(self._all_values, ((0, size), (0, 0)))
+            self._all_factors = np.pad(self._all_factors, (0, size))
+        self._all_plans[size], self._all_values[size] = columns, own
+        self._all_factors[size, :size] = below
+        self._all_factors[size, size] = max(variance - float(below @ below), noise**2) ** 0.5
         self.damage.append(damage)
         self.noise.append(noise)
         self._expected = None
@@ -91,23 +98,27 @@ class Posterior:
 
     def _corrected(self, prior: Floats, misfit: Floats) -> Floats:
         """A draw of the prior, moved so that it agrees with what was measured."""
-        if not len(self.plans):
+        if not self.damage:
             return np.maximum(prior, 0.0)
         residual = np.array(self.damage) - prior[self._rows, self.plans].sum(1) - misfit
         weights = cho_solve((self._factor, True), residual, check_finite=False)
-        values = self.mean[self._rows, self.plans] * weights[:, None]  # (N, D)
+        values = self._values * weights[:, None]  # (N, D)
         cells = self._rows * self.mean.shape[1] + self.plans
         sums = np.bincount(cells.ravel(), values.ravel(), self.mean.size).reshape(self.mean.shape)
         shift = self.cell**2 * sums + self.row**2 * values.sum(0)[:, None]
         draw: Floats = np.maximum(prior + self.mean * shift, 0.0)
         return draw
 
-    def _values(self, columns: Columns) -> Floats:
-        values: Floats = self.mean[self._rows, columns]
-        return values
+    @property
+    def _values(self) -> Floats:
+        return self._all_values[: len(self.damage)]
 
-    def _overlap(self, columns: Columns) -> Floats:
+    @property
+    def _factor(self) -> Floats:
+        return self._all_factors[: len(self.damage), : len(self.damage)]
+
+    def _overlap(self, columns: Columns, own: Floats) -> Floats:
         """(N,) prior covariance of a plan's damage with that of each measured plan."""
         same = self.row**2 + self.cell**2 * (self.plans == columns)
-        covariance: Floats = (self.mean[self._rows, self.plans] * same) @ self._values(columns)
+        covariance: Floats = (self._values * same) @ own
         return covariance

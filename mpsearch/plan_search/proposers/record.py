@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from mpsearch.allocation.solving import choose
 from mpsearch.core.problem import Problem
 from mpsearch.estimation.surrogate import Surrogate
+from mpsearch.plan_search.proposers.neighbours import Neighbours
 from mpsearch.solvers import Exact
 
 Floats = NDArray[np.float64]
@@ -52,48 +53,29 @@ class Record:
 
     def fits(self, columns: Columns) -> bool:
         """True where a plan is allowed and keeps the limits."""
-        key = tuple(columns.tolist())
-        if key not in self._fits:  # asked of every measured plan, again and again
-            self._fits[key] = bool(self.allowed[self._rows, columns].all()) and self.problem.feasible(columns)
-        return self._fits[key]
+        return self._keeps_limits(tuple(columns.tolist()))
 
     def new(self, columns: Columns) -> bool:
         """True for a plan that nobody has measured."""
         return tuple(columns.tolist()) not in self.measured
 
     @property
+    def fitting(self) -> list[tuple[int, ...]]:
+        """The measured plans that fit."""
+        return [key for key in self.measured if self._keeps_limits(key)]
+
+    @property
     def best(self) -> Columns | None:
         """The plan with the least measured damage among those that fit; None before there is one."""
-        fitting = [key for key in self.measured if self.fits(np.array(key))]
+        fitting = self.fitting
         return np.array(min(fitting, key=self.measured.__getitem__)) if fitting else None
 
-    def neighbours(self, columns: Columns) -> list[tuple[tuple[int, int], ...]]:
-        """All changes of one decision, or of two where the second pays for the first, that keep the limits as solvers see them.
+    def neighbours(self, columns: Columns) -> Neighbours:
+        """The plans next to a plan that keep the limits as solvers see them."""
+        return Neighbours.of(self.problem, columns)
 
-        Returns:
-            of each neighbour its changes, (decision, new column).
-        """
-        usage, free = self.problem.usage, self.problem.free
-        used = usage[:, self._rows, columns].sum(1)
-        rows, others = np.nonzero(self.allowed & (np.arange(self.allowed.shape[1]) != columns[:, None]))
-        change = usage[:, rows, others] - usage[:, rows, columns[rows]]  # (R, M)
-        room = (free - used)[:, None]
-        alone = (change <= room).all(0)
-        moves: list[tuple[tuple[int, int], ...]] = [((int(rows[m]), int(others[m])),) for m in np.flatnonzero(alone)]
-        grows, shrinks = np.flatnonzero(~alone), np.flatnonzero((change <= 0).all(0) & (change < 0).any(0))
-        for m in grows:
-            paid = shrinks[(change[:, m, None] + change[:, shrinks] <= room).all(0) & (rows[shrinks] != rows[m])]
-            moves += [((int(rows[m]), int(others[m])), (int(rows[k]), int(others[k]))) for k in paid]
-        return moves
-
-
-def changed(columns: Columns, changes: tuple[tuple[int, int], ...]) -> Columns:
-    """A plan after some changes.
-
-    >>> changed(np.array([0, 0, 0]), ((1, 2),)).tolist()
-    [0, 2, 0]
-    """
-    plan = columns.copy()
-    for row, column in changes:
-        plan[row] = column
-    return plan
+    def _keeps_limits(self, key: tuple[int, ...]) -> bool:
+        if key not in self._fits:  # asked of every measured plan, again and again
+            columns = np.array(key)
+            self._fits[key] = bool(self.allowed[self._rows, columns].all()) and self.problem.feasible(columns)
+        return self._fits[key]
