@@ -124,11 +124,12 @@ class Neighbours:
 
     def _payers(self, grows: np.int64) -> Places:
         """The shrinks that pay for a change."""
-        return self.shrinks[self._pays(np.array([grows]))[0]]
+        payers: Places = self.shrinks[self._pays(np.array([grows]))[0]]
+        return payers
 
     def _pays(self, grows: Places) -> NDArray[np.bool_]:
         """(changes, S) whether a shrink pays for a change."""
-        pays = self.rows[grows, None] != self.rows[self.shrinks]
+        pays: NDArray[np.bool_] = self.rows[grows, None] != self.rows[self.shrinks]
         for use, room in zip(self.use, self.room, strict=True):
             pays &= use[grows, None] + use[self.shrinks] <= room
         return pays

@@ -21,7 +21,9 @@ def problem_of(rows, resources, seed=0):
     g = np.random.default_rng(seed)
     layers = tuple(mps.Layer(f"l{u}", "linear", (4, 4), 16, "") for u in range(rows))
     costs = np.exp(g.normal(-5, 1, (rows, 1))) * 4.0**-BITS * np.exp(g.normal(0, 0.2, (rows, 5)))
-    usage = {f"r{r}": g.integers(100, 900, (rows, 1)) * (BITS if r == 0 else g.permuted(BITS)) for r in range(resources)}
+    usage = {
+        f"r{r}": g.integers(100, 900, (rows, 1)) * (BITS if r == 0 else g.permuted(BITS)) for r in range(resources)
+    }
     limits = {name: float(0.6 * use.min(1).sum() + 0.4 * use.max(1).sum()) for name, use in usage.items()}
     refused = g.random((rows, 5)) < 0.1
     refused[:, 0] = False
@@ -41,9 +43,7 @@ def plain(record, columns):
     shrinks = [move for move in singles if (use[move] <= 0).all() and (use[move] < 0).any()]
     moves = [(move,) for move in singles if (use[move] <= room).all()]
     for grows in [move for move in singles if not (use[move] <= room).all()]:
-        moves += [
-            (grows, pays) for pays in shrinks if pays[0] != grows[0] and (use[grows] + use[pays] <= room).all()
-        ]
+        moves += [(grows, pays) for pays in shrinks if pays[0] != grows[0] and (use[grows] + use[pays] <= room).all()]
     return moves
 
 
@@ -132,7 +132,9 @@ def test_additive_output_descends_on_a_large_problem():
     record, columns, costs = problem_of(rows, 1)
     record.measured[tuple(columns.tolist())] = 1.0
     g = np.random.default_rng(0)
-    record.surrogate = Surrogate(np.log(np.full((2, 4), 0.25)), g.normal(size=(rows, 5, 2, 4)) * costs[:, :, None, None])
+    record.surrogate = Surrogate(
+        np.log(np.full((2, 4), 0.25)), g.normal(size=(rows, 5, 2, 4)) * costs[:, :, None, None]
+    )
     found = AdditiveOutput(steps=5).propose(record, Posterior(costs))
     assert found is not None
     assert record.fits(found)

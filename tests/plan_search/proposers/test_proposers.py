@@ -10,7 +10,7 @@ import mpsearch as mps
 from mpsearch.core.problem import Problem
 from mpsearch.estimation.surrogate import Surrogate
 from mpsearch.plan_search.proposers import AdditiveOutput, Crossing, Moves, Posterior, Record, Thompson
-from mpsearch.plan_search.proposers.neighbours import Neighbours, changed
+from mpsearch.plan_search.proposers.neighbours import changed
 
 U, P = 5, 3
 
