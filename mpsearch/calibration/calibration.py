@@ -75,8 +75,11 @@ from mpsearch.models.running import (
     preserved,
     samples,
     state_fingerprint,
+    state_stamp,
     unchanged,
 )
+from mpsearch.models.streaming.blocks import Blocks, blocks_of
+from mpsearch.models.streaming.offloading import is_offloaded
 from mpsearch.quantizers.fake_quantization import input_ranges
 from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
 
@@ -227,10 +230,12 @@ class Calibration:
         self._known_ranges: dict[str, tuple[float, float]] = {}
         self._users: list[str] = []  # who may have changed the model
         self._stack = contextlib.ExitStack()
+        self._stamp: Any = None
         self._inside = False
 
     def __enter__(self) -> Self:
         self.fingerprint = state_fingerprint(self.model)
+        self._stamp = state_stamp(self.model) if is_offloaded(self.model) else self.fingerprint
         self._stack.enter_context(preserved(self.model, self.example))
         with contextlib.ExitStack() as undone:  # where the data is no good, the model is put back
             undone.push(self._stack)
@@ -244,9 +249,21 @@ class Calibration:
     ) -> None:
         self._inside = False
         self._stack.__exit__(kind, error, trace)
-        if kind is None and state_fingerprint(self.model) != self.fingerprint:
+        if kind is None and self._state() != self._stamp:
             users = ", ".join(dict.fromkeys(self._users)) or "what ran inside"
             raise EstimatorError(f"{users} changed the model's parameters or buffers")
+
+    def _state(self) -> Any:
+        """What tells a changed model: all weights, of an offloaded one where they lie."""
+        return state_stamp(self.model) if is_offloaded(self.model) else state_fingerprint(self.model)
+
+    @functools.cached_property
+    def blocks(self) -> Blocks | None:
+        """Of an offloaded model, its blocks, which are loaded one after the other; None for others, and where there are none."""
+        self._check_inside()
+        if not is_offloaded(self.model):
+            return None
+        return blocks_of(self.model, first_samples(self.example, PROBED))
 
     @functools.cached_property
     def data_fingerprint(self) -> str:
@@ -406,6 +423,7 @@ class Calibration:
             _Bars(self._progress),
             checkpoint=self._results(compared),
             beside=self.choice.comparison if callable(compared) else None,
+            blocks=self.blocks,
         )
 
     @overload

@@ -21,6 +21,7 @@ from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import missing_labels, original_of
 from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import Batch, predictions, targets_of
+from mpsearch.models.streaming.blocks import Blocks
 from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
 from mpsearch.quantizers.quantizer import Quantizer
 
@@ -87,6 +88,7 @@ class Context:
         quantized_weights: those that `quantized` keeps.
         beside: what outputs are compared by beside a loss of the user's own.
         observers: are shown the outputs of perturbations.
+        blocks: of a model whose weights lie elsewhere, where it has blocks that run one after the other: they are loaded one by one.
     """
 
     model: nn.Module
@@ -102,6 +104,7 @@ class Context:
     quantized_weights: QuantizedWeights = field(default_factory=QuantizedWeights)
     beside: Comparison | None = None
     observers: Sequence[OutputObserver] = ()
+    blocks: Blocks | None = None
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""

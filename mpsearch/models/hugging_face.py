@@ -12,13 +12,18 @@ from torch import Tensor, nn
 from mpsearch.errors import MissingPackage
 from mpsearch.models.loading import UsageError
 from mpsearch.models.running import shifts_labels
+from mpsearch.models.streaming.opening import offloaded
 
 #: Tokens of a sample, samples, and samples of a batch.
 WINDOW, WINDOWS, BATCH = 512, 128, 4
 
 
-def model_of(folder: str) -> nn.Module:
+def model_of(folder: str, *, streamed: bool = False) -> nn.Module:
     """The model that a folder written by `save_pretrained` holds, of the class that its config names, in the dtype that it is stored in.
+
+    Args:
+        folder: where it is.
+        streamed: its weights stay in their shards, and are read where they are used (`mpsearch.models.streaming`).
 
     Raises:
         UsageError: where the folder holds none, or its class is unknown to the installed transformers.
@@ -33,6 +38,8 @@ def model_of(folder: str) -> nn.Module:
         if not hasattr(transformers, names[0]):
             raise UsageError(f"model hf:{folder}: transformers {transformers.__version__} has no {names[0]}")
         with _without_bars(transformers):
+            if streamed:
+                return offloaded(folder, getattr(transformers, names[0]), config)
             model: nn.Module = getattr(transformers, names[0]).from_pretrained(
                 folder, local_files_only=True, dtype="auto"
             )

@@ -25,13 +25,19 @@ from mpsearch.models.data.batches import targets_of as targets_of
 from mpsearch.models.data.snapshot import random_states, snapshot
 from mpsearch.models.modules.decomposing import decomposed
 from mpsearch.models.modules.functional import operands
+from mpsearch.models.streaming.offloading import is_offloaded, offloaded_tensors, on_demand, running_device
+from mpsearch.models.streaming.parts_of_stand_ins import parts_on_demand
+from mpsearch.models.streaming.stored import InFile, InMemory
 
 #: Attribute of a model that is taken apart, as long as the search looks at it.
 APART = "_mpsearch_apart"
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Device of the first parameter; the CPU for a model without any."""
+    """Device of the first parameter, or where an offloaded model runs; the CPU for a model without any."""
+    running = running_device(model)
+    if running is not None:
+        return running
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device
 
@@ -159,7 +165,8 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
 
     Parameters that functions read, and not layers, are decisions of their own where an example is given to find them by
     (`mpsearch.models.modules.functional`). Fused weights lie in modules of their own (`mpsearch.models.modules.decomposing`). Compiled
-    modules run as they are written. Inside another one of the same model nothing is taken apart again.
+    modules run as they are written. The values of an offloaded model are put in where they are used
+    (`mpsearch.models.streaming.offloading`). Inside another one of the same model nothing is taken apart again.
 
     Raises:
         EstimatorError: for a parameter without values, or a model that has no evaluation mode.
@@ -175,8 +182,10 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
             ) from None
         with contextlib.ExitStack() as inside:
             if not inner:
-                for context in (torch.inference_mode(False), _uncompiled(), decomposed(model)):
+                stored = offloaded_tensors(model)
+                for context in (torch.inference_mode(False), _uncompiled(), on_demand(model), decomposed(model)):
                     inside.enter_context(context)  # what is made inside may take gradients
+                inside.enter_context(parts_on_demand(model, stored))
                 vars(model)[APART] = True
                 inside.callback(vars(model).pop, APART, None)
             if example is not None:
@@ -220,10 +229,11 @@ def check_values(model: nn.Module) -> None:
         EstimatorError: names the first of them.
     """
     parameters = dict(model.named_parameters())
+    offloaded = is_offloaded(model)
     for name, tensor in itertools.chain(parameters.items(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise EstimatorError(f"{name!r} has no shape yet: run the model once on a batch")
-        if tensor.is_meta:
+        if tensor.is_meta and not offloaded:
             raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first")
         if tensor.is_nested:
             raise EstimatorError(f"{name!r} is a nested tensor, expected a plain one")
@@ -250,6 +260,8 @@ def not_finite(model: nn.Module) -> str:
     ": 'bias' holds 1 nan"
     """
     for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            continue
         for word, bad in (("nan", torch.isnan(parameter)), ("infinity", torch.isinf(parameter))):
             if bad.any():
                 return f": {name!r} holds {int(bad.sum())} {word}"
@@ -257,6 +269,27 @@ def not_finite(model: nn.Module) -> str:
 
 
 def state_fingerprint(model: nn.Module) -> str:
-    """A short hash of all parameters and buffers."""
+    """A short hash of all parameters and buffers; those of an offloaded model are read one after the other."""
     check_values(model)
-    return fingerprint([*model.parameters(), *model.buffers()])
+    stored = offloaded_tensors(model)
+    tensors, places = [*model.parameters(), *model.buffers()], set[Any]()
+
+    def values() -> Iterator[Tensor]:
+        for tensor in tensors:
+            outside = stored.get(id(tensor))
+            if outside is None:
+                yield tensor
+            elif (outside.place, tensor.dtype) not in places:  # tied weights count once
+                places.add((outside.place, tensor.dtype))
+                yield outside.values()
+
+    return fingerprint(values())
+
+
+def state_stamp(model: nn.Module) -> tuple[Any, ...]:
+    """What shows that a model is as it was: a hash of all that is in memory, and the places of what lies in files, which is not read."""
+    stored = offloaded_tensors(model)
+    tensors = [(tensor, stored.get(id(tensor))) for tensor in (*model.parameters(), *model.buffers())]
+    files = tuple(outside.place for _, outside in tensors if isinstance(outside, InFile))
+    held = (outside.values() if isinstance(outside, InMemory) else tensor for tensor, outside in tensors)
+    return fingerprint(tensor for tensor in held if not tensor.is_meta), files

@@ -16,6 +16,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.modules.weights import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.models.running import Batch, call
+from mpsearch.models.streaming.offloading import Value, replaced, resident
 from mpsearch.quantizers.quantizer import Quantizer
 
 #: Least and greatest input of each layer over the calibration data.
@@ -30,7 +31,7 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
     """
     if not precision.quantizes_weight:
         return weight_of(module).detach()
-    with torch.no_grad():
+    with torch.no_grad(), resident(module):
         weight = canonical(module).detach()
         try:
             values = quantizer.of_layer(name)(weight, precision)
@@ -49,17 +50,9 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
         return restore(module, values)
 
 
-@contextlib.contextmanager
-def weights(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
-    """Put tensors in the place of parameters; the originals are set aside, not copied, and put back."""
-    originals = {parameter: parameter.data for parameter in values}
-    try:
-        for parameter, value in values.items():
-            parameter.data = value
-        yield
-    finally:
-        for parameter, original in originals.items():
-            parameter.data = original
+def weights(values: Mapping[nn.Parameter, Value]) -> contextlib.AbstractContextManager[None]:
+    """Values, or what makes them, in the place of parameters; the originals are set aside, not copied, and put back."""
+    return replaced(values)
 
 
 @contextlib.contextmanager

@@ -115,8 +115,9 @@ class _Snapshot:
 
 
 def _is_of_python(value: Any) -> bool:
-    """True for locks, loggers, functions, partial functions: parts of the process, not of the model."""
-    return type(value).__module__.partition(".")[0] in sys.stdlib_module_names
+    """True for locks, loggers, functions, partial functions, hooks of accelerate: parts of the process, not of the model."""
+    package = type(value).__module__.partition(".")[0]
+    return package in sys.stdlib_module_names or package == "accelerate"  # whose hooks hold all weights of a model
 
 
 def _tensor(value: Tensor) -> Restore:

@@ -4,6 +4,7 @@ import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def decomposed(model: nn.Module) -> Iterator[None]:
 
 def _replacement(module: nn.Module) -> nn.Module | None:
     """The module that stands in for another; None where that can stay."""
-    if isinstance(module, _StandIn):
+    if isinstance(module, StandIn):
         return None
     if type(module) is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
         return _Attention(module)
@@ -76,11 +77,48 @@ def _replacement(module: nn.Module) -> nn.Module | None:
     return _plain(module)
 
 
-class _StandIn(nn.Module):
-    """A module in the place of another: its hooks and attributes are those of the other."""
+@dataclass(frozen=True, eq=False)
+class View:
+    """A parameter of a layer inside a stand-in, which is a part of a parameter of the original.
+
+    Attributes:
+        layer: that holds it.
+        name: of it in the layer.
+        of: name of the parameter of the original.
+        start: first index of the part, along the first dimension.
+        stop: behind its last one.
+        matrix: the part is one matrix, or vector, of a stack.
+        transposed: it is transposed.
+    """
+
+    layer: nn.Module
+    name: str
+    of: str
+    start: int
+    stop: int
+    matrix: bool = False
+    transposed: bool = False
+
+    def laid_out(self, part: Tensor) -> Tensor:
+        """The parameter, from the rows of the original's."""
+        part = part[0] if self.matrix else part
+        return part.T if self.transposed else part
+
+
+class StandIn(nn.Module):
+    """A module in the place of another: its hooks and attributes are those of the other.
+
+    Attributes:
+        original: the other.
+        views: its parameters as they lie in the layers of this one.
+    """
+
+    original: nn.Module
+    views: list[View]
 
     def __init__(self, original: Any) -> None:
         super().__init__()
+        self.__dict__["views"] = []
         self.__dict__["original"] = original  # no child: the weights would occur twice
         self.train(original.training)
         for hooks in (
@@ -98,18 +136,22 @@ class _StandIn(nn.Module):
             return getattr(self.__dict__["original"], name)
 
 
-class _Attention(_StandIn):
+class _Attention(StandIn):
     """`nn.MultiheadAttention` by linear layers."""
 
     def __init__(self, original: nn.MultiheadAttention) -> None:
         super().__init__(original)
-        if original._qkv_same_embed_dim:
-            weights: Any = original.in_proj_weight.detach().chunk(3)
-        else:
-            weights = [original.q_proj_weight, original.k_proj_weight, original.v_proj_weight]
-        biases: Any = [None] * 3 if original.in_proj_bias is None else original.in_proj_bias.detach().chunk(3)
-        for name, weight, bias in zip(("q_proj", "k_proj", "v_proj"), weights, biases, strict=True):
-            self.add_module(name, _linear(weight, bias))
+        fused = original._qkv_same_embed_dim
+        size = original.embed_dim
+        for number, name in enumerate(("q_proj", "k_proj", "v_proj")):
+            rows = slice(number * size, (number + 1) * size)
+            of = "in_proj_weight" if fused else f"{name}_weight"
+            weight, bias = getattr(original, of), original.in_proj_bias
+            layer = _linear(weight.detach()[rows] if fused else weight, None if bias is None else bias.detach()[rows])
+            self.add_module(name, layer)
+            self.views.append(View(layer, "weight", of, *((rows.start, rows.stop) if fused else (0, len(weight)))))
+            if bias is not None:
+                self.views.append(View(layer, "bias", "in_proj_bias", rows.start, rows.stop))
         self.out_proj = original.out_proj
 
     def forward(
@@ -169,7 +211,7 @@ def _holds_experts(module: nn.Module) -> bool:
     )
 
 
-class _Experts(_StandIn):
+class _Experts(StandIn):
     """Experts, each with linear layers of its own; one without tokens is not called."""
 
     def __init__(self, original: Any) -> None:
@@ -180,7 +222,12 @@ class _Experts(_StandIn):
             for name in self._names:
                 weight = getattr(original, name).detach()[number]
                 bias = getattr(original, f"{name}_bias").detach()[number] if original.has_bias else None
-                expert.add_module(name, _linear(weight.T if original.is_transposed else weight, bias))
+                layer = _linear(weight.T if original.is_transposed else weight, bias)
+                expert.add_module(name, layer)
+                place = (number, number + 1, True)
+                self.views.append(View(layer, "weight", name, *place, transposed=original.is_transposed))
+                if bias is not None:
+                    self.views.append(View(layer, "bias", f"{name}_bias", *place))
             self.add_module(str(number), expert)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
