@@ -80,7 +80,8 @@ KINDS = ("llama", "tied", "gpt2", "bert", "experts")
 def test_streamed_model_is_the_resident_one(kind: str, tmp_path: Path) -> None:
     folder = str(saved(kind, tmp_path))
     whole, streamed = model_of(folder), model_of(folder, streamed=True)
-    assert is_offloaded(streamed) and not is_offloaded(whole)
+    assert is_offloaded(streamed)
+    assert not is_offloaded(whole)
     assert state_fingerprint(streamed) == state_fingerprint(whole)
     before = state_stamp(streamed)
     batches = [tokens(1), tokens(2)]
@@ -89,7 +90,8 @@ def test_streamed_model_is_the_resident_one(kind: str, tmp_path: Path) -> None:
         assert all(torch.equal(call(streamed, batch), one) for batch, one in zip(batches, expected, strict=True))
         assert all(parameter.is_meta for parameter in streamed.parameters())
         blocks = blocks_of(streamed, batches[0])
-        assert blocks is not None and blocks.number == 3
+        assert blocks is not None
+        assert blocks.number == 3
         outputs = {number: call(streamed, batches[number]) for _, number in blocks.runs(batches, [])}
     assert all(torch.equal(outputs[number], one) for number, one in enumerate(expected))
     assert state_stamp(streamed) == before
@@ -200,7 +202,8 @@ def test_plain_model_under_accelerate(tmp_path: Path, offload: str) -> None:
         query: Any = net.get_submodule("attention.q_proj")
         assert query.weight.is_meta
         with resident(query):
-            assert query.weight.shape == (8, 8) and not query.weight.is_meta
+            assert query.weight.shape == (8, 8)
+            assert not query.weight.is_meta
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
