@@ -21,6 +21,9 @@ from mpsearch.models.running import Batch, first_tensor, inputs_of, samples
 #: windows, as (windows x samples, ...); `none`: it is the same for all.
 Layout = Literal["first", "second", "last", "none"]
 
+#: Numbers of a tensor that are made wide at once.
+PIECE = 2**22
+
 
 @dataclass(frozen=True, eq=False)
 class Call:
@@ -69,7 +72,7 @@ class LayerCalls:
 
     Attributes:
         calls: number of calls of each weight.
-        leaves: outputs that no gradient would reach otherwise; where gradients are taken.
+        leaves: outputs of the first layers, where backward passes end.
         receiver: called with each call and the gradient of its output, during a backward pass; None: nobody is.
     """
 
@@ -119,10 +122,12 @@ class LayerCalls:
             self.calls[weight] = self.calls.get(weight, 0) + 1
             fresh = None
             if not y.requires_grad:
-                self.leaves.append(y.detach().requires_grad_())
-                y = fresh = self.leaves[-1].clone()  # what follows may write into it
-            elif y._is_view():
-                y = fresh = y.clone()  # and a view that is written into loses its hooks
+                y = y.detach().requires_grad_()
+            first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_iter((args, keywords)))
+            if first:
+                self.leaves.append(y)
+            if first or y._is_view():
+                y = fresh = y.clone()  # what follows may write into it; a view that is written into loses its hooks
             call = Call(module, layer, _detached(args), _detached(keywords))
             candidates = self._candidates(call)
             if candidates in ((), ("first",)):
@@ -197,7 +202,7 @@ class LayerCalls:
             fits: list[Layout] = [
                 layout
                 for layout in self._candidates(call)
-                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest].any()
+                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest.to(g.device)].any()
             ]
             self._layouts[call] = self._known[call.module] = fits[0] if fits else "none"
         return True
@@ -210,14 +215,19 @@ class LayerCalls:
         """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
         return self._in_order(values, self._layouts[call])
 
-    def by_sample(self, call: Call, values: Tensor) -> Tensor:
-        """(N,) sums of a tensor laid out as the output of a call; one for the whole batch counts for the first sample."""
-        values = wide(values)
-        if self.shared(call):
-            sums = values.new_zeros(self.samples)
-            sums[0] = values.sum()
-            return sums
-        return self.rows(call, values).reshape(self.samples, -1).sum(1)
+    def by_sample(self, call: Call, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
+        """(N,) sums of what a function makes of tensors that are laid out as the output of a call, number by number.
+
+        The function is given a piece of each at a time, in the widest float. One output for the whole batch counts for the first sample.
+        """
+        count = 1 if self.shared(call) else self.samples
+        flat = [self.rows(call, part).reshape(count, -1) for part in values]
+        pieces = zip(*(part.split(max(1, PIECE // count), 1) for part in flat), strict=True)
+        sums = [
+            torch.stack(terms).sum(0)
+            for terms in zip(*([x.sum(1) for x in function(*map(wide, piece))] for piece in pieces), strict=True)
+        ]
+        return tuple(torch.cat([x, x.new_zeros(self.samples - count)]) for x in sums)
 
     def _in_order(self, values: Tensor, layout: Layout) -> Tensor:
         if layout == "second":
