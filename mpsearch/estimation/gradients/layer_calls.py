@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.gradients.targets import Predicted
+from mpsearch.estimation.weight_changes import PIECE
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.operand import Operand
@@ -20,9 +21,6 @@ from mpsearch.models.running import Batch, first_tensor, inputs_of, samples
 #: Where the samples lie in a tensor: along its first or second dimension; `last`: in the first behind tokens or
 #: windows, as (windows x samples, ...); `none`: it is the same for all.
 Layout = Literal["first", "second", "last", "none"]
-
-#: Numbers of a tensor that are made wide at once.
-PIECE = 2**22
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,9 +17,10 @@ from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.factors import Factors, factors
 from mpsearch.estimation.gradients.hessian import require_gradients
-from mpsearch.estimation.gradients.layer_calls import PIECE, Call, LayerCalls, Layout
+from mpsearch.estimation.gradients.layer_calls import Call, LayerCalls, Layout
 from mpsearch.estimation.gradients.per_sample import CHUNK_BYTES, Calls, gradient_bytes, projection, sample_gradients
 from mpsearch.estimation.gradients.targets import GradientTarget, Predicted, predicted
+from mpsearch.estimation.weight_changes import PIECE, change_rows, squared_length
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.modules.weights import weight_of
@@ -238,18 +239,15 @@ class _Check:
 
     def _compare(self, weight: nn.Parameter, truth: Tensor) -> None:
         calls = self.calls.pop(weight, [])
-        if calls:
-            error = expected = 0.0
-            for _, rows, found in sample_gradients(calls, 1):
-                part = wide(truth[rows])
-                expected, error = (
-                    math.hypot(expected, float(part.norm())),
-                    math.hypot(error, float((part - wide(found[0])).norm())),
-                )
-        else:
-            error = expected = _length(truth)
+        lengths = [] if calls else [(math.sqrt(squared_length(truth)),) * 2]
+        for _, rows, found in sample_gradients(calls, 1, CHUNK_BYTES // 8) if calls else ():
+            pairs = zip(truth[rows].reshape(-1).split(PIECE), found.reshape(-1).split(PIECE), strict=True)
+            lengths += [(float(wide(part).norm()), float((wide(part) - wide(other)).norm())) for part, other in pairs]
+        expected, error = (math.hypot(*values) for values in zip(*lengths, strict=True))
         tolerance = 1e-3 if truth.dtype in (torch.float32, torch.float64) else 0.1
-        scale = sum((_length(x) if x.is_floating_point() else 1.0) * _length(g) for _, x, g in calls)
+        scale = sum(
+            math.sqrt((squared_length(x) if x.is_floating_point() else 1.0) * squared_length(g)) for _, x, g in calls
+        )
         rounding = torch.finfo(truth.dtype).eps * scale  # of terms that cancel
         if error > max(tolerance * expected, rounding):
             raise EstimatorError(
@@ -257,11 +255,6 @@ class _Check:
                 f"account for all but {error:.3g} of it: the weight is used outside the layer's own forward, or changed "
                 "there; leave the layer out, or use a measured estimator"
             )
-
-
-def _length(x: Tensor) -> float:
-    """Euclidean norm, without a wide copy of a large tensor."""
-    return math.hypot(*(float(wide(part).norm()) for part in x.reshape(-1).split(PIECE)))
 
 
 def _change_and_square(g: Tensor, changed: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -291,14 +284,8 @@ class _Change:
         return replace(self, quantized=lambda: value)
 
     def rows(self, rows: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
-        """Q(W) - W of some rows in float32 or wider, a few of them at a time."""
-        value, weight = self.quantized(), self.weight
-        start, stop, _ = rows.indices(len(weight))
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        step = max(1, CHUNK_BYTES // max(1, 4 * weight[:1].numel()))
-        for top in range(start, stop, step):
-            part = slice(top, min(top + step, stop))
-            yield part, value[part].to(dtype, copy=True).sub_(weight[part])
+        """Q(W) - W of some rows, a few at a time."""
+        return change_rows(self.quantized(), self.weight, rows)
 
 
 @dataclass(eq=False)
@@ -425,7 +412,7 @@ class _Backward:
 
     def _of_samples(self, weight: nn.Parameter, calls: Calls, size: int) -> None:
         """What is read of the gradients of a weight for each sample."""
-        sums, needs, column = self.sums, self.needs, self.places.column[weight]
+        needs = self.needs
         changes = self._changes(weight) if "projection" in needs else []
         room_bytes = self.places.room_bytes if changes else CHUNK_BYTES
         if size * gradient_bytes(weight) > room_bytes:  # in several pieces: nothing is to be rounded again for each
@@ -436,19 +423,27 @@ class _Backward:
         if not (changes or needs & {"squared_norm", "importance"}):
             return
         for place, rows, gradients in sample_gradients(calls, size, room_bytes):
-            for change in changes:
-                for part, values in change.rows(rows):
-                    flat = gradients[:, part.start - rows.start : part.stop - rows.start].flatten(1)
-                    self._project(change, place, wide(flat @ values.flatten().to(flat)))
-            sizes = weight.detach()[rows].flatten()
-            columns = max(1, PIECE // len(gradients))
-            for some, size_of in zip(gradients.flatten(1).split(columns, 1), sizes.split(columns), strict=True):
-                if "squared_norm" in needs:
-                    sums.squared_norm[place, column] += wide(some).square().sum(1).to(sums.squared_norm)
-                if "importance" in needs:
-                    found = wide(some).abs() @ wide(size_of).abs()
-                    for u, _ in self.places.holders[weight]:
-                        sums.importance[place, u] += found.to(sums.importance)
+            self._read(weight, changes, place, rows, gradients)
+            del gradients  # before the next are made
+
+    def _read(self, weight: nn.Parameter, changes: "Sequence[_Change]", place: slice, rows: slice, g: Tensor) -> None:
+        """What is read of the gradients (n, rows, ...) of some samples and some rows."""
+        sums, needs, column = self.sums, self.needs, self.places.column[weight]
+        for change in changes:
+            for part, values in change.rows(rows):
+                flat = g[:, part.start - rows.start : part.stop - rows.start].flatten(1)
+                self._project(change, place, wide(flat @ values.flatten().to(flat)))
+        if not needs & {"squared_norm", "importance"}:
+            return
+        columns = max(1, PIECE // len(g))
+        weights = weight.detach()[rows].flatten().split(columns)
+        for some, w in zip(g.flatten(1).split(columns, 1), weights, strict=True):
+            if "squared_norm" in needs:
+                sums.squared_norm[place, column] += wide(some).square().sum(1).to(sums.squared_norm)
+            if "importance" in needs:
+                found = (wide(some).abs() @ wide(w).abs()).to(sums.importance)
+                for u, _ in self.places.holders[weight]:
+                    sums.importance[place, u] += found
 
     def _changes(self, weight: nn.Parameter) -> list["_Change"]:
         """What each option that leaves inputs alone changes a weight by."""
