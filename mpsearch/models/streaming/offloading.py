@@ -13,8 +13,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.models.streaming.stored import InFile, InMemory, Stored, tensors_in
 
 #: Attributes for as long as the search looks at a model: of a module its `Shelf`, of a parameter that of its module, of the model
-#: the device that it runs on.
-_SHELF, _DEVICE = "_mpsearch_shelf", "_mpsearch_device"
+#: the device that it runs on, and of a module whose calls take nothing in that they do not.
+_SHELF, _DEVICE, _RESTING = "_mpsearch_shelf", "_mpsearch_device", "_mpsearch_resting"
 
 Value = Tensor | Callable[[], Tensor]
 
@@ -32,7 +32,6 @@ class Shelf:
         replacements: parameter -> value in its place, as `replaced` puts them in.
         users: how many use the tensors now.
         calls: how many of them are calls of modules.
-        resting: calls take nothing out of it.
     """
 
     device: torch.device
@@ -41,7 +40,6 @@ class Shelf:
     replacements: dict[nn.Parameter, list[Value]] = field(default_factory=dict)
     users: int = 0
     calls: int = 0
-    resting: bool = False
     _away: list[tuple[nn.Parameter, nn.Parameter]] = field(default_factory=list)
     _empty: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = field(default_factory=list)
     _aside: dict[nn.Parameter, list[Tensor]] = field(default_factory=dict)  # values under those put in while in use
@@ -268,6 +266,7 @@ def offloaded_tensors(model: nn.Module) -> dict[int, Stored]:
 def on_demand(model: nn.Module) -> Iterator[None]:
     """Inside, `resident` puts the values of an offloaded model in, and each module does so for its own call.
 
+    A block, a module in an `nn.ModuleList`, does so for all that is in it, since its code may read the weights of a layer without a call.
     Weights that are tied are one parameter inside, as they are in a model that has its values. Accelerate's own hooks rest meanwhile.
     A model that has its values is left alone.
     """
@@ -303,10 +302,19 @@ def on_demand(model: nn.Module) -> Iterator[None]:
                 shelves[part.module] = _joined(shelf, tied)
         for module, shelf in shelves.items():
             stack.enter_context(attached(module, shelf))
-            stack.enter_context(around_calls(module, shelf))
+            stack.enter_context(around_calls(module))
+        for block in _outermost_blocks(model):
+            stack.enter_context(around_calls(block, below=True))
         vars(model)[_DEVICE] = parts[0].device
         stack.callback(vars(model).pop, _DEVICE, None)
         yield
+
+
+def _outermost_blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules in the lists of a model that lie in no other list."""
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList)]
+    inner = {part for blocks in lists for block in blocks for part in block.modules()}
+    return [block for blocks in lists if blocks not in inner for block in blocks]
 
 
 def _joined(shelf: Shelf, tied: Shelf) -> Shelf:
@@ -333,18 +341,28 @@ def attached(holder: Any, shelf: Shelf) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def around_calls(module: nn.Module, shelf: Shelf) -> Iterator[None]:
-    """What a shelf holds is in the model while a module is called."""
+def around_calls(module: nn.Module, *, below: bool = False) -> Iterator[None]:
+    """Values are in a module while it is called.
+
+    Args:
+        module: with a shelf.
+        below: they are in all modules inside it too, for one that reads their parameters itself.
+    """
+    calls: list[list[Shelf]] = []
 
     def enter(*_: Any) -> None:
-        if not shelf.resting:
+        own = shelf_of(module)
+        shelves = [] if _RESTING in vars(module) else _shelves(module) if below else [own] if own is not None else []
+        for shelf in shelves:
             shelf.enter()
             shelf.calls += 1
+        calls.append(shelves)
 
     def leave(*_: Any) -> None:
-        if shelf.calls:
-            shelf.calls -= 1
-            shelf.leave()
+        for shelf in calls.pop() if calls else ():
+            if shelf.calls:
+                shelf.calls -= 1
+                shelf.leave()
 
     handles = [
         module.register_forward_pre_hook(enter, prepend=True),
@@ -355,7 +373,8 @@ def around_calls(module: nn.Module, shelf: Shelf) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        shelf.break_off()
+        for shelf in _shelves(module):
+            shelf.break_off()
 
 
 def broken_off(model: nn.Module) -> None:
@@ -367,12 +386,11 @@ def broken_off(model: nn.Module) -> None:
 @contextlib.contextmanager
 def at_rest(*modules: nn.Module) -> Iterator[None]:
     """Calls of modules take nothing in inside, since something else is run in their place."""
-    shelves = [shelf for module in modules if (shelf := shelf_of(module)) is not None and not shelf.users]
-    before = [shelf.resting for shelf in shelves]
+    resting = [module for module in modules if _RESTING not in vars(module)]
     try:
-        for shelf in shelves:
-            shelf.resting = True
+        for module in resting:
+            vars(module)[_RESTING] = True
         yield
     finally:
-        for shelf, resting in zip(shelves, before, strict=True):
-            shelf.resting = resting
+        for module in resting:
+            vars(module).pop(_RESTING, None)

@@ -37,7 +37,7 @@ def parts_on_demand(model: nn.Module, stored: Mapping[int, Stored]) -> Iterator[
                 stack.enter_context(attached(parameter, shelf))
             for layer, shelf in shelves.items():
                 stack.enter_context(attached(layer, shelf))
-                stack.enter_context(around_calls(layer, shelf))
+                stack.enter_context(around_calls(layer))
         yield
 
 
