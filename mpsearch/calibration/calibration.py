@@ -64,6 +64,7 @@ from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.determinism import PROBED, probed_output
+from mpsearch.models.head import OutputLayer, output_layer
 from mpsearch.models.modules.experts import without_tokens
 from mpsearch.models.peak_memory import peak_memory
 from mpsearch.models.running import (
@@ -171,6 +172,7 @@ class Calibration:
     - `layers`, `precisions`, `decisions`: (L,) rows and (P,) columns of tables, and the (D,) groups of rows that share a precision;
     - `base`: a `CostTable` with all costs, whose sensitivity is 0, `nan` where an option is not allowed;
     - `output`, `choice`: of the unquantized model on the first samples of `example`, and the `MetricChoice` from it;
+    - `output_layer`: the layer that makes the output, where that is large: it is left out of runs, and makes logits in pieces of rows;
     - `ranges`: layer -> least and greatest input over `batches`; empty where no option quantizes inputs;
     - `identity(loss)`: what results depend on, for a `Store` of one's own, which `keep_in` takes;
     - `context(loss)`: the `Context` that estimators are handed, here for all decisions; `quantized` of it keeps weights.
@@ -228,6 +230,7 @@ class Calibration:
         self._resources, self._progress = resources, progress
         self._checkpoint = checkpoint
         self._known_ranges: dict[str, tuple[float, float]] = {}
+        self._ranged: set[str] = set()  # layers that have been looked at; an embedding has no range
         self._users: list[str] = []  # who may have changed the model
         self._stack = contextlib.ExitStack()
         self._stamp: Any = None
@@ -321,6 +324,12 @@ class Calibration:
         return probed_output(self.model, self.example)
 
     @functools.cached_property
+    def output_layer(self) -> OutputLayer | None:
+        """The layer that makes the output, where it makes many logits of a batch (`mpsearch.models.head`)."""
+        example = first_samples(self.example, PROBED)
+        return output_layer(self.model, [*self.whole, *self.batches, self.example], self.output, example)
+
+    @functools.cached_property
     def choice(self) -> MetricChoice:
         """What is measured, and why."""
         loss = self._loss
@@ -366,9 +375,12 @@ class Calibration:
 
     def _ranges_of(self, names: Sequence[str]) -> dict[str, tuple[float, float]]:
         """Ranges of these layers; one pass for those that are not known yet."""
-        new = [name for name in names if name not in self._known_ranges]
+        new = [name for name in names if name not in self._ranged]
         if new:
-            self._known_ranges |= input_ranges(self.model, self.batches, new)
+            layer = self.output_layer
+            with contextlib.nullcontext() if layer is None else layer.left_out():
+                self._known_ranges |= input_ranges(self.model, self.batches, new)
+            self._ranged.update(new)
         return {name: self._known_ranges[name] for name in names if name in self._known_ranges}
 
     @functools.cached_property
@@ -424,6 +436,7 @@ class Calibration:
             checkpoint=self._results(compared),
             beside=self.choice.comparison if callable(compared) else None,
             blocks=self.blocks,
+            output_layer=self.output_layer,
         )
 
     @overload
@@ -538,7 +551,7 @@ class Calibration:
         plain, quantized = Tally(choice, loss), Tally(choice, loss)
         self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data), "evaluate") as bar:
-            for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized]):
+            for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized], self.output_layer):
                 bar.update(number is not None)
         choice.warn()
         return quantized.result(plain.result(None))
@@ -570,7 +583,7 @@ class Calibration:
         self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data) * len(plans), "measure plans") as bar:
             for _, plan_number, damage in plan_runs(
-                self.model, data, in_model, choice.metric, [choice.metric] * len(plans)
+                self.model, data, in_model, choice.metric, [choice.metric] * len(plans), self.output_layer
             ):
                 if plan_number is not None and damage is not None:
                     means[plan_number].add_samples(torch.from_numpy(damage.sums), torch.from_numpy(damage.counts))

@@ -13,8 +13,8 @@ from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.metrics.metric import Floats
-from mpsearch.metrics.pieces import all_finite
 from mpsearch.metrics.runs import Run, run
+from mpsearch.models.head import OutputLayer
 from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
 from mpsearch.models.running import Batch
 from mpsearch.quantizers.fake_quantization import Ranges, input_quantizers, inputs, quantized_weights, weights
@@ -34,8 +34,10 @@ class Reader(Protocol):
         """It looks at all that the model returns."""
         ...
 
-    def of(self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
-        """(n,) sums and (n,) weights of the samples; see `Metric.of`."""
+    def read(
+        self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None
+    ) -> tuple[Floats, Floats] | None:
+        """(n,) sums and (n,) weights of the samples; see `Metric.read`."""
         ...
 
     def damage(self, sums: Floats, unquantized: Floats) -> Floats:
@@ -90,7 +92,9 @@ class Damage:
     counts: Floats
 
 
-def unquantized_run(model: nn.Module, batch: Batch, reader: Reader, place: str) -> Reference:
+def unquantized_run(
+    model: nn.Module, batch: Batch, reader: Reader, place: str, layer: OutputLayer | None = None
+) -> Reference:
     """The unquantized model on one batch.
 
     Args:
@@ -98,22 +102,36 @@ def unquantized_run(model: nn.Module, batch: Batch, reader: Reader, place: str) 
         batch: the batch.
         reader: of the outputs.
         place: where the batch stands, for messages: `select part, batch 3`.
+        layer: that makes the output, where hidden states are to be held in place of many logits.
 
     Raises:
         EstimatorError: where the output is not finite.
     """
     with torch.no_grad():
-        whole = None if reader.runs_model else run(model, batch)
-        if whole is not None and not all_finite(whole.rows):
-            raise EstimatorError(
-                f"the output of the unquantized model is not finite ({place}): nan or inf in the data?"
-            )
-        sums, _ = reader.of(model, batch, whole, None)
-    return Reference(whole if whole is None or reader.reads_output else replace(whole, output=None), sums)
+        whole = _run(model, batch, reader, layer)
+        found = reader.read(model, batch, whole, None)
+    if found is None:
+        raise EstimatorError(f"the output of the unquantized model is not finite ({place}): nan or inf in the data?")
+    return Reference(whole, found[0])
+
+
+def _run(model: nn.Module, batch: Batch, reader: Reader, layer: OutputLayer | None) -> Run | None:
+    """What a reader is handed."""
+    if reader.runs_model:
+        return None
+    if reader.reads_output:
+        return run(model, batch)
+    return replace(run(model, batch, layer), output=None)
 
 
 def plan_run(
-    model: nn.Module, batch: Batch, plan: PlanInModel, reader: Reader, reference: Reference, place: str
+    model: nn.Module,
+    batch: Batch,
+    plan: PlanInModel,
+    reader: Reader,
+    reference: Reference,
+    place: str,
+    layer: OutputLayer | None = None,
 ) -> Damage:
     """A plan on one batch.
 
@@ -124,19 +142,17 @@ def plan_run(
         reader: of the outputs.
         reference: of the same batch.
         place: where the batch stands, for messages.
+        layer: as for the reference.
 
     Raises:
         EstimatorError: where output or damage are not finite.
     """
     with torch.no_grad(), plan.inside():
-        whole = None if reader.runs_model else run(model, batch)
-        finite = whole is None or all_finite(whole.rows)
-        if finite:
-            sums, counts = reader.of(model, batch, whole, reference.run)
-            damage = reader.damage(sums, reference.sums)
-    if not finite or not np.isfinite(damage).all():
+        found = reader.read(model, batch, _run(model, batch, reader, layer), reference.run)
+    damage = None if found is None else Damage(reader.damage(found[0], reference.sums), found[1])
+    if damage is None or not np.isfinite(damage.sums).all():
         raise EstimatorError(f"the damage of a plan is not finite ({place}): {plan.name}")
-    return Damage(damage, counts)
+    return damage
 
 
 def plan_runs(
@@ -145,6 +161,7 @@ def plan_runs(
     plans: Sequence[PlanInModel],
     unquantized: Reader,
     readers: Sequence[Reader],
+    layer: OutputLayer | None = None,
 ) -> Iterator[tuple[int, int | None, Damage | None]]:
     """All plans on all batches, batch by batch; the unquantized model runs once a batch.
 
@@ -154,16 +171,17 @@ def plan_runs(
         plans: N plans.
         unquantized: reads the unquantized model.
         readers: N, one a plan; the same for all where nothing is added up in them.
+        layer: that makes the output, where hidden states are to be held in place of many logits.
 
     Yields:
         batch, plan, damage of the plan on the batch; for the unquantized model, which comes first, plan and damage are None.
     """
     for number, batch in enumerate(batches):
         place = f"batch {number}"
-        reference = unquantized_run(model, batch, unquantized, place)
+        reference = unquantized_run(model, batch, unquantized, place, layer)
         yield number, None, None
         for plan_number, (plan, reader) in enumerate(zip(plans, readers, strict=True)):
-            yield number, plan_number, plan_run(model, batch, plan, reader, reference, place)
+            yield number, plan_number, plan_run(model, batch, plan, reader, reference, place, layer)
 
 
 @dataclass(eq=False)

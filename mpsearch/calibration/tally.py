@@ -9,7 +9,7 @@ from mpsearch.core.evaluation import Evaluation
 from mpsearch.estimation.context import Loss
 from mpsearch.metrics.choice import MetricChoice
 from mpsearch.metrics.divergences import KL
-from mpsearch.metrics.metric import Floats, Metric
+from mpsearch.metrics.metric import Floats, Metric, measured
 from mpsearch.metrics.own import Own
 from mpsearch.metrics.runs import Run
 from mpsearch.metrics.statistics import Mean
@@ -45,14 +45,16 @@ class Tally:
 
     @property
     def reads_output(self) -> bool:
-        """True: a metric may look at all that the model returns."""
-        return True
+        """True where a metric looks at all that the model returns."""
+        return any(metric.reads_output for metric in self._metrics.values())
 
     def damage(self, sums: Floats, unquantized: Floats) -> Floats:
         """(n,) the rise of the chosen metric over the unquantized model."""
         return self._choice.metric.damage(sums, unquantized)
 
-    def of(self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
+    def read(
+        self, model: nn.Module, batch: Batch, outcome: Run | None, reference: Run | None
+    ) -> tuple[Floats, Floats] | None:
         """Add one batch.
 
         Args:
@@ -62,20 +64,20 @@ class Tally:
             reference: what the unquantized model makes of it; None where this is it.
 
         Returns:
-            (n,) sums and (n,) weights of the samples by the chosen metric.
+            (n,) sums and (n,) weights of the samples by the chosen metric; None where the output is not finite.
         """
         assert outcome is not None
         for name, metric in list(self._metrics.items()):
             along = name in ("loss", "accuracy") and metric is not self._choice.metric and not isinstance(metric, Own)
             if along and self._missing(model, batch, outcome):  # in some batches: then there is no mean
                 del self._metrics[name], self._means[name]
-                continue
-            sums, counts = metric.of(model, batch, outcome, reference)
+        found = measured(list(self._metrics.values()), model, batch, outcome, reference)
+        if found is None:
+            return None
+        for name, (sums, counts) in zip(self._metrics, found, strict=True):
             self._means[name].add_samples(torch.from_numpy(sums), torch.from_numpy(counts))
-            if metric is self._choice.metric:
-                chosen = sums, counts
         self._samples += outcome.samples
-        return chosen
+        return found[[metric is self._choice.metric for metric in self._metrics.values()].index(True)]
 
     def _missing(self, model: nn.Module, batch: Batch, outcome: Run) -> bool:
         with_targets = self._choice.loss

@@ -19,6 +19,7 @@ from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.runs import Run, run
 from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import missing_labels, original_of
+from mpsearch.models.head import OutputLayer
 from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import Batch, predictions, targets_of
 from mpsearch.models.streaming.blocks import Blocks
@@ -89,6 +90,7 @@ class Context:
         beside: what outputs are compared by beside a loss of the user's own.
         observers: are shown the outputs of perturbations.
         blocks: of a model whose weights lie elsewhere, where it has blocks that run one after the other: they are loaded one by one.
+        output_layer: makes the output, where that is large: it is left out of runs, and makes logits a few rows at a time.
     """
 
     model: nn.Module
@@ -105,6 +107,7 @@ class Context:
     beside: Comparison | None = None
     observers: Sequence[OutputObserver] = ()
     blocks: Blocks | None = None
+    output_layer: OutputLayer | None = None
 
     def module(self, layer: Layer) -> nn.Module:
         """The module of a layer."""
@@ -209,7 +212,7 @@ class Context:
     def run(self, batch: Batch) -> Run:
         """One forward pass, with the rows as the loss reads them."""
         as_it_is = run(self.model, batch)
-        return replace(as_it_is, rows=self._read(as_it_is.rows))
+        return replace(as_it_is, held=self._read(as_it_is.held))
 
     def _read(self, rows: Tensor) -> Tensor:
         reader = self.beside if callable(self.loss) else self.loss

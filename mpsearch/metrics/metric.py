@@ -1,6 +1,8 @@
 """What a metric is: the numbers that it makes of the samples of a batch, and for a comparison its curvature."""
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from mpsearch.metrics.pieces import by_pieces, piece_sizes
+from mpsearch.metrics.pieces import all_finite, by_pieces, piece_sizes
 from mpsearch.metrics.runs import Run
 from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.statistics import wide
@@ -41,12 +43,12 @@ class Metric:
     runs_model: ClassVar[bool] = False
 
     def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
-        """What the model, as it stands, does on one batch.
+        """What the model, as it stands, does on one batch; see `measured` for runs that make their rows in pieces.
 
         Args:
             model: run again by a metric that does so itself.
             batch: the batch.
-            run: what the model makes of it; None for a metric that runs the model.
+            run: what the model makes of it, or of a metric `by_rows` a piece of that; None for a metric that runs the model.
             reference: the same of the unquantized model; None where this is it.
 
         Returns:
@@ -56,6 +58,13 @@ class Metric:
             EstimatorError: where targets are needed and missing.
         """
         raise NotImplementedError
+
+    def read(
+        self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None
+    ) -> tuple[Floats, Floats] | None:
+        """`of` a whole run, its rows made in pieces where they come from a head; None where the output is not finite."""
+        found = measured([self], model, batch, run, reference)
+        return None if found is None else found[0]
 
     @property
     def title(self) -> str:
@@ -83,6 +92,44 @@ class Metric:
     def shown_se(self, value: float, se: float) -> float:
         """The standard error of `shown`, to first order."""
         return se
+
+
+def measured(
+    metrics: Sequence[Metric], model: nn.Module, batch: Batch, run: Run | None, reference: Run | None
+) -> list[tuple[Floats, Floats]] | None:
+    """What metrics make of a run, its rows made once for all of them, in pieces where they come from a head.
+
+    Args:
+        metrics: those that are not `by_rows` are given all rows at once.
+        model: as it stands.
+        batch: the batch.
+        run: of the model; None where all metrics run it themselves.
+        reference: of the unquantized model; None where this is it.
+
+    Returns:
+        (n,) sums and (n,) weights of the samples, for each metric; None where an output is not finite.
+    """
+    if run is None or run.head is None:
+        finite = run is None or all_finite(run.rows)
+        return [metric.of(model, batch, run, reference) for metric in metrics] if finite else None
+    found: list[tuple[Floats, Floats] | None] = [None] * len(metrics)
+    others: Iterable[Run | None] = itertools.repeat(None) if reference is None else reference.pieces()
+    for piece, before in zip(run.pieces(), others, strict=False):
+        if not all_finite(piece.rows):
+            return None
+        for place, metric in enumerate(metrics):
+            if metric.by_rows:
+                sums, weights = metric.of(model, batch, piece, before)
+                known = found[place]
+                found[place] = (sums, weights) if known is None else (known[0] + sums, known[1] + weights)
+    whole = [metric.by_rows for metric in metrics].count(False) > 0
+    if whole:
+        run = replace(run, held=run.rows, head=None)
+        reference = None if reference is None else replace(reference, held=reference.rows, head=None)
+    return [
+        metric.of(model, batch, run, reference) if sums is None else sums
+        for metric, sums in zip(metrics, found, strict=True)
+    ]
 
 
 def by_sample(values: Tensor, index: Tensor, count: int) -> Tensor:

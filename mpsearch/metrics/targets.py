@@ -32,7 +32,11 @@ class Loss(Metric):
     kind: Kind = "classes"
     probabilities: bool = False
     name: ClassVar[str] = "loss"
-    by_rows: ClassVar[bool] = True
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """True for classes, whose labels come with their rows."""
+        return self.kind == "classes"
 
     @property
     def unit(self) -> str:  # type: ignore[override]
@@ -82,7 +86,11 @@ class Accuracy(Metric):
     probabilities: bool = False
     name: ClassVar[str] = "accuracy"
     unit: ClassVar[str] = "relative"
-    by_rows: ClassVar[bool] = True
+
+    @property
+    def by_rows(self) -> bool:  # type: ignore[override]
+        """True for classes, whose labels come with their rows."""
+        return self.kind == "classes"
 
     def of(self, model: nn.Module, batch: Batch, run: Run | None, reference: Run | None) -> tuple[Floats, Floats]:
         """See `Metric.of`."""

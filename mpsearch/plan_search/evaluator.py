@@ -18,7 +18,7 @@ from mpsearch.quantizers.fake_quantization import input_quantizers
 
 Floats = NDArray[np.float64]
 Columns = NDArray[np.int64]
-#: Bytes of the unquantized model's outputs that are held; beyond, it is run again for each plan.
+#: Bytes of the unquantized model's outputs, or hidden states, that are held; beyond, it is run again for each plan.
 REFERENCE_BYTES = 2**30
 
 
@@ -162,7 +162,8 @@ class PlanEvaluator:
         """A measurement with one more batch."""
         reference, runs = self._reference(number)
         runs += 1
-        damage = plan_run(self.context.model, self.batches[number], plan, self.metric, reference, self._place(number))
+        model, layer = self.context.model, self.context.output_layer
+        damage = plan_run(model, self.batches[number], plan, self.metric, reference, self._place(number), layer)
         self.context.passes.add(self.total, forward=self._sizes[number])
         self.passes.charge(runs * self._sizes[number] / self.total)
         sums, counts = damage.sums, damage.counts
@@ -196,7 +197,8 @@ class PlanEvaluator:
         if number in self._references:
             return self._references[number], 0
         size = self._sizes[number]
-        reference = unquantized_run(self.context.model, self.batches[number], self.metric, self._place(number))
+        model, layer = self.context.model, self.context.output_layer
+        reference = unquantized_run(model, self.batches[number], self.metric, self._place(number), layer)
         fits = reference.bytes / size * sum(self._sizes[: number + 1]) <= REFERENCE_BYTES
         if fits:
             self._references[number] = reference

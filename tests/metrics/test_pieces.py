@@ -11,7 +11,7 @@ from mpsearch.metrics.runs import run
 from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.statistics import cross_entropy, kl_divergence
 from mpsearch.metrics.targets import Loss
-from tests.live_bytes import LiveBytes
+from mpsearch.models.peak_memory import live_bytes
 
 BY_ROWS = [name for name, metric in METRICS.items() if metric.by_rows and issubclass(metric, Comparison)]
 ROWS, WIDTH = 83, 2**15
@@ -132,9 +132,9 @@ def test_memory_does_not_grow_with_rows(name, read):
     peaks = []
     for rows in (64, 256):
         a, b = logits(rows), logits(rows, seed=1)
-        with torch.no_grad(), LiveBytes() as live:
+        with torch.no_grad(), live_bytes() as live:
             read(a, b)
-        peaks.append(live.peak - (a.numel() * 4 if "output" in name else 0))
+        peaks.append(live.bytes - (a.numel() * 4 if "output" in name else 0))
     assert peaks[1] < 1.1 * peaks[0] + 2**14
     assert peaks[1] < 9 * 17 * 2**15 * 8
 
@@ -144,9 +144,9 @@ def test_a_plain_function_of_all_rows_does_grow():
     peaks = []
     for rows in (64, 256):
         a, b = logits(rows), logits(rows, seed=1)
-        with LiveBytes() as live:
+        with live_bytes() as live:
             whole("kl", a, b)
-        peaks.append(live.peak)
+        peaks.append(live.bytes)
     assert peaks[1] > 3.9 * peaks[0]
     assert peaks[1] >= 4 * a.numel() * 8
 
