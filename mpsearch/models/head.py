@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mpsearch.errors import EstimatorError, warn
 from mpsearch.models.running import Batch, first_tensor, inputs_of, logits_of, output_of
+from mpsearch.models.streaming.offloading import at_rest, resident
 
 #: Logits of a batch up to so many bytes are made at once, as the model makes them.
 WHOLE_BYTES = 64 * 2**20
@@ -66,9 +67,10 @@ class OutputLayer:
     module: nn.Linear
 
     def head(self) -> Head:
-        """The layer with the weights that it has now, a plan's where one is in the model."""
-        bias = self.module.bias
-        return Head(self.module.weight.detach(), None if bias is None else bias.detach())
+        """The layer with the weights that it has now, a plan's where one is in the model; they are held as long as it is."""
+        with resident(self.module):
+            bias = self.module.bias
+            return Head(self.module.weight.detach(), None if bias is None else bias.detach())
 
     @contextlib.contextmanager
     def left_out(self) -> Iterator[None]:
@@ -77,7 +79,8 @@ class OutputLayer:
         own = attributes.get("forward")
         attributes["forward"] = _handed_on
         try:
-            yield
+            with at_rest(self.module):
+                yield
         finally:
             del attributes["forward"]
             if own is not None:

@@ -12,6 +12,7 @@ from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.runs import run
 from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.head import OutputLayer, output_layer
+from mpsearch.models.hugging_face import model_of
 from mpsearch.models.peak_memory import live_bytes
 from mpsearch.models.running import output_of, preserved
 from mpsearch.quantizers.fake_quantization import inputs, weights
@@ -255,3 +256,19 @@ def test_memory_does_not_grow_with_logits(name, monkeypatch):
     logits_bytes = 16 * WINDOW * 1024 * 4
     assert fewest < classes < logits_bytes / 4
     assert peak_of(1024, 16, WORK[name], monkeypatch, whole=True) > 2 * logits_bytes
+
+
+def test_an_offloaded_model_is_measured_as_the_resident_one(pieces, tmp_path):
+    """The head is read where the layer holds its values."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=VOCABULARY, **{**GROUPED, "num_hidden_layers": 2})
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    found = []
+    for streamed in (False, True):
+        model = model_of(tmp_path, streamed=streamed)
+        names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        plans = [mps.Plan(dict.fromkeys(names, mps.Precision(bits))) for bits in ("2", "4")]
+        found.append(mps.measure_plans(model, data(), plans, progress=False).damage)
+    np.testing.assert_array_equal(*found)
