@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
-from mpsearch.estimation.weight_changes import squared_change, squared_length
+from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import call, samples
 from mpsearch.quantizers.fake_quantization import input_quantizer, inputs
@@ -57,10 +57,10 @@ def relative_error(context: Context) -> Floats:
     error = np.zeros((len(context.decisions), len(context.precisions)))
     for u, decision in enumerate(context.decisions):
         parameters = context.parameters(decision)
-        power = sum(squared_length(parameter) for parameter in parameters)
+        power = sum(_power(parameter) for parameter in parameters)
         for p, precision in enumerate(context.precisions):
             if precision.quantizes_weight:
-                noise = sum(squared_change(context, layer, precision) for layer in parameters.values())
+                noise = sum(_power(context.perturbation(layer, precision)) for layer in parameters.values())
                 error[u, p] = _ratio(noise, power)
     if context.quantizes_inputs:
         noise_of = input_noise(context)
@@ -97,11 +97,11 @@ def input_noise(context: Context) -> dict[str, InputNoise]:
         functions = [input_quantizer(module, name, p, context.quantizer, context.ranges) for p in context.precisions]
 
         def see(x: Tensor) -> Tensor:
-            noise_of[name].power += squared_length(x) / total
+            noise_of[name].power += _power(x) / total
             noise_of[name].numel += x.numel() / total
             for p, function in enumerate(functions):
                 if function is not None:
-                    noise_of[name].noise[p] += squared_length(function(x) - x) / total
+                    noise_of[name].noise[p] += _power(function(x) - x) / total
             return x
 
         return see
@@ -111,6 +111,10 @@ def input_noise(context: Context) -> dict[str, InputNoise]:
             call(context.model, batch)
             context.passes.add(len(context.batches), forward=1)
     return noise_of
+
+
+def _power(x: Tensor) -> float:
+    return float(wide(x.detach()).square().sum())
 
 
 def _ratio(noise: float, power: float) -> float:

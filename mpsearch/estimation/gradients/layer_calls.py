@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_iter
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.gradients.targets import Predicted
-from mpsearch.estimation.weight_changes import PIECE
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.operand import Operand
@@ -70,7 +69,7 @@ class LayerCalls:
 
     Attributes:
         calls: number of calls of each weight.
-        leaves: outputs of the first layers, where backward passes end.
+        leaves: outputs that no gradient would reach otherwise; where gradients are taken.
         receiver: called with each call and the gradient of its output, during a backward pass; None: nobody is.
     """
 
@@ -120,12 +119,10 @@ class LayerCalls:
             self.calls[weight] = self.calls.get(weight, 0) + 1
             fresh = None
             if not y.requires_grad:
-                y = y.detach().requires_grad_()
-            first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_iter((args, keywords)))
-            if first:
-                self.leaves.append(y)
-            if first or y._is_view():
-                y = fresh = y.clone()  # what follows may write into it; a view that is written into loses its hooks
+                self.leaves.append(y.detach().requires_grad_())
+                y = fresh = self.leaves[-1].clone()  # what follows may write into it
+            elif y._is_view():
+                y = fresh = y.clone()  # and a view that is written into loses its hooks
             call = Call(module, layer, _detached(args), _detached(keywords))
             candidates = self._candidates(call)
             if candidates in ((), ("first",)):
@@ -200,7 +197,7 @@ class LayerCalls:
             fits: list[Layout] = [
                 layout
                 for layout in self._candidates(call)
-                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest.to(g.device)].any()
+                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest].any()
             ]
             self._layouts[call] = self._known[call.module] = fits[0] if fits else "none"
         return True
@@ -213,19 +210,14 @@ class LayerCalls:
         """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
         return self._in_order(values, self._layouts[call])
 
-    def by_sample(self, call: Call, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
-        """(N,) sums of what a function makes of tensors that are laid out as the output of a call, number by number.
-
-        The function is given a piece of each at a time, in the widest float. One output for the whole batch counts for the first sample.
-        """
-        count = 1 if self.shared(call) else self.samples
-        flat = [self.rows(call, part).reshape(count, -1) for part in values]
-        pieces = zip(*(part.split(max(1, PIECE // count), 1) for part in flat), strict=True)
-        sums = [
-            torch.stack(terms).sum(0)
-            for terms in zip(*([x.sum(1) for x in function(*map(wide, piece))] for piece in pieces), strict=True)
-        ]
-        return tuple(torch.cat([x, x.new_zeros(self.samples - count)]) for x in sums)
+    def by_sample(self, call: Call, values: Tensor) -> Tensor:
+        """(N,) sums of a tensor laid out as the output of a call; one for the whole batch counts for the first sample."""
+        values = wide(values)
+        if self.shared(call):
+            sums = values.new_zeros(self.samples)
+            sums[0] = values.sum()
+            return sums
+        return self.rows(call, values).reshape(self.samples, -1).sum(1)
 
     def _in_order(self, values: Tensor, layout: Layout) -> Tensor:
         if layout == "second":

@@ -1,10 +1,8 @@
 """One forward pass and a few backward passes a batch, for every gradient signal that is asked for."""
 
-import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,9 +16,8 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.factors import Factors, factors
 from mpsearch.estimation.gradients.hessian import require_gradients
 from mpsearch.estimation.gradients.layer_calls import Call, LayerCalls, Layout
-from mpsearch.estimation.gradients.per_sample import CHUNK_BYTES, Calls, gradient_bytes, projection, sample_gradients
+from mpsearch.estimation.gradients.per_sample import sample_gradients
 from mpsearch.estimation.gradients.targets import GradientTarget, Predicted, predicted
-from mpsearch.estimation.weight_changes import PIECE, change_rows, squared_length
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.modules.weights import weight_of
@@ -113,9 +110,7 @@ def one_pass(context: Context, estimators: Sequence[Reader]) -> list[Estimate]:
     which is unbiased for squares with drawn labels and random outputs, and refused else.
 
     On the first batch the gradient of each weight is held against what its layer's inputs and output gradients
-    account for, and dropped.
-
-    Beside the model and the activations of one batch no more is held than twice the largest weight, and pieces.
+    account for.
     """
     places = _Places(context)
     require_gradients(context.model, ())
@@ -167,8 +162,6 @@ class _Places:
             for parameter, layer in context.parameters(decision).items():
                 self.holders.setdefault(parameter, []).append((u, layer))
         self.column = {parameter: i for i, parameter in enumerate(self.holders)}
-        largest_bytes = max((p.numel() * p.element_size() for p in context.model.parameters()), default=0)
-        self.room_bytes = max(CHUNK_BYTES, largest_bytes)
         self.caches = {weight_of(module): layer for module, layer in self.by_module.items() if layer.is_cache}
 
     def name(self, weight: nn.Parameter) -> str:
@@ -196,13 +189,14 @@ def _over(
         context.passes.add(total, forward=1)
         if layer_calls.resolve(output, places.name):
             context.passes.add(total, backward=1)
+        points = [*places.column, *layer_calls.leaves] if checking else layer_calls.leaves
         runs = [(target, draw) for target in requests for draw in range(target.draws)]
         for target, draw in runs:
             needs, accumulators = requests[target]
             check = _Check(places) if checking and (target, draw) == runs[0] else None
             gradients = _Backward(
                 context, places, layer_calls, output, number, target, draw, needs, token_factors[target], check
-            ).run((target, draw) != runs[-1])
+            ).run(points, (target, draw) != runs[-1])
             context.passes.add(total, backward=1)
             for accumulator in accumulators:
                 accumulator.add(gradients)
@@ -213,79 +207,34 @@ def _over(
 
 
 class _Check:
-    """Gradients from the inputs and outputs of layers against autograd's, each of which is dropped as soon as it has been compared."""
+    """Gradients from the inputs and outputs of layers against autograd's."""
 
     def __init__(self, places: _Places) -> None:
         self.places = places
-        self.calls: dict[nn.Parameter, list[tuple[nn.Module, Tensor, Tensor]]] = {}  # until all are there
+        self.summed: dict[nn.Parameter, Tensor] = {}
+        self.scale: dict[nn.Parameter, float] = {}
 
     def add(self, call: Call, g: Tensor) -> None:
-        self.calls.setdefault(call.weight, []).append((call.alone, call.x, g))
+        weight = call.weight
+        ((_, total),) = sample_gradients([(call.alone, call.x, g)], 1)
+        self.summed[weight] = self.summed.get(weight, 0) + wide(total[0])
+        size = float(wide(call.x).norm()) if call.x.is_floating_point() else 1.0
+        self.scale[weight] = self.scale.get(weight, 0.0) + size * float(wide(g).norm())
 
-    @contextlib.contextmanager
-    def watching(self) -> Iterator[None]:
-        """Inside, a backward pass to the weights compares the gradient of each, and hands on zeros that take no memory."""
-
-        def compared(weight: nn.Parameter, truth: Tensor) -> Tensor:
-            self._compare(weight, truth.detach().to_dense())
-            return truth.new_zeros(()).expand_as(truth)
-
-        handles = [weight.register_hook(functools.partial(compared, weight)) for weight in self.places.column]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _compare(self, weight: nn.Parameter, truth: Tensor) -> None:
-        calls = self.calls.pop(weight, [])
-        lengths = [] if calls else [(math.sqrt(squared_length(truth)),) * 2]
-        for _, rows, found in sample_gradients(calls, 1, CHUNK_BYTES // 8) if calls else ():
-            pairs = zip(truth[rows].reshape(-1).split(PIECE), found.reshape(-1).split(PIECE), strict=True)
-            lengths += [(float(wide(part).norm()), float((wide(part) - wide(other)).norm())) for part, other in pairs]
-        expected, error = (math.hypot(*values) for values in zip(*lengths, strict=True))
-        tolerance = 1e-3 if truth.dtype in (torch.float32, torch.float64) else 0.1
-        scale = sum(
-            math.sqrt((squared_length(x) if x.is_floating_point() else 1.0) * squared_length(g)) for _, x, g in calls
-        )
-        rounding = torch.finfo(truth.dtype).eps * scale  # of terms that cancel
-        if error > max(tolerance * expected, rounding):
-            raise EstimatorError(
-                f"the gradient of layer {self.places.name(weight)!r} is {expected:.3g} long, and its input and output "
-                f"account for all but {error:.3g} of it: the weight is used outside the layer's own forward, or changed "
-                "there; leave the layer out, or use a measured estimator"
-            )
-
-
-def _change_and_square(g: Tensor, changed: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    product = g * (changed - y)
-    return product, product.square()
-
-
-@dataclass(frozen=True, eq=False)
-class _Change:
-    """What an option changes a weight by.
-
-    Attributes:
-        option: number of the precision.
-        decisions: numbers of those that hold the weight.
-        weight: the weight.
-        quantized: gives Q(W), laid out as the weight.
-    """
-
-    option: int
-    decisions: list[int]
-    weight: Tensor
-    quantized: Callable[[], Tensor]
-
-    def held(self) -> "_Change":
-        """The same, with Q(W) in memory."""
-        value = self.quantized()
-        return replace(self, quantized=lambda: value)
-
-    def rows(self, rows: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
-        """Q(W) - W of some rows, a few at a time."""
-        return change_rows(self.quantized(), self.weight, rows)
+    def compare(self, truths: Sequence[Tensor | None]) -> None:
+        for weight, truth in zip(self.places.column, truths[: len(self.places.column)], strict=True):  # then outputs
+            if truth is None:
+                continue
+            expected = float(wide(truth).norm())
+            error = float((wide(truth) - self.summed.get(weight, 0)).norm())
+            tolerance = 1e-3 if truth.dtype in (torch.float32, torch.float64) else 0.1
+            rounding = torch.finfo(truth.dtype).eps * self.scale.get(weight, 0.0)  # of terms that cancel
+            if error > max(tolerance * expected, rounding):
+                raise EstimatorError(
+                    f"the gradient of layer {self.places.name(weight)!r} is {expected:.3g} long, and its input and output "
+                    f"account for all but {error:.3g} of it: the weight is used outside the layer's own forward, or changed "
+                    "there; leave the layer out, or use a measured estimator"
+                )
 
 
 @dataclass(eq=False)
@@ -321,20 +270,19 @@ class _Backward:
         self.activations = self.context.quantizes_inputs
         self.waiting: dict[nn.Parameter, list[tuple[Call, Tensor, Tensor]]] = {}  # call, its input, its gradient
 
-    def run(self, retain: bool) -> Gradients:
-        """Differentiate; what is wanted comes through the hooks on the way to the first layers, or to the weights where these are checked.
+    def run(self, points: Sequence[Tensor], retain: bool) -> Gradients:
+        """Differentiate.
 
         Args:
+            points: where gradients are taken; what is wanted comes through the hooks on the way there.
             retain: the graph is needed again.
         """
-        points = [*(self.places.column if self.check is not None else ()), *self.layer_calls.leaves]
         loss = self.output.scalar(self.target, self.draw, self.number)
         if not (loss.requires_grad and points):
             return self.sums
         self.layer_calls.receiver = self._arrived
         try:
-            with self.check.watching() if self.check is not None else contextlib.nullcontext():
-                torch.autograd.grad(loss, points, retain_graph=retain, allow_unused=True)
+            truths = torch.autograd.grad(loss, points, retain_graph=retain, allow_unused=True)
         except EstimatorError:  # of a hook
             raise
         except RuntimeError as error:
@@ -343,6 +291,8 @@ class _Backward:
             self.layer_calls.receiver = None
         for weight, calls in self.waiting.items():  # not all of its outputs are used
             self._weight(weight, calls)
+        if self.check is not None:
+            self.check.compare(truths)
         self._check_finite()
         return self.sums
 
@@ -378,23 +328,26 @@ class _Backward:
                 changed = context.quantizes_input(layer, precision)
                 if not (whole or changed):
                     continue  # the weight's own gradient tells more cheaply
-                other = context.local_output(layer, precision, call.args, call.keywords)
-                change, square = self.layer_calls.by_sample(call, _change_and_square, g, other, y)
+                difference = wide(context.local_output(layer, precision, call.args, call.keywords)) - wide(y)
+                product = wide(g) * difference
+                square = self.layer_calls.by_sample(call, product.square()) if whole else 0.0
+                change = self.layer_calls.by_sample(call, product) if changed else 0.0
                 for u in decisions:
                     if whole:
-                        sums.output[:, u, p] += square.to(sums.output)
+                        sums.output[:, u, p] += square
                     if changed:
-                        sums.projection[:, u, p] += change.to(sums.projection)
+                        sums.projection[:, u, p] += change
         if "input_squared_norm" in self.needs and self.activations and call.x.is_floating_point():
             with torch.enable_grad():
                 point = call.x.clone().requires_grad_()
                 args, keywords = with_input(call.module, call.args, call.keywords, lambda _: point)
                 (slope,) = torch.autograd.grad(call.module.forward(*args, **keywords), point, g)
-            (squares,) = self.layer_calls.by_sample(call, lambda part: (part.square(),), slope)
-            sums.input_squared_norm[:, self.places.row[layer.name]] += squares.to(sums.input_squared_norm)
+            squares = self.layer_calls.by_sample(call, wide(slope).square())
+            sums.input_squared_norm[:, self.places.row[layer.name]] += squares
 
     def _weight(self, weight: nn.Parameter, calls: list[tuple[Call, Tensor, Tensor]]) -> None:
         """What the gradients of a weight for each sample tell."""
+        context, sums, needs = self.context, self.sums, self.needs
         shared = {self.layer_calls.shared(call) for call, _, _ in calls}
         if len(shared) > 1:
             raise EstimatorError(
@@ -403,69 +356,23 @@ class _Backward:
             )
         size = 1 if shared == {True} else self.layer_calls.samples
         column = self.places.column[weight]
-        if "factors" in self.needs:
-            self.sums.factors[column] += [
+        if "factors" in needs:
+            sums.factors[column] += [
                 factors(call.alone, x, g, size, self._noises(call.layer, x)) for call, x, g in calls
             ]
-        if _OF_SAMPLES & self.needs:
-            self._of_samples(weight, [(call.alone, x, g) for call, x, g in calls], size)
-
-    def _of_samples(self, weight: nn.Parameter, calls: Calls, size: int) -> None:
-        """What is read of the gradients of a weight for each sample."""
-        needs = self.needs
-        changes = self._changes(weight) if "projection" in needs else []
-        room_bytes = self.places.room_bytes if changes else CHUNK_BYTES
-        if size * gradient_bytes(weight) > room_bytes:  # in several pieces: nothing is to be rounded again for each
-            if len(changes) * weight.numel() * weight.element_size() <= room_bytes:
-                changes = [change.held() for change in changes]
-            else:
-                changes = [change for change in changes if not self._projected(change, calls, size)]
-        if not (changes or needs & {"squared_norm", "importance"}):
+        if not _OF_SAMPLES & needs:
             return
-        for place, rows, gradients in sample_gradients(calls, size, room_bytes):
-            self._read(weight, changes, place, rows, gradients)
-            del gradients  # before the next are made
-
-    def _read(self, weight: nn.Parameter, changes: "Sequence[_Change]", place: slice, rows: slice, g: Tensor) -> None:
-        """What is read of the gradients (n, rows, ...) of some samples and some rows."""
-        sums, needs, column = self.sums, self.needs, self.places.column[weight]
-        for change in changes:
-            for part, values in change.rows(rows):
-                flat = g[:, part.start - rows.start : part.stop - rows.start].flatten(1)
-                self._project(change, place, wide(flat @ values.flatten().to(flat)))
-        if not needs & {"squared_norm", "importance"}:
-            return
-        columns = max(1, PIECE // len(g))
-        weights = weight.detach()[rows].flatten().split(columns)
-        for some, w in zip(g.flatten(1).split(columns, 1), weights, strict=True):
-            if "squared_norm" in needs:
-                sums.squared_norm[place, column] += wide(some).square().sum(1).to(sums.squared_norm)
-            if "importance" in needs:
-                found = (wide(some).abs() @ wide(w).abs()).to(sums.importance)
-                for u, _ in self.places.holders[weight]:
-                    sums.importance[place, u] += found
-
-    def _changes(self, weight: nn.Parameter) -> list["_Change"]:
-        """What each option that leaves inputs alone changes a weight by."""
-        decisions: dict[Layer, list[int]] = {}  # that overlap share what is rounded
-        for u, layer in self.places.holders[weight]:
-            decisions.setdefault(layer, []).append(u)
-        return [
-            _Change(p, members, weight.detach(), functools.partial(self.context.quantized, layer, precision))
-            for layer, members in decisions.items()
-            for p, precision in enumerate(self.context.precisions)
-            if precision.quantizes_weight and not precision.quantizes_activation
-        ]
-
-    def _projected(self, change: "_Change", calls: Calls, size: int) -> bool:
-        """Project on one change; False where it takes the gradients themselves."""
-        products = projection(calls, size, change.held().rows)
-        if products is not None:
-            self._project(change, slice(0, size), products)
-        return products is not None
-
-    def _project(self, change: "_Change", place: slice, products: Tensor) -> None:
-        self.sums.projection[place, change.decisions, change.option] += products.to(self.sums.projection)[:, None]
+        for place, gradients in sample_gradients([(call.alone, x, g) for call, x, g in calls], size):
+            flat = gradients.flatten(1)
+            sums.squared_norm[place, column] += wide(flat).square().sum(1)
+            for u, layer in self.places.holders[weight]:
+                if "importance" in needs:
+                    sums.importance[place, u] += wide(flat).abs() @ wide(weight.detach()).flatten().abs()
+                if "projection" in needs:
+                    for p, precision in enumerate(context.precisions):
+                        if precision.quantizes_weight and not precision.quantizes_activation:
+                            change = context.perturbation(layer, precision).flatten().to(flat)
+                            sums.projection[place, u, p] += wide(flat @ change)
 
     def _noises(self, layer: Layer | None, x: Tensor) -> dict[int, Tensor]:
         """Error of an input at each precision that quantizes it."""

@@ -8,7 +8,7 @@ from torch import Tensor
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.one_pass import Gradients
 from mpsearch.estimation.relative_error import input_noise
-from mpsearch.estimation.weight_changes import squared_change
+from mpsearch.metrics.statistics import wide
 
 
 @dataclass(eq=False)
@@ -32,7 +32,9 @@ class TraceTimesNoise:
         for u, decision in enumerate(context.decisions):
             for parameter, layer in context.parameters(decision).items():
                 factors = [
-                    0.5 * squared_change(context, layer, p) / parameter.numel() if p.quantizes_weight else 0.0
+                    0.5 * float(wide(context.perturbation(layer, p)).square().sum()) / parameter.numel()
+                    if p.quantizes_weight
+                    else 0.0
                     for p in context.precisions
                 ]
                 self.weights.append((u, column[parameter], factors))
