@@ -66,6 +66,7 @@ from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.determinism import PROBED, probed_output
 from mpsearch.models.head import OutputLayer, output_layer
 from mpsearch.models.modules.experts import without_tokens
+from mpsearch.models.named import opened
 from mpsearch.models.peak_memory import peak_memory
 from mpsearch.models.running import (
     Batch,
@@ -147,8 +148,8 @@ class Calibration:
     are hashed at the start, and again at the end; after `with` the model is bit for bit what it was, also after an exception.
 
     Args:
-        model: any module.
-        batches: calibration data, read once; what `mpsearch.models.data.batches.arranged` reads.
+        model: any module; or its name, such as `hf:DIR` (`mpsearch.models.named`).
+        batches: calibration data, read once; what `mpsearch.models.data.batches.arranged` reads; or its name, such as `text:FILE`.
         precisions: the options, `mps.precisions("w2 w4 w8")`; without them plans can be measured, but no table be made.
         layers: the decisions, or `LayerOptions` to find them by; by default all that `mps.layers` finds.
         quantizer: the one that will ship: a name of `mpsearch.quantizers.QUANTIZERS`, a quantizer, or a function of a weight and a
@@ -194,8 +195,8 @@ class Calibration:
 
     def __init__(
         self,
-        model: nn.Module,
-        batches: Iterable[Batch],
+        model: nn.Module | str,
+        batches: Iterable[Batch] | str,
         precisions: Sequence[Precision] | None = None,
         *,
         layers: Sequence[Layer] | LayerOptions | None = None,
@@ -208,6 +209,7 @@ class Calibration:
         **options: Unpack[CalibrationOptions],
     ) -> None:
         check_keywords("Calibration", options, CalibrationOptions)
+        model, batches = opened(model, batches)
         self.model = model
         self.batches = collect(batches, model)
         self.quantizer = resolve_quantizer(quantizer)

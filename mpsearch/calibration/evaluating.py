@@ -10,13 +10,14 @@ from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.plan import Plan
 from mpsearch.estimation.context import Loss
 from mpsearch.metrics.metric import Metric
+from mpsearch.models.named import opened
 from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer
 
 
 def evaluate(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     plan: Plan,
     *,
     metric: str | Metric | Callable[..., Any] | None = None,
@@ -28,7 +29,7 @@ def evaluate(
     """Measure what a plan does to a model: fake-quantized, on held-out data.
 
     Args:
-        model: any module; it comes back bit for bit as it went in, also after an exception.
+        model: any module, or its name (`mpsearch.models.named`); it comes back bit for bit as it went in, also after an exception.
         batches: held-out data, read once.
         plan: layer name -> precision; layers that it does not name are left alone.
         metric: a name (`mpsearch.metrics.registry.METRICS`); or a function `metric(model, batch)`, or `metric(output, reference,
@@ -51,6 +52,7 @@ def evaluate(
         PlanError: where the plan names a layer that the model does not have, or tied layers at two precisions.
         EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
     """
+    model, batches = opened(model, batches)
     data = collect(batches, model)
     with Calibration(
         model,

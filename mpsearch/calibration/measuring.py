@@ -10,13 +10,14 @@ from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
 from mpsearch.estimation.context import Loss
 from mpsearch.metrics.metric import Metric
+from mpsearch.models.named import opened
 from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer
 
 
 def measure_plans(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     plans: Sequence[Plan],
     *,
     metric: str | Metric | Callable[..., Any] | None = None,
@@ -33,7 +34,7 @@ def measure_plans(
     precision in use.
 
     Args:
-        model: any module; it comes back bit for bit as it went in, also after an exception.
+        model: any module, or its name (`mpsearch.models.named`); it comes back bit for bit as it went in, also after an exception.
         batches: held-out data, read once.
         plans: over the same layers.
         metric: as for `evaluate`; by default what fits outputs and targets.
@@ -62,6 +63,7 @@ def measure_plans(
     >>> bool(measured.damage[0] > measured.damage[1] > measured.damage[2] == 0)
     True
     """
+    model, batches = opened(model, batches)
     data = collect(batches, model)
     with Calibration(
         model,

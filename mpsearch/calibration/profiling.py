@@ -25,8 +25,8 @@ from mpsearch.quantizers.registry import AnyQuantizer
 
 @overload
 def profile(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     estimator: Estimator,
     precisions: Sequence[Precision],
     *,
@@ -43,8 +43,8 @@ def profile(
 
 @overload
 def profile(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     estimator: Sequence[Estimator],
     precisions: Sequence[Precision],
     *,
@@ -60,8 +60,8 @@ def profile(
 
 
 def profile(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     estimator: Estimator | Sequence[Estimator],
     precisions: Sequence[Precision],
     *,
@@ -79,7 +79,7 @@ def profile(
     For several tables one after the other, or tables and then plans, prepare the model once: `mps.Calibration`.
 
     Args:
-        model: any module; it comes back bit for bit as it went in, also after an exception.
+        model: any module, or its name (`mpsearch.models.named`); it comes back bit for bit as it went in, also after an exception.
         batches: calibration data, read once: `(inputs, targets)`, tensors, dicts of keywords, or what else
             `mpsearch.models.data.batches.arranged` reads.
         estimator: scores the cells; a sequence of them gives a list of tables.
@@ -137,8 +137,8 @@ def profile(
 
 
 def forecast(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     estimator: Estimator,
     precisions: Sequence[Precision],
     *,

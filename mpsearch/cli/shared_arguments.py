@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mpsearch as mps
 from mpsearch.files.writing import check_folder, check_writable
-from mpsearch.models.loading import UsageError, call, load, loaded_batches, part
+from mpsearch.models.loading import UsageError, load, part
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -182,16 +182,9 @@ def model(spec: str) -> "nn.Module":
     Raises:
         UsageError: where there is no such function, it fails, or it returns something else.
     """
-    from torch import nn
+    from mpsearch.models.named import model_named
 
-    if spec.startswith("hf:"):
-        from mpsearch.models.hugging_face import model_of
-
-        return model_of(spec.removeprefix("hf:"))
-    module = call(spec, "model")
-    if not isinstance(module, nn.Module):
-        raise UsageError(f"model {spec!r} returned a {type(module).__name__}, expected a torch.nn.Module")
-    return module
+    return model_named(spec)
 
 
 def data(spec: str, model: "nn.Module") -> list[Any]:
@@ -200,11 +193,9 @@ def data(spec: str, model: "nn.Module") -> list[Any]:
     Raises:
         UsageError: where there is no such function, or it fails.
     """
-    if spec.startswith("text:"):
-        from mpsearch.models.hugging_face import text_batches
+    from mpsearch.models.named import batches_named
 
-        return list(text_batches(spec.removeprefix("text:"), model))
-    return loaded_batches(spec)
+    return batches_named(spec, model)
 
 
 def layers(model: "nn.Module", batches: list[Any], arguments: argparse.Namespace) -> list[mps.Layer]:

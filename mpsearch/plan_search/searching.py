@@ -27,6 +27,7 @@ from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
+from mpsearch.models.named import opened
 from mpsearch.models.running import (
     Batch,
     samples,
@@ -52,8 +53,8 @@ _KNOWN = [metric() for metric in METRICS.values()]
 
 
 def search(
-    model: nn.Module,
-    batches: Iterable[Batch],
+    model: nn.Module | str,
+    batches: Iterable[Batch] | str,
     budget: Budget | Goal | None,
     precisions: Sequence[Precision],
     *,
@@ -111,6 +112,7 @@ def search(
         TableError: for a model without quantizable layers.
         TypeError: for an unknown keyword.
     """
+    model, batches = opened(model, batches)
     own = ("effort", "max_passes", "metric", "layers", "quantizer", "seed")
     settings = with_defaults(options, own)
     seed = checked_number(seed, "seed", int, 0, EstimatorError)  # numpy's whole numbers are none of JSON

@@ -105,3 +105,17 @@ def test_refusals_in_one_line(folder):
     (folder / "model" / "config.json").write_text(json.dumps({**config, "architectures": ["NoSuchModel"]}))
     with pytest.raises(UsageError, match="has no NoSuchModel"):
         model_of(str(folder / "model"))
+
+
+def test_doors_take_names(folder):
+    names = f"hf:{folder / 'model'}", f"text:{folder / 'text.txt'}"
+    model = model_of(str(folder / "model"))
+    batches = text_batches(str(folder / "text.txt"), model)
+    estimator, options = mps.sensitivity.KLDivergence(), mps.precisions("w2 w4")
+    table = mps.profile(*names, estimator, options, progress=False)
+    expected = mps.profile(model, batches, estimator, options, progress=False)
+    assert (table.sensitivity == expected.sensitivity).all()
+    plan = mps.solve(table, mps.Budget(average_bits=3)).plan
+    assert mps.evaluate(*names, plan, progress=False).kl == mps.evaluate(model, batches, plan, progress=False).kl
+    with pytest.raises(mps.EstimatorError, match="expected a torch.nn.Module, or a name"):
+        mps.profile(3, batches, estimator, options)
