@@ -20,8 +20,8 @@ def model_named(spec: str, *, memory_bytes: int | None = None) -> nn.Module:
 
     Args:
         spec: `hf:DIR`, a folder of `save_pretrained`; `file.py:function` or `package.module:function`, which returns a module.
-        memory_bytes: that may be used. Weights of a folder that do not fit, with room beside them, stay in their shards and are read block by
-            block.
+        memory_bytes: that may be used. Weights of a folder that do not fit, with room beside them, stay in their shards and are read block
+            by block.
 
     Raises:
         UsageError: where there is no such folder or function, it fails, or it returns something else.
