@@ -1,9 +1,9 @@
 """The additive-output surrogate: shifts of the output by single perturbations, added up."""
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +18,12 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.probes import Output, Probe
 from mpsearch.metrics.divergences import KL
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.statistics import log_softmax, wide
 from mpsearch.models.running import fingerprint
+
+#: Largest shift of a log probability in half precision.
+_MOST = torch.finfo(torch.float16).max
 
 
 @dataclass(eq=False)
@@ -28,7 +32,7 @@ class OutputShifts:
 
     An observer (`mpsearch.estimation.context.OutputObserver`): it adds no run. Of the KL, shifts are those of the log probabilities; of
     other metrics those of H^(1/2) times the output, whose summed squares are the damage, on a random sample of the numbers. `surrogate`
-    of it is the product.
+    of it is the product. Shifts are rounded, of the KL to half precision: 2 bytes a number, and 5e-4 of it.
 
     Attributes:
         store: where shifts go as they are seen, and are found again; by default in memory.
@@ -44,7 +48,7 @@ class OutputShifts:
     @property
     def settings(self) -> str:
         """See `OutputObserver.settings`."""
-        return f"shifts of {self.classes} numbers of {self.predictions} predictions"
+        return f"rounded shifts of {self.classes} numbers of {self.predictions} predictions"
 
     def observe(self, context: Context, probe: Probe, reference: Output, output: Output) -> None:
         """See `OutputObserver.observe`.
@@ -59,15 +63,15 @@ class OutputShifts:
             )
         rows = math.ceil(self.predictions / len(context.batches))
         if isinstance(metric, KL):
-            before, classes = _coarse(reference.logits[:rows], self.classes, None)
-            after, _ = _coarse(output.logits[:rows], self.classes, classes)
-            batch, shift = fingerprint([before]), after - before
+            chosen = _likeliest(reference.logits[:rows], self.classes)
+            before, after = (_coarse(run.logits[:rows], chosen) for run in (reference, output))
+            batch, shift = fingerprint([before]), (after - before).clamp(-_MOST, _MOST).half()
         else:
             batch = fingerprint([reference.logits])
             change = wide(output.logits) - wide(reference.logits)
             whitened = metric.root(reference.logits, change, reference.index, reference.samples) / math.sqrt(2)
-            shift = _sampled(whitened, rows, self.classes)
-            before = torch.zeros_like(shift)
+            shift = _sampled(whitened, rows, self.classes).float()  # of any size: half precision has few exponents
+            before = torch.zeros_like(shift, dtype=torch.float64)
         index = self.store.get(ShiftIndexKey())
         known = [] if index is None else index.rows
         if batch not in known:
@@ -97,16 +101,25 @@ def _sampled(values: Tensor, rows: int, columns: int) -> Tensor:
     return values.cpu()
 
 
-def _coarse(logits: Tensor, classes: int, chosen: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """(N, K) log probabilities, the unlikely classes taken as one; and the classes that are told apart."""
-    log_p = log_softmax(logits)
-    if log_p.shape[1] <= classes:
-        return log_p.cpu(), None
+def _likeliest(logits: Tensor, classes: int) -> Tensor | None:
+    """(N, K - 1) the classes of each prediction that are told apart; None: all of them."""
+    if logits.shape[1] <= classes:
+        return None
+    return by_pieces(lambda rows: log_softmax(rows).topk(classes - 1, dim=1).indices, logits)
+
+
+def _coarse(logits: Tensor, chosen: Tensor | None) -> Tensor:
+    """(N, K) log probabilities, all classes that are not chosen taken as one."""
     if chosen is None:
-        chosen = log_p.topk(classes - 1, dim=1).indices
+        return by_pieces(log_softmax, logits).cpu()
+    return by_pieces(_with_rest, logits, chosen).cpu()
+
+
+def _with_rest(logits: Tensor, chosen: Tensor) -> Tensor:
+    log_p = log_softmax(logits)
     kept = log_p.gather(1, chosen)
     rest = log_p.scatter(1, chosen, -math.inf).logsumexp(1, keepdim=True)
-    return torch.cat([kept, rest], 1).cpu(), chosen
+    return torch.cat([kept, rest], 1)
 
 
 @dataclass(eq=False)
@@ -120,7 +133,7 @@ class Surrogate:
 
     Attributes:
         log_p: (N, K) log probabilities of the unquantized model; 0 where squares are summed.
-        shifts: (D, P, N, K) what each cell adds to them, alone.
+        shifts: (D, P, N, K) what each cell adds to them, alone; of any float type, sums are taken in float64.
         squares: the damage is the sum of squares.
 
     >>> shifts = np.array([[[[1.0, -1.0]]], [[[-1.0, 1.0]]]])      # two cells that cancel
@@ -130,7 +143,7 @@ class Surrogate:
     """
 
     log_p: NDArray[np.float64]
-    shifts: NDArray[np.float64]
+    shifts: NDArray[np.floating[Any]]
     squares: bool = False
     _rows: NDArray[np.int64] = field(init=False)
 
@@ -140,18 +153,23 @@ class Surrogate:
 
     def damage(self, options: NDArray[np.int64]) -> float:
         """Damage of one plan, the (D,) columns of its options."""
-        return float(self._damage(self.log_p + self.shifts[self._rows, options].sum(0)[None])[0])
+        return float(self._damage(self._total(options)[None])[0])
 
     def damage_of_changes(
         self, options: NDArray[np.int64], changes: list[tuple[tuple[int, int], ...]]
     ) -> NDArray[np.float64]:
         """(M,) damage of a plan after each of M lists of changes (decision, column)."""
-        total = self.log_p + self.shifts[self._rows, options].sum(0)
-        moved = np.repeat(total[None], len(changes), 0)
+        moved = np.repeat(self._total(options)[None], len(changes), 0)
         for number, change in enumerate(changes):
             for decision, column in change:
-                moved[number] += self.shifts[decision, column] - self.shifts[decision, options[decision]]
+                moved[number] += self.shifts[decision, column]
+                moved[number] -= self.shifts[decision, options[decision]]
         return self._damage(moved)
+
+    def _total(self, options: NDArray[np.int64]) -> NDArray[np.float64]:
+        """(N, K) log probabilities with the shifts of a plan."""
+        total: NDArray[np.float64] = self.log_p + self.shifts[self._rows, options].sum(0, dtype=np.float64)
+        return total
 
     def _damage(self, logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """(M,) mean damage for (M, N, K) shifted log probabilities."""
@@ -173,30 +191,24 @@ def surrogate(checkpoint: Store, decisions: int, precisions: Sequence[Precision]
     index = checkpoint.get(ShiftIndexKey())
     if index is None or not index.rows:
         return None
-    log_p = [value for rows in index.rows if (value := checkpoint.get(ReferenceKey(rows))) is not None]
-    names = [str(precision) for precision in precisions]
-    shifts = [
-        [[checkpoint.get(ShiftKey(rows, decision, name)) for rows in index.rows] for name in names]
-        for decision in range(decisions)
-    ]
-    if len(log_p) != len(index.rows) or not all(
-        value is None or (value.is_floating_point() and value.ndim == 2 and value.shape == reference.shape)
-        for cell in itertools.chain(*shifts)
-        for value, reference in zip(cell, log_p, strict=True)
-    ):
-        raise EstimatorError("the checkpoint holds shifts of the output that do not fit each other; give another file")
-    return Surrogate(
-        torch.cat(log_p).numpy(),
-        np.array(
-            [
-                [
-                    torch.cat(
-                        [torch.zeros_like(r) if v is None else v for v, r in zip(cell, log_p, strict=True)]
-                    ).numpy()
-                    for cell in row
-                ]
-                for row in shifts
-            ]
-        ),
-        index.squares,
-    )
+    references = [checkpoint.get(ReferenceKey(rows)) for rows in index.rows]
+    shapes = {value.shape[1:] for value in references if value is not None}
+    if any(value is None for value in references) or len(shapes) != 1:
+        raise _unfit()
+    log_p = torch.cat([value for value in references if value is not None]).double().numpy()
+    shifts = np.zeros((decisions, len(precisions), *log_p.shape), np.float32 if index.squares else np.float16)
+    end = 0
+    for rows, reference in zip(index.rows, references, strict=True):
+        assert reference is not None
+        place = slice(end, end := end + len(reference))
+        for decision, p in np.ndindex(shifts.shape[:2]):
+            value = checkpoint.get(ShiftKey(rows, decision, str(precisions[p])))
+            if value is not None:
+                if not value.is_floating_point() or value.shape != reference.shape:
+                    raise _unfit()
+                shifts[decision, p, place] = value.numpy()
+    return Surrogate(log_p, shifts, index.squares)
+
+
+def _unfit() -> EstimatorError:
+    return EstimatorError("the checkpoint holds shifts of the output that do not fit each other; give another file")

@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.checkpoints.keys import ReferenceKey, ShiftIndex, ShiftIndexKey, ShiftKey
+from mpsearch.checkpoints.memory import MemoryStore
 from mpsearch.checkpoints.sqlite import SQLiteStore
-from mpsearch.estimation.surrogate import OutputShifts, Surrogate
+from mpsearch.estimation.surrogate import OutputShifts, Surrogate, surrogate
 from mpsearch.metrics.statistics import kl_divergence
 from mpsearch.sensitivity import FisherProjection, KLDivergence
 
@@ -45,7 +47,7 @@ def test_it_is_the_model_where_outputs_are_additive():
     for options in itertools.product(range(3), repeat=3):
         plan = mps.Plan({name: table.precisions[p] for name, p in zip(names, options, strict=True)})
         expected = mps.evaluate(model, batches, plan).kl
-        assert found.damage(np.array(options)) == pytest.approx(expected, rel=1e-4, abs=1e-7)
+        assert found.damage(np.array(options)) == pytest.approx(expected, rel=5e-4, abs=1e-7)
 
 
 def test_single_cells_are_those_of_the_table_and_cells_that_change_nothing_have_no_shift():
@@ -53,7 +55,7 @@ def test_single_cells_are_those_of_the_table_and_cells_that_change_nothing_have_
     for u, p in itertools.product(range(3), range(3)):
         options = np.full(3, 2)
         options[u] = p
-        assert found.damage(options) == pytest.approx(table.sensitivity[u, p], rel=1e-6, abs=1e-12)
+        assert found.damage(options) == pytest.approx(table.sensitivity[u, p], rel=5e-4, abs=1e-12)  # rounded
     assert not found.shifts[:, 2].any()
     assert found.damage(np.full(3, 2)) == pytest.approx(0, abs=1e-15)
 
@@ -143,3 +145,28 @@ def test_an_interrupted_run_is_shown_what_it_has_not_seen(tmp_path):
     assert calls == 12
     np.testing.assert_array_equal(found.shifts, expected.shifts)
     np.testing.assert_array_equal(resumed.sensitivity, table.sensitivity)
+
+
+def test_shifts_take_two_bytes_a_number_in_the_store_and_in_the_array():
+    store = MemoryStore({})
+    found, _ = made(Sum(classes=200).eval(), data(4, 8), store=store, classes=10)
+    assert found.shifts.dtype == np.float16
+    assert found.shifts.nbytes == 3 * 3 * 32 * 10 * 2
+    cells = [value for key, value in store.rows() if key.startswith('["shift",')]
+    assert len(cells) == 4 * 3 * 2
+    assert max(map(len, cells)) < 8 * 10 * 2 + 200
+
+
+def test_shifts_of_full_width_that_an_earlier_version_stored_are_read():
+    store, reference = MemoryStore({}), torch.log_softmax(torch.randn(3, 5).double(), -1)
+    shift = torch.randn(3, 5).double()
+    store.put(ShiftIndexKey(), ShiftIndex(["x"], False))
+    store.put(ReferenceKey("x"), reference)
+    store.put(ShiftKey("x", 0, "w2"), shift)
+    found = surrogate(store, 1, mps.precisions("w2 w16"))
+    expected = float(kl_divergence(reference, reference + shift).mean())
+    assert found.damage(np.array([0])) == pytest.approx(expected, rel=2e-3)
+    assert found.damage(np.array([1])) == pytest.approx(0, abs=1e-15)
+    store.put(ShiftKey("x", 0, "w2"), shift[:2])
+    with pytest.raises(mps.EstimatorError, match="do not fit each other"):
+        surrogate(store, 1, mps.precisions("w2 w16"))
