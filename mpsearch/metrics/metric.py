@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -122,10 +122,8 @@ def measured(
                 sums, weights = metric.of(model, batch, piece, before)
                 known = found[place]
                 found[place] = (sums, weights) if known is None else (known[0] + sums, known[1] + weights)
-    whole = [metric.by_rows for metric in metrics].count(False) > 0
-    if whole:
-        run = replace(run, held=run.rows, head=None)
-        reference = None if reference is None else replace(reference, held=reference.rows, head=None)
+    if None in found:
+        run, reference = run.made(), None if reference is None else reference.made()
     return [
         metric.of(model, batch, run, reference) if sums is None else sums
         for metric, sums in zip(metrics, found, strict=True)

@@ -60,13 +60,22 @@ class Run:
 
         Their size comes from N and C alone, so that two runs of one batch have the same.
         """
+        for part in self.parts():
+            yield part.made()
+
+    def parts(self) -> Iterator["Run"]:
+        """The same runs, before their rows are made."""
         if self.head is None:
             yield self
             return
         sizes = piece_sizes(len(self.held), self.width, _NUMBERS)
         labels = [None] * len(sizes) if self.labels is None else self.labels.split(sizes)
         for held, right, index in zip(self.held.split(sizes), labels, self.index.split(sizes), strict=True):
-            yield replace(self, held=self.head(held), labels=right, index=index, head=None)
+            yield replace(self, held=held, labels=right, index=index)
+
+    def made(self) -> "Run":
+        """The same run with all its rows held."""
+        return self if self.head is None else replace(self, held=self.head(self.held), head=None)
 
 
 def run(model: nn.Module, batch: Batch, layer: OutputLayer | None = None) -> Run:

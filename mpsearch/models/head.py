@@ -51,6 +51,14 @@ class Head:
         rows = F.linear(hidden, self.weight, self.bias)
         return rows if self.after is None else self.after(rows)
 
+    def pulled_back(self, gradient: Tensor) -> Tensor:
+        """(..., H) gradient of hidden states from the (..., C) gradient of the rows that the linear map makes.
+
+        >>> Head(torch.tensor([[1.0, 0.0], [0.0, 2.0]])).pulled_back(torch.tensor([[3.0, 5.0]]))
+        tensor([[ 3., 10.]])
+        """
+        return gradient @ self.weight
+
     def then(self, function: Callable[[Tensor], Tensor]) -> "Head":
         """The same with its rows passed through a function."""
         return replace(self, after=function)

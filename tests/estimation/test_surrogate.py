@@ -152,7 +152,7 @@ def test_shifts_take_two_bytes_a_number_in_the_store_and_in_the_array():
     found, _ = made(Sum(classes=200).eval(), data(4, 8), store=store, classes=10)
     assert found.shifts.dtype == np.float16
     assert found.shifts.nbytes == 3 * 3 * 32 * 10 * 2
-    cells = [value for key, value in store.rows() if key.startswith('["shift",')]
+    cells = store.rows(ShiftKey).values()
     assert len(cells) == 4 * 3 * 2
     assert max(map(len, cells)) < 8 * 10 * 2 + 200
 
