@@ -1,15 +1,17 @@
 """Re-running only the part of a model that a perturbation can change."""
 
 import contextlib
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_flatten, tree_iter, tree_map, tree_unflatten
 from torch.utils.flop_counter import flop_registry
 
 from mpsearch.models.running import Batch, call
@@ -24,7 +26,9 @@ class TracedCall:
         start: time of entry, in events.
         flops: spent before entry.
         end: time of return; inf while it runs.
-        read_until: the latest return of a call that read the output itself, rather than through calls that it made.
+        after: number of the first call that is entered behind it, those that it makes itself aside.
+        read_until: for each tensor of the output, the latest return of a call that read it itself, rather than through calls that it
+            made; inf for what the model returns.
         mutated: a later operation wrote into the output.
     """
 
@@ -32,7 +36,8 @@ class TracedCall:
     start: int
     flops: float
     end: float = math.inf
-    read_until: float = -1.0
+    after: int = 0
+    read_until: list[float] = field(default_factory=list)
     mutated: bool = False
 
 
@@ -46,7 +51,7 @@ class Trace:
 
     Attributes:
         calls: in order of entry; the model itself is the first.
-        readers: storage of a parameter -> first call that reads it.
+        readers: address of a parameter -> first call that reads it.
         flops: of the whole run.
         activation_bytes: of all outputs together.
         held_bytes: the most that a `Resumption` holds at once for this batch, its output included.
@@ -58,16 +63,23 @@ class Trace:
     activation_bytes: int
     held_bytes: int
 
+    @functools.cached_property
+    def calls_of(self) -> Mapping[nn.Module, Sequence[int]]:
+        """Numbers of the calls of each module."""
+        found: dict[nn.Module, list[int]] = {}
+        for index, recorded in enumerate(self.calls):
+            found.setdefault(recorded.module, []).append(index)
+        return found
+
     def entry(self, modules: Sequence[nn.Module], parameters: Sequence[nn.Parameter]) -> int:
         """The first call that a change of these modules' inputs or of these parameters reaches.
 
         Returns:
             index of the call, 0 (= run everything) where none does.
         """
-        wanted = {id(module) for module in modules}
-        indices = [i for i, recorded in enumerate(self.calls) if id(recorded.module) in wanted][:1]
-        indices += [self.readers[key] for key in map(_storage, parameters) if key in self.readers]
-        return min(indices, key=lambda i: self.calls[i].start, default=0)
+        indices = [index for module in modules for index in self.calls_of.get(module, ())[:1]]
+        indices += [self.readers[key] for key in map(_address, parameters) if key in self.readers]
+        return min(indices, default=0)
 
     def share(self, entry: int) -> float:
         """Part of the floating-point operations of a run that a re-run from an entry does."""
@@ -77,25 +89,42 @@ class Trace:
         """Outermost calls that have returned when a call is entered."""
         time = self.calls[entry].start
         outermost: list[int] = []
-        covered = -1.0
-        for i, recorded in enumerate(self.calls):
-            if recorded.end < time and recorded.start > covered:
-                outermost.append(i)
-                covered = recorded.end
+        index = 0
+        while index < entry:
+            recorded = self.calls[index]
+            if recorded.end < time:
+                outermost.append(index)
+                index = recorded.after
+            else:
+                index += 1
         return outermost
 
-    def running(self, entry: int) -> list[int]:
-        """Calls that have not returned when a call is entered, and all later ones."""
-        return [i for i, recorded in enumerate(self.calls) if recorded.end > self.calls[entry].start]
+    def sequences(self, entry: int, concerned: Collection[int]) -> dict[nn.Module, list[int]]:
+        """Of the modules of calls, which of their calls a re-run from an entry makes or gives, in order.
+
+        Args:
+            entry: where the re-run starts.
+            concerned: calls that are told from others; those of a module behind its last one of these are left out.
+        """
+        time = self.calls[entry].start
+        given = set(self.finished(entry))
+        last: dict[nn.Module, int] = {}
+        for index in concerned:
+            module = self.calls[index].module
+            last[module] = max(last.get(module, -1), index)
+        return {
+            module: [i for i in self.calls_of[module] if i <= end and (i in given or self.calls[i].end > time)]
+            for module, end in last.items()
+        }
 
 
 def record(model: nn.Module, batch: Batch) -> tuple[Trace, Tensor]:
-    """Run the model once and write down its calls; without gradients.
+    """Run the model once and write down its calls; without gradients, and keeping no output alive.
 
     Returns:
         the trace and the output of `mpsearch.models.running.call`.
     """
-    recorder = _Recorder()
+    recorder = _Recorder(model)
     handles = []
     try:
         for module in model.modules():
@@ -110,16 +139,19 @@ def record(model: nn.Module, batch: Batch) -> tuple[Trace, Tensor]:
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.parameters = {_address(parameter) for parameter in model.parameters() if _address(parameter)}
         self.calls: list[TracedCall] = []
         self.readers: dict[int, int] = {}
         self.flops = 0.0
         self.time = 0
         self.stack: list[int] = []
-        self.makers: dict[int, list[int]] = {}  # storage -> calls that returned it
-        self.outputs: dict[int, list[tuple[Tensor, int]]] = {}  # kept alive, so that no storage is given out twice
-        self.reads: list[tuple[int, int]] = []  # (call that returned a tensor, call that read it)
+        self.makers: dict[int, list[tuple[int, int]]] = {}  # storage -> calls that returned it, and as which tensor
+        self.seen: dict[int, StorageWeakRef] = {}  # a storage's number is not given out again while this refers to it
+        self.sizes: dict[int, list[int]] = {}  # call -> bytes of each tensor that it returned
+        self.storage_bytes: dict[int, int] = {}
+        self.reads: set[tuple[int, int, int]] = set()  # (call, number of a tensor that it returned, call that read it)
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -133,53 +165,70 @@ class _Recorder(TorchDispatchMode):
     def leave(self, _module: nn.Module, _args: Any, output: Any) -> None:
         self.time += 1
         index = self.stack.pop()
-        self.calls[index].end = self.time
-        tensors = self.outputs[index] = [(t, t._version) for t in tree_iter(output) if isinstance(t, Tensor)]
-        for tensor, _ in tensors:
-            self.makers.setdefault(_storage(tensor), []).append(index)
+        self.calls[index].end, self.calls[index].after = self.time, len(self.calls)
+        tensors = [part for part in tree_iter(output) if isinstance(part, Tensor)]
+        self.sizes[index] = [tensor.numel() * tensor.element_size() for tensor in tensors]
+        self.calls[index].read_until = [-1.0] * len(tensors)
+        for number, (tensor, size_bytes) in enumerate(zip(tensors, self.sizes[index], strict=True)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self.seen:
+                self.seen[storage._cdata] = StorageWeakRef(storage)
+            self.makers.setdefault(storage._cdata, []).append((index, number))
+            self.storage_bytes[storage._cdata] = size_bytes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        read = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         frame = self.stack[-1] if self.stack else 0
-        for key in read:
-            self.readers.setdefault(key, frame)
-            self.reads += [(maker, frame) for maker in self.makers.get(key, ())]
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor) and _storage(tensor) not in read:
-                self.makers.pop(_storage(tensor), None)  # fresh memory at an old address
-                self.readers.pop(_storage(tensor), None)
+        for part in tree_iter((args, kwargs)):
+            if isinstance(part, Tensor):
+                address = _address(part)
+                if address in self.parameters:
+                    self.readers.setdefault(address, frame)
+                for index, number in self.makers.get(part.untyped_storage()._cdata, ()):
+                    self.reads.add((index, number, frame))
+        for part in _written(func, args, kwargs):
+            for index, _ in self.makers.get(part.untyped_storage()._cdata, ()):
+                self.calls[index].mutated = True
         packet = getattr(func, "_overloadpacket", None)
         if packet in flop_registry:
             self.flops += flop_registry[packet](*args, **kwargs, out_val=result)
         return result
 
     def trace(self, output: Tensor) -> Trace:
-        for maker, frame in self.reads:
-            self.calls[maker].read_until = max(self.calls[maker].read_until, self.calls[frame].end)
-        for maker in self.makers.get(_storage(output), ()):
-            self.calls[maker].read_until = math.inf
-        sizes: dict[int, int] = {}
-        for index, tensors in self.outputs.items():
-            self.calls[index].mutated = any(tensor._version != version for tensor, version in tensors)
-            sizes |= {_storage(tensor): tensor.numel() * tensor.element_size() for tensor, _ in tensors}
+        for index, number, frame in self.reads:
+            read_until = self.calls[index].read_until
+            read_until[number] = max(read_until[number], self.calls[frame].end)
+        for index, number in self.makers.get(output.untyped_storage()._cdata, ()):
+            self.calls[index].read_until[number] = math.inf
         events = [(0.0, 0)]
-        for index, tensors in self.outputs.items():
+        for index, sizes in self.sizes.items():
             recorded = self.calls[index]
-            size = sum(tensor.numel() * tensor.element_size() for tensor, _ in tensors)
-            if recorded.read_until > recorded.end:
-                events += [(recorded.end, size), (recorded.read_until, -size)]
+            for size_bytes, until in zip(sizes, recorded.read_until, strict=True):
+                if until > recorded.end:
+                    events += [(recorded.end, size_bytes), (until, -size_bytes)]
         held = most = 0
-        for _, size in sorted(events):
-            held += size
+        for _, size_bytes in sorted(events):
+            held += size_bytes
             most = max(most, held)
         most += output.numel() * output.element_size()
-        return Trace(self.calls, self.readers, self.flops, sum(sizes.values()), most)
+        return Trace(self.calls, self.readers, self.flops, sum(self.storage_bytes.values()), most)
 
 
-def _storage(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Tensors that an operation writes into."""
+    if not func._schema.is_mutable:
+        return []
+    values = [
+        args[place] if place < len(args) else kwargs.get(argument.name)
+        for place, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+    return [part for part in tree_iter(values) if isinstance(part, Tensor)]
 
 
 class _Entered(BaseException):
@@ -208,6 +257,9 @@ class Resumption:
     entry: int = 0
     outputs: dict[int, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self._re_run = self._replacements(self.entry, None, set(), -1)
+
     def advance(self, entry: int) -> None:
         """Go on to the entry of a later call, keeping what the rest of the run reads."""
         if entry == self.entry:
@@ -218,19 +270,25 @@ class Resumption:
         wanted = {index for index in finished if index not in self.outputs}
 
         def keep(index: int, output: Any) -> None:
-            if index in wanted:
-                copied = _copied(output) if self.trace.calls[index].mutated else output
-                outputs[index] = self._held(index, copied, time)
+            copied = _copied(output) if self.trace.calls[index].mutated else output
+            outputs[index] = self._held(index, copied, time)
 
-        with contextlib.suppress(_Entered), self._instrumented(keep, wanted, entry):
+        with contextlib.suppress(_Entered), self._replacements(self.entry, keep, wanted, entry).installed():
             call(self.model, self.batch)
         self.entry, self.outputs = entry, outputs
+        self._re_run = self._replacements(entry, None, set(), -1)
 
     def _held(self, index: int, output: Any, time: int) -> Any:
-        """An output as it is held from a time on: where nobody reads it any more, only its shape."""
-        if self.trace.calls[index].read_until > time:
-            return output
-        return tree_map(lambda x: x.new_zeros(()).expand(x.shape) if isinstance(x, Tensor) else x, output)
+        """An output as it is held from a time on: of what nobody reads any more, only the shape."""
+        parts, layout = tree_flatten(output)
+        until = iter(self.trace.calls[index].read_until)
+        held = [
+            part
+            if not isinstance(part, Tensor) or next(until, math.inf) > time
+            else part.new_zeros(()).expand(part.shape)
+            for part in parts
+        ]
+        return tree_unflatten(held, layout)
 
     def run(self) -> Tensor:
         """Run the model from the entry on.
@@ -238,46 +296,72 @@ class Resumption:
         Returns:
             the output of `mpsearch.models.running.call`.
         """
-        with self._instrumented(None, set(), -1):
+        with self._re_run.installed():
             return call(self.model, self.batch)
 
+    def _replacements(
+        self, entry: int, keep: Callable[[int, Any], None] | None, wanted: set[int], stop: int
+    ) -> "_Replacements":
+        """Give the outputs of calls that have finished; hand others to `keep`; stop at a call."""
+        concerned = [*self.outputs, *wanted, *([stop] if stop >= 0 else [])]
+        return _Replacements(self.trace, self.outputs, self.trace.sequences(entry, concerned), keep, wanted, stop)
+
+
+class _Replacements:
+    """Functions in the place of `forward` of some modules, made once and put in for each run."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        outputs: Mapping[int, Any],
+        sequences: Mapping[nn.Module, Sequence[int]],
+        keep: Callable[[int, Any], None] | None,
+        wanted: Collection[int],
+        stop: int,
+    ) -> None:
+        self.calls, self.outputs, self.keep, self.wanted, self.stop = trace.calls, outputs, keep, wanted, stop
+        self.places: dict[nn.Module, int] = {}  # module -> how often this run has called it
+        self.functions = {module: self._function(module, sequence) for module, sequence in sequences.items()}
+
+    def _function(self, module: nn.Module, sequence: Sequence[int]) -> Callable[..., Any]:
+        calls, outputs, keep, wanted, stop, places = (
+            self.calls,
+            self.outputs,
+            self.keep,
+            self.wanted,
+            self.stop,
+            self.places,
+        )
+        original = module.forward
+
+        def replayed(*args: Any, **kwargs: Any) -> Any:
+            place = places.get(module, 0)
+            places[module] = place + 1
+            index = sequence[place] if place < len(sequence) else -1
+            if index in outputs:
+                return _copied(outputs[index]) if calls[index].mutated else outputs[index]
+            if index == stop and index >= 0:
+                raise _Entered
+            output = original(*args, **kwargs)
+            if keep is not None and index in wanted:
+                keep(index, output)
+            return output
+
+        return replayed
+
     @contextlib.contextmanager
-    def _instrumented(self, keep: Any, wanted: set[int], stop: int) -> Iterator[None]:
-        """Give the outputs of finished calls; hand others to `keep`; stop at a call."""
-        calls, outputs = self.trace.calls, self.outputs
-        finished = self.trace.finished(self.entry)
-        concerned = {id(calls[i].module) for i in [*finished, *wanted, *([stop] if stop >= 0 else [])]}
-        order: dict[nn.Module, list[int]] = {}
-        for index in sorted([*finished, *self.trace.running(self.entry)]):
-            if id(calls[index].module) in concerned:
-                order.setdefault(calls[index].module, []).append(index)
-
-        def replacement(module: nn.Module, sequence: Iterator[int]) -> Any:
-            original = module.forward
-
-            def replayed(*args: Any, **kwargs: Any) -> Any:
-                index = next(sequence, -1)
-                if index in outputs:
-                    return _copied(outputs[index]) if calls[index].mutated else outputs[index]
-                if index == stop and index >= 0:
-                    raise _Entered
-                output = original(*args, **kwargs)
-                if keep is not None and index >= 0:
-                    keep(index, output)
-                return output
-
-            return replayed
-
-        own = {module: vars(module)["forward"] for module in order if "forward" in vars(module)}
+    def installed(self) -> Iterator[None]:
+        own = {module: vars(module)["forward"] for module in self.functions if "forward" in vars(module)}
+        self.places.clear()
         try:
-            for module, sequence in order.items():
-                module.forward = replacement(module, iter(sequence))
+            for module, function in self.functions.items():
+                vars(module)["forward"] = function
             yield
         finally:
-            for module in order:
+            for module in self.functions:
                 vars(module).pop("forward", None)
-                if module in own:
-                    module.forward = own[module]
+            for module, function in own.items():
+                vars(module)["forward"] = function
 
 
 def _copied(output: Any) -> Any:

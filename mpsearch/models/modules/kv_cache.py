@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
 from collections.abc import Iterator
@@ -42,15 +43,18 @@ def with_caches(model: nn.Module) -> Iterator[None]:
     These are after rotation by position, and also where the model is run without a cache; DeepSeek's attention stores two latent tensors
     instead, in the same two places.
     """
-    attention = [module for module in model.modules() if _fills_a_cache(module)]
-    inner = [module for module in attention if not any(map(_fills_a_cache, list(module.modules())[1:]))]
+    attention = {module: place for module in model.modules() if (place := _cache_argument(module)) is not None}
+    inner = {
+        module: place for module, place in attention.items() if attention.keys().isdisjoint(list(module.modules())[1:])
+    }
     handles = []
     try:
-        for module in inner:
+        for module, place in inner.items():
             window = _window(module)
             module.add_module("k_cache", KVCache(window))
             module.add_module("v_cache", KVCache(window))
-            handles.append(module.register_forward_pre_hook(_enter, with_kwargs=True))
+            enter = functools.partial(_enter, argument=place)
+            handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
         yield
     finally:
         for handle in handles:
@@ -60,21 +64,18 @@ def with_caches(model: nn.Module) -> Iterator[None]:
             module._modules.pop("v_cache", None)
 
 
-def _fills_a_cache(module: nn.Module) -> bool:
-    """True for attention of transformers 5, and not yet prepared."""
-    return (
-        getattr(module, "layer_idx", None) is not None
-        and hasattr(getattr(module, "config", None), "get_text_config")
-        and _cache_argument(module) is not None
-        and "k_cache" not in module._modules
-    )
-
-
 def _cache_argument(module: nn.Module) -> tuple[int, str] | None:
-    """Place and name of the cache among the arguments of the class's own `forward`: a re-run puts another one into the module.
+    """Place and name of the cache among the arguments of attention of transformers 5; None of other modules, and once prepared.
 
-    It is `cache` from transformers 5.24 on.
+    The arguments are those of the class's own `forward`: a re-run puts another one into the module. The name is `cache` from
+    transformers 5.24 on.
     """
+    if (
+        getattr(module, "layer_idx", None) is None
+        or not hasattr(getattr(module, "config", None), "get_text_config")
+        or "k_cache" in module._modules
+    ):
+        return None
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return next(
         ((names.index(name), name) for name in ("past_key_values", "cache", "layer_past") if name in names), None
@@ -92,10 +93,10 @@ def _empty_cache(**settings: Any) -> Any:
     return importlib.import_module("transformers").DynamicCache(**settings)
 
 
-def _enter(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...]:
-    """The arguments of attention with its cache behind the two modules."""
-    argument = _cache_argument(module)
-    assert argument is not None
+def _enter(
+    module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], argument: tuple[int, str]
+) -> tuple[Any, ...]:
+    """The arguments of attention with its cache, which is `argument`, behind the two modules."""
     place, name = argument
     cache = args[place] if place < len(args) else keywords.get(name)
     if cache is None and getattr(module, "is_causal", False):
