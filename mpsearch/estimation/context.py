@@ -209,6 +209,11 @@ class Context:
         rows, labels, index = predictions(self.model, output, batch)
         return self._read(rows), labels, index
 
+    def output(self, batch: Batch) -> Output:
+        """What the model, as it stands, says of a batch: one forward pass."""
+        found = self.run(batch)
+        return Output(found.rows, found.labels, found.index, found.samples)
+
     def run(self, batch: Batch) -> Run:
         """One forward pass, with the rows as the loss reads them."""
         as_it_is = run(self.model, batch)

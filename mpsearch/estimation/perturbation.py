@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,10 +17,11 @@ from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate, Members
 from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.probes import Output, Perturbation, Probe
+from mpsearch.metrics.pieces import all_finite, piece_sizes
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import Resumption, record
-from mpsearch.models.running import Batch, call, inputs_of, samples
+from mpsearch.models.running import Batch, inputs_of
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
 
 #: Number of a decision, and name of a perturbation of it.
@@ -204,14 +205,15 @@ class _Run:
     ) -> dict[tuple[OneAtATime, _ProbeKey], Mean] | None:
         """The means of the probes that are still to do; None where the replayed outputs are not those of the model."""
         context = self.context
-        raw = []
         references = []
         for _, batch in turn:
-            raw.append(call(context.model, batch))
+            references.append(context.output(batch))
             self._spend(1.0)
-            rows, labels, index = context.predictions(raw[-1], batch)
-            references.append(Output(rows, labels, index, samples(batch)))
         held = [Resumption(context.model, batch, self.trace) for _, batch in turn]
+        weights_of = {
+            estimator: [estimator.weights(context, reference) for reference in references]
+            for estimator in {estimator for key in todo for estimator in self.readers[key]}
+        }
         means: dict[tuple[OneAtATime, _ProbeKey], Mean] = {}
         try:
             for key in self.order:
@@ -224,31 +226,30 @@ class _Run:
                 damages = self._probe(probe, turn, held, references)
                 for estimator in self.readers[key]:
                     mean = means[estimator, key] = Mean()
-                    for (batch_number, _), damage, reference in zip(turn, damages[estimator], references, strict=True):
-                        self._check(estimator, probe, batch_number, damage)
-                        index = reference.index
-                        if damage.ndim:
-                            mean.add(damage, index, reference.samples, estimator.weights(context, reference))
-                        else:  # one number for the batch
-                            mean.add(damage.expand(len(index)), torch.zeros_like(index), 1)
+                    for (number, _), damage, reference, weight in zip(
+                        turn, damages[estimator], references, weights_of[estimator], strict=True
+                    ):
+                        self._check(estimator, probe, number, damage)
+                        _add(mean, damage, reference, weight)
                     context.checkpoint.put(cells[estimator, key], mean.state())
                 for mark in seen[key]:
                     context.checkpoint.put(mark, [])
                 bar.update(len(turn))
-            return means if self._confirmed(held, raw) else None
+            return means if self._confirmed(held, references) else None
         except EstimatorError:
             if any(self.entries):  # the fault may lie in outputs that another path through the model does not have
                 return None
             raise
 
-    def _confirmed(self, held: list[Resumption], raw: list[Tensor]) -> bool:
-        """A run through all entries of the turn gives the output of a whole run."""
+    def _confirmed(self, held: list[Resumption], references: list[Output]) -> bool:
+        """A run through all entries of the turn gives the predictions of a whole run."""
         if not any(self.entries):
             return True
-        for run, expected in zip(held, raw, strict=True):
+        for run, reference in zip(held, references, strict=True):
             self._spend(self.trace.share(run.entry))
-            scale = float(expected.abs().max())
-            if not torch.allclose(run.run(), expected, rtol=1e-6, atol=1e-6 * scale):
+            with run.entered():
+                output = self.context.output(run.batch)
+            if not _equal(output.logits, reference.logits):
                 return False
         return True
 
@@ -273,19 +274,21 @@ class _Run:
                     for estimator in estimators:
                         damages[estimator].append(torch.zeros(len(reference.index), device=reference.logits.device))
                     continue
-                rows, _, _ = context.predictions(run.run(), batch)
+                with run.entered():
+                    output = context.output(batch)
                 self._spend(self.trace.share(run.entry))
-                if not torch.isfinite(rows).all():
-                    raise EstimatorError(
-                        f"the output with layer {context.decisions[probe.decision].name!r} at {probe.name} is not finite "
-                        f"(batch {number})"
-                    )
-                output = replace(reference, logits=rows)
+                self._check_output(probe, number, output)
                 for estimator in estimators:
                     damages[estimator].append(estimator.damage(context, probe, reference, output))
                 for observer in context.observers:
                     observer.observe(context, probe, reference, output)
         return damages
+
+    def _check_output(self, probe: Probe, batch: int, output: Output) -> None:
+        if not all_finite(output.logits):
+            raise EstimatorError(
+                f"the output with layer {self.context.decisions[probe.decision].name!r} at {probe.name} is not finite (batch {batch})"
+            )
 
     def _check(self, estimator: OneAtATime, probe: Probe, batch: int, damage: Tensor) -> None:
         bad = damage[~torch.isfinite(damage)] if damage.ndim else damage[None][~torch.isfinite(damage[None])]
@@ -302,6 +305,26 @@ def _cell(context: Context, u: int, p: int) -> Perturbation:
         quantized_weights(context.model, precisions, context.quantizer),
         input_quantizers(context.model, precisions, context.quantizer, context.ranges),
     )
+
+
+def _add(mean: Mean, damage: Tensor, reference: Output, weight: Tensor | None) -> None:
+    """Add the damage of a batch to a mean: (N,), or one number."""
+    if damage.ndim:
+        mean.add(damage, reference.index, reference.samples, weight)
+    else:
+        mean.add(damage.expand(len(reference.index)), torch.zeros_like(reference.index), 1)
+
+
+def _equal(rows: Tensor, expected: Tensor) -> bool:
+    """True for predictions that are the same up to rounding."""
+    if rows.shape != expected.shape:
+        return False
+    sizes = piece_sizes(len(rows), rows[0].numel() if len(rows) else 1)
+    pieces = list(zip(rows.split(sizes), expected.split(sizes), strict=True))
+    scale = max(
+        float(part[torch.isfinite(part)].abs().amax()) if torch.isfinite(part).any() else 0.0 for _, part in pieces
+    )
+    return all(torch.allclose(one, other, rtol=1e-6, atol=1e-6 * scale) for one, other in pieces)
 
 
 def _elements(batch: Batch) -> int:

@@ -296,8 +296,12 @@ class Resumption:
         Returns:
             the output of `mpsearch.models.running.call`.
         """
-        with self._re_run.installed():
+        with self.entered():
             return call(self.model, self.batch)
+
+    def entered(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, a run of the model on the batch costs what comes from the entry on; for one run."""
+        return self._re_run.installed()
 
     def _replacements(
         self, entry: int, keep: Callable[[int, Any], None] | None, wanted: set[int], stop: int
