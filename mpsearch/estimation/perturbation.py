@@ -24,6 +24,8 @@ from mpsearch.models.replay import Resumption, record
 from mpsearch.models.running import Batch, inputs_of
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
 
+#: Most memory that the batches of a turn take between runs, beside the first.
+TURN_BYTES = 256 * 2**20
 #: Number of a decision, and name of a perturbation of it.
 _ProbeKey = tuple[int, str]
 
@@ -92,9 +94,9 @@ class OneAtATime:
 def one_at_a_time(context: Context, estimators: Sequence[OneAtATime]) -> list[Estimate]:
     """Run every probe of every estimator once, sharing runs, and re-run only what a probe can change.
 
-    Batches are taken in turns of as many as fit into the memory that the activations of one batch take. In a turn the
-    decisions come in the order of the model; each batch is held at the entry of the decision (`mpsearch.models.replay`), so one
-    at depth d costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
+    Batches are taken in turns of as many as fit into the memory that the activations of one batch take, and into `TURN_BYTES`. In a turn
+    the decisions come in the order of the model; each batch is held at the entry of the decision (`mpsearch.models.replay`), so one at
+    depth d costs the part of a forward pass behind d. A probe that changes nothing is 0 without a run.
 
     Observers of the context are shown every output beside the unquantized one. Results of each probe and turn go to the checkpoint as
     they are finished, and what an observer was shown is written down there, so that it is shown what it has not seen.
@@ -145,7 +147,7 @@ class _Run:
     def turns(self) -> list[list[tuple[int, Batch]]]:
         """Batches with their numbers, in turns."""
         first = _elements(self.context.batches[0])
-        room = self.trace.activation_bytes * first / max(self.trace.held_bytes, 1)
+        room = min(self.trace.activation_bytes, TURN_BYTES) * first / max(self.trace.held_bytes, 1)
         turns: list[list[tuple[int, Batch]]] = []
         held = 0.0
         for number, batch in enumerate(self.context.batches):

@@ -258,6 +258,7 @@ class Resumption:
     outputs: dict[int, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._zeros: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self._re_run = self._replacements(self.entry, None, set(), -1)
 
     def advance(self, entry: int) -> None:
@@ -283,12 +284,15 @@ class Resumption:
         parts, layout = tree_flatten(output)
         until = iter(self.trace.calls[index].read_until)
         held = [
-            part
-            if not isinstance(part, Tensor) or next(until, math.inf) > time
-            else part.new_zeros(()).expand(part.shape)
-            for part in parts
+            self._shape(part) if isinstance(part, Tensor) and next(until, math.inf) <= time else part for part in parts
         ]
         return tree_unflatten(held, layout)
+
+    def _shape(self, tensor: Tensor) -> Tensor:
+        kind = tensor.dtype, tensor.device
+        if kind not in self._zeros:
+            self._zeros[kind] = tensor.new_zeros(())
+        return self._zeros[kind].expand(tensor.shape)
 
     def run(self) -> Tensor:
         """Run the model from the entry on.
