@@ -62,8 +62,9 @@ from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.statistics import Mean
 from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import reading_of
-from mpsearch.models.data.splitting import first_samples
+from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.determinism import PROBED, probed_output
+from mpsearch.models.fingerprints import output_identity
 from mpsearch.models.head import OutputLayer, output_layer
 from mpsearch.models.modules.experts import without_tokens
 from mpsearch.models.named import opened
@@ -172,7 +173,8 @@ class Calibration:
     - `fingerprint`, `data_fingerprint`: hashes of all weights, and of the whole data;
     - `layers`, `precisions`, `decisions`: (L,) rows and (P,) columns of tables, and the (D,) groups of rows that share a precision;
     - `base`: a `CostTable` with all costs, whose sensitivity is 0, `nan` where an option is not allowed;
-    - `output`, `choice`: of the unquantized model on the first samples of `example`, and the `MetricChoice` from it;
+    - `choice`, `output_identity`: the `MetricChoice` from the output of the unquantized model on the first samples of `example`, and
+      what tells that output from others;
     - `output_layer`: the layer that makes the output, where that is large: it is left out of runs, and makes logits in pieces of rows;
     - `ranges`: layer -> least and greatest input over `batches`; empty where no option quantizes inputs;
     - `identity(loss)`: what results depend on, for a `Store` of one's own, which `keep_in` takes;
@@ -218,7 +220,7 @@ class Calibration:
         #: all data of the run
         self.whole = collect(options["whole"], model) if "whole" in options else self.batches
         #: the batch that stands for all where one is enough
-        self.example: Batch = options.get("example", self.batches[0])
+        self.example: Batch = few_tokens(options.get("example", self.batches[0]))
         self._offered = None if precisions is None else checked_precisions(precisions)
         self._layers, self._layer_options = layers_and_options(
             layers,
@@ -268,7 +270,7 @@ class Calibration:
         self._check_inside()
         if not is_offloaded(self.model):
             return None
-        return blocks_of(self.model, first_samples(self.example, PROBED))
+        return blocks_of(self.model, few_tokens(self.example, PROBED))
 
     @functools.cached_property
     def data_fingerprint(self) -> str:
@@ -285,7 +287,7 @@ class Calibration:
         options = self._layer_options
         layers = self._layers
         if layers is None:
-            layers = find_layers(self.model, self.batches[0], **options.finding)
+            layers = find_layers(self.model, few_tokens(self.batches[0]), **options.finding)
         return columns(with_options(layers, options.allow, options.fixed), self._offered)
 
     @property
@@ -320,31 +322,38 @@ class Calibration:
         return unscored_table(layers, self.precisions, usage, facts)
 
     @functools.cached_property
-    def output(self) -> Any:
-        """All that the unquantized model returns for the first samples of the example, where two runs agree."""
+    def _seen(self) -> tuple[MetricChoice, OutputLayer | None, str]:
+        """What the output of the unquantized model tells, on the first samples of the example, where two runs agree."""
         self._check_inside()
-        return probed_output(self.model, self.example)
-
-    @functools.cached_property
-    def output_layer(self) -> OutputLayer | None:
-        """The layer that makes the output, where it makes many logits of a batch (`mpsearch.models.head`)."""
-        example = first_samples(self.example, PROBED)
-        return output_layer(self.model, [*self.whole, *self.batches, self.example], self.output, example)
-
-    @functools.cached_property
-    def choice(self) -> MetricChoice:
-        """What is measured, and why."""
+        example, output = few_tokens(self.example, PROBED), probed_output(self.model, self.example)
         loss = self._loss
         metric = "kl" if loss == "kl" else None if loss == "cross-entropy" else self._metric
-        return choose(
+        choice = choose(
             self.model,
             self.whole,
-            self.output,
-            first_samples(self.example, PROBED),
+            output,
+            example,
             metric,
             loss=loss if callable(loss) else None,
             higher_is_better=self._higher_is_better,
         )
+        layer = output_layer(self.model, [*self.whole, *self.batches, self.example], output, example)
+        return choice, layer, output_identity(self.model, logits_of(output))
+
+    @property
+    def choice(self) -> MetricChoice:
+        """What is measured, and why."""
+        return self._seen[0]
+
+    @property
+    def output_layer(self) -> OutputLayer | None:
+        """The layer that makes the output, where it makes many logits of a batch (`mpsearch.models.head`)."""
+        return self._seen[1]
+
+    @property
+    def output_identity(self) -> str:
+        """What tells the output of the unquantized model from that of others."""
+        return self._seen[2]
 
     @functools.cached_property
     def loss(self) -> Differentiated:
@@ -394,7 +403,7 @@ class Calibration:
         """What results depend on (`mpsearch.calibration.identity`), for a checkpoint."""
         return run_identity(
             self.model,
-            logits_of(self.output),
+            self.output_identity,
             self.fingerprint,
             self.data_fingerprint,
             self.layers,

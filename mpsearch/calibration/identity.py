@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
@@ -12,7 +12,7 @@ from mpsearch.decisions.mask import only_allowed, refused_options
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.targets import Loss as TargetLoss
-from mpsearch.models.fingerprints import described, digest, output_identity
+from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import fingerprint
 from mpsearch.quantizers.fake_quantization import quantized_weight
@@ -21,7 +21,7 @@ from mpsearch.quantizers.quantizer import Quantizer
 
 def run_identity(
     model: nn.Module,
-    output: Tensor,
+    output: str,
     weights: str,
     data: str,
     decided: Sequence[Layer],
@@ -38,7 +38,7 @@ def run_identity(
     smallest = [(layer_of(model, name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
         "weights": weights,
-        "output": output_identity(model, output),
+        "output": output,
         "data": data,
         "layers": digest(*(_told_apart(layer) for layer in decided)),
         "precisions": " ".join(map(str, options)),

@@ -11,6 +11,7 @@ from mpsearch.errors import EstimatorError, nearest, warn
 from mpsearch.metrics.divergences import KL, BernoulliKL, Divergence
 from mpsearch.metrics.metric import Comparison, Kind, Metric
 from mpsearch.metrics.own import Own
+from mpsearch.metrics.pieces import by_pieces
 from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.runs import fits
 from mpsearch.metrics.squared_errors import MSE, PSNR, RelativeError
@@ -277,8 +278,12 @@ def read(model: nn.Module, batches: Sequence[Batch], output: Any, example: Batch
     width = rows.shape[1]
     low, high = (float(rows.amin()), float(rows.amax())) if rows.numel() else (0.0, -1.0)
     within = low >= 0 and high <= 1 and low < high
-    sums = rows.double().sum(1)
-    softmax = within and width > 1 and _many(rows) and bool(((sums - 1).abs() < 1e-3).all())
+    softmax = (
+        within
+        and width > 1
+        and _many(rows)
+        and bool(((by_pieces(lambda part: part.double().sum(1), rows) - 1).abs() < 1e-3).all())
+    )
     sure = rows.numel() >= _ENOUGH or any(isinstance(module, nn.Sigmoid) for module in model.modules())
     sigmoid = within and not softmax and sure
     kind, scored, reason, assumed = _kind(model, batches, output, counted, rows, labels, softmax, sigmoid)
@@ -357,13 +362,17 @@ def _without_targets(
         )
     if softmax:
         return "classes", False, "the outputs of a prediction are probabilities that add up to 1", False
-    if _many(rows) and bool((rows.double().logsumexp(1).abs() < 1e-3).all()):
+    if _many(rows) and bool((by_pieces(lambda part: part.double().logsumexp(1), rows).abs() < 1e-3).all()):
         return "classes", False, "the outputs of a prediction are logarithms of probabilities that add up to 1", False
     if part == "logits" or shifts_labels(model):
         return "classes", False, "the model returns logits", False
     if part in _FEATURES:
         return "numbers", False, f"the output is {part}, an embedding", False
-    if len(shape) == 2 and _many(rows) and bool(((rows.double().norm(dim=1) - 1).abs() < 1e-3).all()):
+    if (
+        len(shape) == 2
+        and _many(rows)
+        and bool(((by_pieces(lambda part: part.double().norm(dim=1), rows) - 1).abs() < 1e-3).all())
+    ):
         return "numbers", False, "the outputs of a sample are a vector of length 1, an embedding", False
     if x.is_floating_point() and x.shape[1:] == counted.shape[1:] and width >= _WIDE:
         return "numbers", False, "the output has the shape of the input", True

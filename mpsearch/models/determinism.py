@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpsearch.errors import EstimatorError
-from mpsearch.models.data.splitting import first_samples
+from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.running import Batch, call, logits_of, not_finite, output_of
 
 #: Samples that are run twice.
@@ -20,12 +20,12 @@ def probed_output(model: nn.Module, batch: Batch) -> Any:
 
     Args:
         model: in evaluation mode.
-        batch: its first `PROBED` samples are run.
+        batch: its first `PROBED` samples are run, of long texts fewer.
 
     Raises:
         EstimatorError: where the passes differ, or the output is not finite.
     """
-    samples = first_samples(batch, PROBED)
+    samples = few_tokens(batch, PROBED)
     with torch.no_grad():
         output = output_of(model, samples)
         first, second = logits_of(output), call(model, samples)

@@ -27,8 +27,8 @@ from mpsearch.estimation.proxies.inputs import weight_inputs
 from mpsearch.estimation.proxies.tree import INPUTS, Tree
 from mpsearch.metrics.ranking import spearman
 from mpsearch.metrics.statistics import wide
-from mpsearch.models.fingerprints import described, digest, output_identity
-from mpsearch.models.running import Batch, collect, logits_of
+from mpsearch.models.fingerprints import described, digest
+from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer
 from mpsearch.sensitivity.evolved_proxy import EvolvedProxy
 from mpsearch.sensitivity.relative_weight_error import RelativeWeightError
@@ -206,7 +206,7 @@ def _problem(truth: ProxyTruth, names: tuple[str, ...], num_samples: int, seed: 
         resources=(),
         progress=progress,
     ) as calibration:
-        output = output_identity(truth.model, logits_of(calibration.output))
+        output = calibration.output_identity
         table = calibration.profile(RelativeWeightError())
         context, decisions = calibration.context(), calibration.decisions
         inputs = weight_inputs(context, names, num_samples=num_samples, seed=seed)

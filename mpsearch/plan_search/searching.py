@@ -24,7 +24,7 @@ from mpsearch.metrics.choice import check_metric
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.registry import METRICS
 from mpsearch.models.data.batches import reading_of
-from mpsearch.models.data.splitting import first_samples
+from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
 from mpsearch.models.named import opened
@@ -149,7 +149,7 @@ def search(
         fixed=settings["fixed"],
         higher_is_better=settings["higher_is_better"],
         whole=data.every,
-        example=first_samples(score[0], PROBED),
+        example=few_tokens(score[0], PROBED),
     ) as calibration:
         check_caches(estimators or (), calibration.decisions)
         goal.check(calibration.base)

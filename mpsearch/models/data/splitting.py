@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from mpsearch.errors import EstimatorError
-from mpsearch.models.data.batches import Arranged, Batch, leaves, like, rebuilt, samples
+from mpsearch.models.data.batches import Arranged, Batch, first_tensor, inputs_of, leaves, like, rebuilt, samples
 
+#: A run of more tokens, with an output for each of many classes, is not spent on looking at a model.
+MOST_TOKENS = 2048
 #: Fewest samples of a part: with fewer a standard error means nothing.
 LEAST = 4
 
@@ -93,6 +95,23 @@ def first_samples(batch: Batch, count: int) -> Batch:
     (tensor([0, 1]), tensor([0, 1]))
     """
     return _selected(batch, torch.arange(min(count, samples(batch))), samples(batch))
+
+
+def few_tokens(batch: Batch, count: int | None = None) -> Batch:
+    """The first samples of a batch, of text no more than hold `MOST_TOKENS` together, and one at least: enough to look at a model.
+
+    Args:
+        batch: token numbers, (samples, tokens), or any other data.
+        count: of samples at most; None: all of them.
+
+    >>> [len(few_tokens(torch.ones(16, 1000, dtype=kind), 8)) for kind in (torch.int64, torch.float32)]
+    [2, 8]
+    """
+    most = samples(batch) if count is None else min(count, samples(batch))
+    first = first_tensor(inputs_of(batch))
+    if first.ndim == 2 and not first.is_floating_point() and first.shape[1]:
+        most = min(most, max(1, MOST_TOKENS // first.shape[1]))
+    return batch if most == samples(batch) else first_samples(batch, most)
 
 
 def _selected(value: Any, chosen: Tensor, count: int) -> Any:
