@@ -33,6 +33,10 @@ class CosineDistance(OneAtATime):
 
     unit: ClassVar[str] = "relative"
 
+    def by_rows(self, context: Context) -> bool:
+        """True: the angle is that of a prediction."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) distance of each prediction."""
         return by_pieces(_distance, reference.logits, output.logits)

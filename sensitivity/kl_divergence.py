@@ -33,6 +33,10 @@ class KLDivergence(OneAtATime):
     scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "nats"
 
+    def by_rows(self, context: Context) -> bool:
+        """True."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)

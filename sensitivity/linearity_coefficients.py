@@ -98,6 +98,10 @@ class LinearityCoefficients(OneAtATime):
             weights[parameter] = (weight + scale * draw).to(parameter.dtype)
         return Perturbation(weights, {})
 
+    def by_rows(self, context: Context) -> bool:
+        """True."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)

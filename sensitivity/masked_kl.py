@@ -56,6 +56,10 @@ class MaskedKL(OneAtATime):
             for u, decision in enumerate(context.decisions)
         ]
 
+    def by_rows(self, context: Context) -> bool:
+        """True."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits, output.logits)

@@ -87,6 +87,10 @@ class MetricDecoupled(OneAtATime):
             self._part(context, u)
         return super().probes(context)
 
+    def by_rows(self, context: Context) -> bool:
+        """True where all parts are."""
+        return all(part.metric.by_rows(context) for part in self.parts)
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """Judged by the part's metric."""
         return self._part(context, probe.decision).metric.damage(context, probe, reference, output)

@@ -33,6 +33,10 @@ class OutputDamage(OneAtATime):
     (array([[0.125]]), 'relative error')
     """
 
+    def by_rows(self, context: Context) -> bool:
+        """As the metric is."""
+        return _comparison(context).by_rows
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) damage of each prediction."""
         return self._terms(context, reference, output)[0]

@@ -31,6 +31,10 @@ class OutputMSE(OneAtATime):
     scores_members: ClassVar[Literal["no", "free", "runs"]] = "runs"
     unit: ClassVar[str] = "relative"
 
+    def by_rows(self, context: Context) -> bool:
+        """True."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) squared error of each prediction."""
         return by_pieces(

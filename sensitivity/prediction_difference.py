@@ -41,6 +41,10 @@ class PredictionDifference(OneAtATime):
         if not 0 < self.temperature < float("inf"):
             raise EstimatorError(f"temperature={self.temperature}: expected a finite number above 0")
 
+    def by_rows(self, context: Context) -> bool:
+        """True."""
+        return True
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) divergence of each prediction."""
         return kl_divergence(reference.logits / self.temperature, output.logits / self.temperature)

@@ -81,6 +81,10 @@ class TaskMetric(OneAtATime):
             return _NAMED[self.metric]
         return load(self.metric, "metric"), self.higher_is_better
 
+    def by_rows(self, context: Context) -> bool:
+        """True for the named metrics."""
+        return self.metric in _NAMED
+
     def damage(self, context: Context, probe: Probe, reference: Output, output: Output) -> Tensor:
         """(N,) or () loss of the metric."""
         metric, higher = self._resolved()

@@ -21,6 +21,7 @@ from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.data.batches import missing_labels, original_of
 from mpsearch.models.head import OutputLayer
 from mpsearch.models.modules.weights import layer_of, weight_of
+from mpsearch.models.replay import Trace, record
 from mpsearch.models.running import Batch, predictions, targets_of
 from mpsearch.models.streaming.blocks import Blocks
 from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
@@ -211,13 +212,29 @@ class Context:
 
     def output(self, batch: Batch) -> Output:
         """What the model, as it stands, says of a batch: one forward pass."""
-        found = self.run(batch)
-        return Output(found.rows, found.labels, found.index, found.samples)
+        found = self.run_in_pieces(batch)
+        return Output(found.held, found.labels, found.index, found.samples, found.head)
 
     def run(self, batch: Batch) -> Run:
         """One forward pass, with the rows as the loss reads them."""
         as_it_is = run(self.model, batch)
         return replace(as_it_is, held=self._read(as_it_is.held))
+
+    def run_in_pieces(self, batch: Batch) -> Run:
+        """The same where no gradient is to reach the layer that makes the output: where that is large, hidden states are held."""
+        as_it_is = run(self.model, batch, self.output_layer)
+        if as_it_is.head is None:
+            return replace(as_it_is, held=self._read(as_it_is.held))
+        return replace(as_it_is, head=as_it_is.head.then(self._read))
+
+    def trace(self) -> Trace:
+        """The calls of the model in a run of the first batch (`mpsearch.models.replay`); one forward pass."""
+        layer = self.output_layer
+        if layer is None:
+            return record(self.model, self.batches[0])[0]
+        with layer.left_out():
+            trace, hidden = record(self.model, self.batches[0])
+        return replace(trace, flops=trace.flops + 2 * hidden.numel() * layer.module.out_features)
 
     def _read(self, rows: Tensor) -> Tensor:
         reader = self.beside if callable(self.loss) else self.loss

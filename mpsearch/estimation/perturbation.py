@@ -20,7 +20,7 @@ from mpsearch.estimation.probes import Output, Perturbation, Probe
 from mpsearch.metrics.pieces import all_finite, piece_sizes
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.fingerprints import described, digest
-from mpsearch.models.replay import Resumption, record
+from mpsearch.models.replay import Resumption
 from mpsearch.models.running import Batch, inputs_of
 from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
 
@@ -79,6 +79,10 @@ class OneAtATime:
         """(N,) damage of each prediction, or one number for the batch; larger = worse, 0 for equal outputs."""
         raise NotImplementedError
 
+    def by_rows(self, context: Context) -> bool:
+        """True where damage and weight of a prediction come from its own row alone, so that rows can be taken a few at a time."""
+        return False
+
     def weights(self, context: Context, reference: Output) -> Tensor | None:
         """(N,) what each prediction weighs in the mean; None: alike."""
         return None
@@ -133,7 +137,7 @@ class _Run:
     def __post_init__(self) -> None:
         context = self.context
         self.total = len(context.batches)
-        self.trace, _ = record(context.model, context.batches[0])
+        self.trace = context.trace()
         self._spend(1.0)
         self.entries = [
             self.trace.entry([context.module(layer) for layer in decision.layers], list(context.parameters(decision)))
@@ -213,7 +217,7 @@ class _Run:
             self._spend(1.0)
         held = [Resumption(context.model, batch, self.trace) for _, batch in turn]
         weights_of = {
-            estimator: [estimator.weights(context, reference) for reference in references]
+            estimator: [_weights(context, estimator, reference) for reference in references]
             for estimator in {estimator for key in todo for estimator in self.readers[key]}
         }
         means: dict[tuple[OneAtATime, _ProbeKey], Mean] = {}
@@ -251,7 +255,7 @@ class _Run:
             self._spend(self.trace.share(run.entry))
             with run.entered():
                 output = self.context.output(run.batch)
-            if not _equal(output.logits, reference.logits):
+            if not _equal(output.held, reference.held):
                 return False
         return True
 
@@ -274,16 +278,34 @@ class _Run:
             for (number, batch), run, reference in zip(turn, held, references, strict=True):
                 if not changed:
                     for estimator in estimators:
-                        damages[estimator].append(torch.zeros(len(reference.index), device=reference.logits.device))
+                        damages[estimator].append(torch.zeros(len(reference.index), device=reference.held.device))
                     continue
                 with run.entered():
                     output = context.output(batch)
                 self._spend(self.trace.share(run.entry))
-                self._check_output(probe, number, output)
-                for estimator in estimators:
-                    damages[estimator].append(estimator.damage(context, probe, reference, output))
+                for estimator, damage in self._damages(estimators, probe, number, reference, output).items():
+                    damages[estimator].append(damage)
                 for observer in context.observers:
                     observer.observe(context, probe, reference, output)
+        return damages
+
+    def _damages(
+        self, estimators: Sequence[OneAtATime], probe: Probe, batch: int, reference: Output, output: Output
+    ) -> dict[OneAtATime, Tensor]:
+        """Damage on one batch, rows made once for all estimators that take them in pieces."""
+        pieces: dict[OneAtATime, list[Tensor]] = {
+            estimator: [] for estimator in estimators if estimator.by_rows(self.context)
+        }
+        for before, after in zip(reference.pieces(), output.pieces(), strict=True):
+            self._check_output(probe, batch, after)
+            for estimator, parts in pieces.items():
+                parts.append(estimator.damage(self.context, probe, before, after))
+        damages = {estimator: parts[0] if len(parts) == 1 else torch.cat(parts) for estimator, parts in pieces.items()}
+        if len(damages) < len(estimators):
+            before, after = reference.made(), output.made()
+            for estimator in estimators:
+                if estimator not in damages:
+                    damages[estimator] = estimator.damage(self.context, probe, before, after)
         return damages
 
     def _check_output(self, probe: Probe, batch: int, output: Output) -> None:
@@ -307,6 +329,15 @@ def _cell(context: Context, u: int, p: int) -> Perturbation:
         quantized_weights(context.model, precisions, context.quantizer),
         input_quantizers(context.model, precisions, context.quantizer, context.ranges),
     )
+
+
+def _weights(context: Context, estimator: OneAtATime, reference: Output) -> Tensor | None:
+    """(N,) weights of the predictions."""
+    if not estimator.by_rows(context):
+        return estimator.weights(context, reference)
+    parts = [estimator.weights(context, part) for part in reference.parts()]
+    known = [part for part in parts if part is not None]
+    return None if len(known) < len(parts) else torch.cat(known)
 
 
 def _add(mean: Mean, damage: Tensor, reference: Output, weight: Tensor | None) -> None:

@@ -5,22 +5,17 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from mpsearch.metrics.runs import Rows
 
-@dataclass(frozen=True)
-class Output:
-    """What the model says of one batch.
 
-    Attributes:
-        logits: (N, C), one row for each prediction that counts.
-        labels: (N,) int64, or None.
-        index: (N,) sample of each.
-        samples: of the batch.
-    """
+@dataclass(frozen=True, eq=False)
+class Output(Rows):
+    """What the model says of one batch."""
 
-    logits: Tensor
-    labels: Tensor | None
-    index: Tensor
-    samples: int
+    @property
+    def logits(self) -> Tensor:
+        """(N, C), one row for each prediction that counts; with a head all of them are made, at each look."""
+        return self.rows
 
 
 @dataclass(frozen=True)

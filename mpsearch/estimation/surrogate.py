@@ -1,6 +1,7 @@
 """The additive-output surrogate: shifts of the output by single perturbations, added up."""
 
 import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,9 @@ class OutputShifts:
     store: Store = field(default_factory=lambda: MemoryStore({}))
     predictions: int = 256
     classes: int = 64
+    _references: weakref.WeakKeyDictionary[Output, tuple[Tensor, list[Tensor | None]]] = field(
+        default_factory=weakref.WeakKeyDictionary, repr=False
+    )
 
     @property
     def settings(self) -> str:
@@ -63,8 +67,10 @@ class OutputShifts:
             )
         rows = math.ceil(self.predictions / len(context.batches))
         if isinstance(metric, KL):
-            chosen = _likeliest(reference.logits[:rows], self.classes)
-            before, after = (_coarse(run.logits[:rows], chosen) for run in (reference, output))
+            before, chosen = self._reference(reference, rows)
+            after = torch.cat(
+                [_coarse(piece.logits, part) for piece, part in zip(output.first(rows).pieces(), chosen, strict=True)]
+            )
             batch, shift = fingerprint([before]), (after - before).clamp(-_MOST, _MOST).half()
         else:
             batch = fingerprint([reference.logits])
@@ -78,6 +84,15 @@ class OutputShifts:
             self.store.put(ReferenceKey(batch), before)
             self.store.put(ShiftIndexKey(), ShiftIndex([*known, batch], not isinstance(metric, KL)))
         self.store.put(ShiftKey(batch, probe.decision, probe.name), shift)
+
+    def _reference(self, reference: Output, rows: int) -> tuple[Tensor, list[Tensor | None]]:
+        """(N, K) log probabilities of the unquantized model, made once, and for each piece of them the classes that are told apart."""
+        if reference not in self._references:
+            pieces = list(reference.first(rows).pieces())
+            chosen = [_likeliest(piece.logits, self.classes) for piece in pieces]
+            before = torch.cat([_coarse(piece.logits, part) for piece, part in zip(pieces, chosen, strict=True)])
+            self._references[reference] = before, chosen
+        return self._references[reference]
 
     def surrogate(self, decisions: int, precisions: Sequence[Precision]) -> "Surrogate | None":
         """What was seen, as a model of the damage; None where that is nothing.

@@ -1,8 +1,8 @@
 """What a model returns for one batch, laid out as one row a prediction."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,17 @@ _NUMBERS = 2**23
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What a model, as it stands, returns for one batch.
+class Rows:
+    """What a model says, one row for each prediction that counts (`mpsearch.models.running.predictions`).
 
     Attributes:
-        output: all that it returns.
-        shape: of the part that counts (`mpsearch.models.running.logits_of`).
-        held: (N, C) numbers of that part, one row for each prediction that counts (`mpsearch.models.running.predictions`); or, with
-            a head, the (N, H) hidden states that it makes them from.
+        held: (N, C) numbers; or, with a head, the (N, H) hidden states that it makes them from.
         labels: (N,) int64, where there is one integer label a prediction.
         index: (N,) sample of each prediction.
         samples: of the batch.
-        head: makes the rows, with the weights of this run; None where the rows themselves are held.
+        head: makes the rows, with the weights of the run that gave the hidden states; None where the rows themselves are held.
     """
 
-    output: Any
-    shape: torch.Size
     held: Tensor
     labels: Tensor | None
     index: Tensor
@@ -49,33 +44,53 @@ class Run:
         """C, numbers of a row."""
         return self.held.shape[1] if self.head is None else self.head.width
 
-    @property
-    def bytes(self) -> int:
-        """Size of what is held: rows or hidden states, and the whole output where that is kept; what lies in one memory once."""
-        parts = [self.held, *(part for part in tree_iter(self.output) if isinstance(part, Tensor))]
-        return sum({part.data_ptr(): part.numel() * part.element_size() for part in reversed(parts)}.values())
-
-    def pieces(self) -> Iterator["Run"]:
-        """Runs of a few predictions each that hold their rows, in order; without a head this run itself.
+    def pieces(self) -> Iterator[Self]:
+        """The same for a few predictions each, with their rows held, in order; without a head the whole itself.
 
         Their size comes from N and C alone, so that two runs of one batch have the same.
         """
         for part in self.parts():
             yield part.made()
 
-    def parts(self) -> Iterator["Run"]:
-        """The same runs, before their rows are made."""
+    def parts(self) -> Iterator[Self]:
+        """Pieces, before their rows are made."""
         if self.head is None:
             yield self
             return
-        sizes = piece_sizes(len(self.held), self.width, _NUMBERS)
-        labels = [None] * len(sizes) if self.labels is None else self.labels.split(sizes)
-        for held, right, index in zip(self.held.split(sizes), labels, self.index.split(sizes), strict=True):
-            yield replace(self, held=held, labels=right, index=index)
+        end = 0
+        for size in piece_sizes(len(self.held), self.width, _NUMBERS):
+            yield self._part(slice(end, end := end + size))
 
-    def made(self) -> "Run":
-        """The same run with all its rows held."""
+    def first(self, count: int) -> Self:
+        """The same for the first predictions alone."""
+        return self._part(slice(count))
+
+    def made(self) -> Self:
+        """The same with all rows held."""
         return self if self.head is None else replace(self, held=self.head(self.held), head=None)
+
+    def _part(self, place: slice) -> Self:
+        labels = None if self.labels is None else self.labels[place]
+        return replace(self, held=self.held[place], labels=labels, index=self.index[place])
+
+
+@dataclass(frozen=True, eq=False)
+class Run(Rows):
+    """What a model, as it stands, returns for one batch.
+
+    Attributes:
+        output: all that it returns, where that is kept.
+        shape: of the part that counts (`mpsearch.models.running.logits_of`).
+    """
+
+    output: Any = None
+    shape: torch.Size = field(default_factory=torch.Size)
+
+    @property
+    def bytes(self) -> int:
+        """Size of what is held: rows or hidden states, and the whole output where that is kept; what lies in one memory once."""
+        parts = [self.held, *(part for part in tree_iter(self.output) if isinstance(part, Tensor))]
+        return sum({part.data_ptr(): part.numel() * part.element_size() for part in reversed(parts)}.values())
 
 
 def run(model: nn.Module, batch: Batch, layer: OutputLayer | None = None) -> Run:
@@ -113,7 +128,7 @@ def run_of(model: nn.Module, batch: Batch, counted: Tensor, output: Any = None, 
         if not too_large(shape.numel() * counted.element_size()):
             counted, head = head(counted), None
     held, labels, index = predictions(model, counted, batch)
-    return Run(output, shape, held, labels, index, samples(batch), head)
+    return Run(held, labels, index, samples(batch), head, output, shape)
 
 
 def target_rows(model: nn.Module, batch: Batch, run: Run) -> Tensor | None:

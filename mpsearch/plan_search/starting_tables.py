@@ -15,7 +15,6 @@ from mpsearch.estimation.estimator import Estimator
 from mpsearch.estimation.surrogate import OutputShifts, Surrogate
 from mpsearch.metrics.divergences import KL
 from mpsearch.models.fingerprints import described, digest
-from mpsearch.models.replay import record
 from mpsearch.plan_search.passes import PassBudget
 from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputGradient, OutputMSE
 
@@ -176,7 +175,7 @@ def _taken(context: Context, family: Sequence[Estimator], measured: Mapping[str,
     """Passes that a family took, the same number where it was interrupted and went on: then `measured` counts the last run alone."""
     planned = _forecast(context, family)
     if all(type(estimator) in _PARTIAL for estimator in family):
-        trace, _ = record(context.model, context.batches[0])
+        trace = context.trace()
         changing = sum(option.quantizes_weight or option.quantizes_activation for option in context.precisions)
         entries = [
             trace.entry([context.module(layer) for layer in decision.layers], list(context.parameters(decision)))

@@ -23,7 +23,7 @@ def made(classes=300, index=INDEX, bias=True, dtype=torch.float64):
     size = len(index)
     head = Head(torch.randn(classes, 6, dtype=dtype), torch.randn(classes, dtype=dtype) if bias else None)
     hidden, labels = torch.randn(size, 6, dtype=dtype), torch.randint(0, classes, (size,))
-    return Run(None, torch.Size([size, classes]), hidden, labels, index, 4, head)
+    return Run(hidden, labels, index, 4, head)
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_hidden_states_and_the_head_itself_by_autograd_of_the_whole(name, kind, 
 
 def test_labels_are_needed_for_a_loss_with_them():
     run = made()
-    without = Run(None, run.shape, run.held, None, run.index, 4, run.head)
+    without = Run(run.held, None, run.index, 4, run.head)
     with pytest.raises(mps.EstimatorError, match="needs labels"):
         hidden_gradients(without, [piece_target(METRICS["kl"](), GradientTarget("given"), 0, 0)])
 

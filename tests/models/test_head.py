@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.estimation.surrogate import OutputShifts
 from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.runs import run
 from mpsearch.models.data.splitting import first_samples
@@ -16,6 +17,17 @@ from mpsearch.models.hugging_face import model_of
 from mpsearch.models.peak_memory import live_bytes
 from mpsearch.models.running import output_of, preserved
 from mpsearch.quantizers.fake_quantization import inputs, weights
+from mpsearch.sensitivity import (
+    SQNR,
+    CosineDistance,
+    KLDivergence,
+    LinearityCoefficients,
+    MaskedKL,
+    OutputDamage,
+    OutputMSE,
+    PredictionDifference,
+    TaskMetric,
+)
 
 VOCABULARY, WINDOW = 512, 64
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -223,6 +235,42 @@ def test_an_output_that_is_not_finite_in_the_last_piece(bad, pieces):
         mps.measure_plans(model, batches, [PLANS[0]], progress=False)
 
 
+ESTIMATORS = [
+    KLDivergence(),
+    MaskedKL(),
+    CosineDistance(),
+    OutputMSE(),
+    OutputDamage(),
+    PredictionDifference(),
+    LinearityCoefficients(),
+    TaskMetric("accuracy"),
+    TaskMetric(lambda logits, labels: logits.double().square().mean()),
+    SQNR(),
+]
+
+
+def test_perturbations_in_pieces_as_at_once(monkeypatch):
+    """Estimators that take rows in pieces, and those that take them all; the shifts that an observer sees."""
+    batches = data()
+
+    def profiled():
+        shifts = OutputShifts()
+        with mps.Calibration(Text().eval(), batches, mps.precisions("w2 w4 w3a8"), metric="kl") as calibration:
+            tables = calibration.profile(ESTIMATORS, observers=[shifts])
+            return tables, shifts.surrogate(3, calibration.precisions)
+
+    expected, whole = profiled()
+    monkeypatch.setattr("mpsearch.models.head.WHOLE_BYTES", 2**14)
+    monkeypatch.setattr("mpsearch.metrics.runs._NUMBERS", 2**13)
+    found, pieces = profiled()
+    for table, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(table.sensitivity, other.sensitivity, rtol=2e-5, atol=1e-9)
+        np.testing.assert_allclose(table.sensitivity_se, other.sensitivity_se, rtol=2e-4, atol=1e-9)
+        assert table.origin["passes"] == other.origin["passes"]
+    np.testing.assert_allclose(pieces.log_p, whole.log_p, atol=1e-5)
+    np.testing.assert_allclose(pieces.shifts, whole.shifts, atol=1e-4)
+
+
 def peak_of(classes, samples, work, monkeypatch, whole=False):
     """The most that is alive at once while a prepared model is run, beside its plans."""
     monkeypatch.setattr("mpsearch.models.head.WHOLE_BYTES", 2**60 if whole else 2**17)
@@ -231,9 +279,13 @@ def peak_of(classes, samples, work, monkeypatch, whole=False):
     model = Text(classes).eval()
     batches = [{"input_ids": integers(50, samples, WINDOW)}]
     few = first_samples(batches[0], 1)
-    with mps.Calibration(model, batches, example=few, metric="kl", quantizer="rtn-max", progress=False) as calibration:
+    options = mps.precisions("w2 w4")
+    with mps.Calibration(
+        model, batches, options, example=few, metric="kl", quantizer="rtn-max", progress=False
+    ) as calibration:
         assert (calibration.output_layer is None) == whole
-        calibration.measure(PLANS, [few])  # ranges of inputs are known from here on
+        calibration.measure(PLANS, [few])  # ranges of inputs are known from here on, and costs
+        assert len(calibration.base.layers) == 3
         with live_bytes() as live:
             work(calibration, batches)
     return live.bytes
@@ -241,6 +293,7 @@ def peak_of(classes, samples, work, monkeypatch, whole=False):
 
 WORK = {
     "evaluate": lambda calibration, batches: calibration.evaluate(PLANS[0], batches),
+    "divergence": lambda calibration, batches: calibration.profile(KLDivergence(), observers=[OutputShifts()]),
     "measure plans": lambda calibration, batches: calibration.measure(PLANS, batches),
 }
 

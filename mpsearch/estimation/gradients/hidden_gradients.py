@@ -78,7 +78,7 @@ def hidden_gradients(run: Run, targets: Sequence[Target], receiver: Receiver | N
         T tensors (N, H), in the type of the hidden states.
 
     >>> from mpsearch.models.head import Head
-    >>> run = Run(None, torch.Size([1, 2]), torch.ones(1, 3), None, torch.zeros(1).long(), 1, Head(torch.ones(2, 3)))
+    >>> run = Run(torch.ones(1, 3), None, torch.zeros(1).long(), 1, Head(torch.ones(2, 3)))
     >>> hidden_gradients(run, [lambda run: run.rows.square().sum() / 2])      # rows (3, 3), each from three numbers
     [tensor([[6., 6., 6.]])]
     """
