@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, TypedDict, Unpack, get_type_hints, overlo
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch.calibration.deciding import (
@@ -65,7 +65,7 @@ from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.determinism import PROBED, probed_output
 from mpsearch.models.fingerprints import output_identity
-from mpsearch.models.head import OutputLayer, output_layer
+from mpsearch.models.head import OutputLayer, output_layer, too_large
 from mpsearch.models.modules.experts import without_tokens
 from mpsearch.models.named import opened
 from mpsearch.models.peak_memory import peak_memory
@@ -322,8 +322,11 @@ class Calibration:
         return unscored_table(layers, self.precisions, usage, facts)
 
     @functools.cached_property
-    def _seen(self) -> tuple[MetricChoice, OutputLayer | None, str]:
-        """What the output of the unquantized model tells, on the first samples of the example, where two runs agree."""
+    def _seen(self) -> tuple[MetricChoice, OutputLayer | None, Tensor | None]:
+        """What the output of the unquantized model tells, on the first samples of the example, where two runs agree.
+
+        The output itself, too, but where it is large.
+        """
         self._check_inside()
         example, output = few_tokens(self.example, PROBED), probed_output(self.model, self.example)
         loss = self._loss
@@ -338,7 +341,8 @@ class Calibration:
             higher_is_better=self._higher_is_better,
         )
         layer = output_layer(self.model, [*self.whole, *self.batches, self.example], output, example)
-        return choice, layer, output_identity(self.model, logits_of(output))
+        logits = logits_of(output)
+        return choice, layer, None if too_large(logits.numel() * logits.element_size()) else logits
 
     @property
     def choice(self) -> MetricChoice:
@@ -350,10 +354,13 @@ class Calibration:
         """The layer that makes the output, where it makes many logits of a batch (`mpsearch.models.head`)."""
         return self._seen[1]
 
-    @property
+    @functools.cached_property
     def output_identity(self) -> str:
         """What tells the output of the unquantized model from that of others."""
-        return self._seen[2]
+        output = self._seen[2]
+        return output_identity(
+            self.model, logits_of(probed_output(self.model, self.example)) if output is None else output
+        )
 
     @functools.cached_property
     def loss(self) -> Differentiated:
