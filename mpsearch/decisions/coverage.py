@@ -1,13 +1,16 @@
 """What no decision touches: parameters that stay at full width, by name and share of all weights."""
 
+import bisect
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
 from mpsearch.core.printing import undecided_text
 from mpsearch.errors import warn
+from mpsearch.models.modules.one_memory import memory_of, span_of
+from mpsearch.models.modules.weights import storage_of
 
 #: A plan that leaves matrices of this share unnamed is told.
 _UNNAMED = 0.1
@@ -16,7 +19,7 @@ _KEPT = 20
 
 
 def undecided(
-    model: nn.Module, weights: Iterable[Tensor], exclude: Sequence[str] = (), told: Iterable[Tensor] = ()
+    model: nn.Module, weights: Iterable[Tensor], exclude: Collection[str] = (), told: Iterable[Tensor] = ()
 ) -> dict[str, Any]:
     """What of a model's parameters is not decided on.
 
@@ -36,18 +39,21 @@ def undecided(
     {'1.weight': 0.4444444444444444}
     """
     decided, heard = _Memory(weights), _Memory(told)
-    seen: set[tuple[int, int]] = set()
+    names = set(exclude)
+    patterns = [name for name in names if any(sign in name for sign in "*?[")]
+    seen = set[object]()
     total = vectors = excluded = untold = 0
     matrices: dict[str, int] = {}
     for name, parameter in model.named_parameters():
-        place = (parameter.data_ptr(), parameter.numel())
+        place = storage_of(parameter)
         if not parameter.numel() or place in seen:
             continue
         seen.add(place)
         total += parameter.numel()
         if parameter in decided:
             continue
-        if any(_matches(name, pattern) for pattern in exclude):
+        owners = (name, name.rpartition(".")[0])  # a pattern names modules, or the parameter itself
+        if not names.isdisjoint(owners) or any(fnmatch.fnmatchcase(own, p) for p in patterns for own in owners):
             excluded += parameter.numel()
         elif parameter.ndim < 2:
             vectors += parameter.numel()
@@ -66,11 +72,6 @@ def undecided(
     }
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """A pattern names modules, or the parameter itself."""
-    return any(fnmatch.fnmatchcase(part, pattern) for part in (name, name.rpartition(".")[0]))
-
-
 def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> None:
     """Warn where a plan leaves a tenth of the weights and more in matrices that it does not name."""
     facts = undecided(model, weights)
@@ -79,28 +80,28 @@ def tell_unnamed(model: nn.Module, weights: Iterable[Tensor], number: int) -> No
 
 
 class _Memory:
-    """Where tensors lie."""
+    """Where tensors lie: of each memory the parts that are taken, in order, those that touch as one."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
-        self._spans: dict[int, list[tuple[int, int]]] = {}
+        spans: dict[int, list[tuple[int, int]]] = {}
         for tensor in tensors:
-            self._spans.setdefault(tensor.untyped_storage().data_ptr(), []).append(_span(tensor))
+            spans.setdefault(memory_of(tensor), []).append(span_of(tensor))
+        self._parts = {memory: _joined(taken) for memory, taken in spans.items()}
 
     def __contains__(self, tensor: Tensor) -> bool:
-        start, end = _span(tensor)
-        inside = [
-            span for span in self._spans.get(tensor.untyped_storage().data_ptr(), ()) if _meet(span, (start, end))
-        ]
-        covered = sum(min(last, end) - max(first, start) for first, last in set(inside))
-        return covered >= end - start
+        start, end = span_of(tensor)
+        starts, ends = self._parts.get(memory_of(tensor), ((), ()))
+        place = bisect.bisect_right(starts, start) - 1
+        return place >= 0 and end <= ends[place]
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    """First element and one behind the last, in the storage."""
-    first = int(tensor.storage_offset())
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return first, first + reach + 1
-
-
-def _meet(one: tuple[int, int], other: tuple[int, int]) -> bool:
-    return one[0] < other[1] and other[0] < one[1]
+def _joined(spans: Iterable[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Starts and ends of what spans cover together."""
+    starts, ends = list[int](), list[int]()
+    for start, end in sorted(spans):
+        if ends and start <= ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            starts.append(start)
+            ends.append(end)
+    return starts, ends

@@ -132,7 +132,7 @@ def layers(
         ]
         names = [name for name in every if name in called or name in cache_dtypes]
         titles = grouping.named(joined, groups if isinstance(groups, Mapping) else {}, names)
-        _tell_undecided(model, every, candidates, [name for name in names if name not in cache_dtypes], sorted(asked))
+        _tell_undecided(model, every, candidates, [name for name in names if name not in cache_dtypes], asked)
         decisions = [
             _layer(name, every[name], run.macs[name], titles[name], cache_dtypes.get(name), target) for name in names
         ]
@@ -184,10 +184,10 @@ def _tell_undecided(
     every: Mapping[str, nn.Module],
     candidates: Mapping[str, nn.Module],
     decided: Sequence[str],
-    asked: Sequence[str],
+    asked: set[str],
 ) -> None:
     """Warn of the largest matrices that nobody decides on, but for those that another warning has told, or the user left out."""
-    heard = [weight_of(module) for name, module in candidates.items() if name not in asked and name not in decided]
+    heard = [weight_of(candidates[name]) for name in candidates.keys() - asked - set(decided)]
     facts = undecided(model, [weight_of(every[name]) for name in decided], asked, heard)
     if facts["untold"] >= WORTH_A_WORD:
         warn(undecided_text(facts))

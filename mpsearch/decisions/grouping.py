@@ -55,8 +55,12 @@ def same_input(layers: Mapping[str, nn.Module], flow: DataFlow) -> list[Group]:
             readers.setdefault(tuple(reads), []).append(name)
     reasons: dict[tuple[str, ...], str] = {}
     done: set[tuple[str, tuple[str, ...]]] = set()
+    meetings: dict[str, list[frozenset[str]]] = {}
+    for pair in flow.multiplied:
+        for name in pair:
+            meetings.setdefault(name, []).append(pair)
     for names in readers.values():
-        met = connected(names, flow.multiplied)
+        met = connected(names, [pair for name in names for pair in meetings.get(name, ())])
         reasons |= dict.fromkeys(met, "same input")
         for part in fused_groups(names, FUSED).values():
             if len(part) > 1 and not any(set(part) <= set(members) for members in met):
@@ -82,14 +86,20 @@ def connected(names: Sequence[str], pairs: Iterable[frozenset[str]]) -> list[tup
     >>> connected(["q", "gate", "k", "v"], [frozenset("kq"), frozenset("kv"), frozenset({"gate", "other"})])
     [('q', 'k', 'v')]
     """
-    part = {name: {name} for name in names}
+    root = {name: name for name in names}
+
+    def root_of(name: str) -> str:
+        while root[name] != name:
+            root[name] = name = root[root[name]]
+        return name
+
     for pair in pairs:
-        if pair <= part.keys():
-            whole = set[str]().union(*(part[name] for name in pair))
-            part.update(dict.fromkeys(whole, whole))
-    members: dict[int, list[str]] = {}
+        if pair <= root.keys():
+            first, *others = map(root_of, pair)
+            root.update(dict.fromkeys(others, first))
+    members: dict[str, list[str]] = {}
     for name in names:
-        members.setdefault(id(part[name]), []).append(name)
+        members.setdefault(root_of(name), []).append(name)
     return [tuple(together) for together in members.values() if len(together) > 1]
 
 
@@ -177,10 +187,18 @@ def named(groups: Sequence[Group], own: Mapping[str, Sequence[str]], names: Sequ
     """
     title = dict.fromkeys(names, "")
     links = [frozenset((group.members[0], other)) for group in groups for other in group.members]
-    for members in connected(names, links):
-        reasons = dict.fromkeys(group.reason for group in groups if set(group.members) <= set(members))
-        title.update(dict.fromkeys(members, f"{members[0]} ({', '.join(reasons)})"))
+    part_of = {name: members for members in connected(names, links) for name in members}
+    reasons: dict[str, dict[str, None]] = {}  # first of the part -> why
+    for group in groups:
+        parts = {part_of.get(name, (name,))[0] for name in group.members}
+        if len(parts) == 1:
+            reasons.setdefault(parts.pop(), {})[group.reason] = None
+    title |= {name: f"{part[0]} ({', '.join(reasons.get(part[0], ()))})" for name, part in part_of.items()}
     own_titles: dict[str, str] = {}
+    groups_of: dict[str, list[int]] = {}
+    for number, group in enumerate(groups):
+        for name in group.members:
+            groups_of.setdefault(name, []).append(number)
     for own_title, patterns in own.items():
         members_of = [name for pattern in patterns for name in fnmatch.filter(names, pattern) or [pattern]]
         for name in members_of:
@@ -188,9 +206,9 @@ def named(groups: Sequence[Group], own: Mapping[str, Sequence[str]], names: Sequ
                 raise TableError(f"group {own_title!r} names {name!r}, which is no layer{nearest(name, names)}")
             if own_titles.setdefault(name, own_title) != own_title:
                 raise TableError(f"{name!r} is in two groups, {own_titles[name]!r} and {own_title!r}")
-        for group in groups:
+        for group in [groups[number] for number in sorted({n for name in members_of for n in groups_of.get(name, ())})]:
             inside = set(group.members) & set(members_of)
-            if inside and not set(group.members) <= set(members_of):
+            if not set(group.members) <= inside:
                 raise TableError(
                     f"group {own_title!r} splits the layers {', '.join(group.members)} ({group.reason})"
                     + ("" if group.binding else f"; cut={sorted(inside)} takes them out of that group")

@@ -1,6 +1,8 @@
 """Which layers read the same tensor, and where their outputs meet: seen while one example runs."""
 
+import functools
 import itertools
+import operator
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from mpsearch.models.modules.weights import operands_of
+from mpsearch.models.modules.one_memory import memory_of
+from mpsearch.models.modules.weights import kind_of, operands_of
 from mpsearch.models.running import Batch, call, first_tensor, preserved
 
 #: Operations that multiply two tensors; attention of one piece has `attention` in its name.
@@ -28,10 +31,9 @@ class DataFlow:
 
     Attributes:
         reads: layer -> what identifies the tensor that each of its calls read; layers that are not called are missing.
-        multiplied: pairs of layers that read the same tensors and whose outputs meet in a product: queries and keys, a gate and what
-            it gates.
-        added: pairs of layers whose outputs meet in a sum of tensors of one shape, operands of a residual connection: not each with
-            each, but enough to connect all that meet.
+        multiplied: pairs of layers of one kind that read the same tensors and whose outputs meet in a product: queries and keys, a gate
+            and what it gates; not each with each, but enough to connect all that meet.
+        added: pairs of layers whose outputs meet in a sum of tensors of one shape, operands of a residual connection, in the same way.
         cached_macs: cache -> multiply-accumulates of the products that read what goes into it.
     """
 
@@ -67,7 +69,7 @@ def trace(
     >>> flow.reads["gate"] == flow.reads["up"], sorted(*flow.multiplied), flow.added
     (True, ['gate', 'up'], set())
     """
-    recorder = _Recorder()
+    recorder = _Recorder({name: kind_of(module) for name, module in layers.items()})
 
     def enter(name: str) -> Callable[..., None]:
         return lambda _module, args, keywords: recorder.enter(name, first_tensor((*args, *keywords.values())))
@@ -103,13 +105,14 @@ class _Recorder(TorchDispatchMode):
     tensors: of those alone pairs are formed, else each product along a residual connection would pair all layers before it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kinds: Mapping[str, str | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flow = DataFlow()
+        self.kinds = kinds  # of the layers
         self.nodes: dict[int, int] = {}  # storage -> node
         self.parents: list[tuple[int, ...]] = []  # of each node, by number
         self.names: dict[int, str] = {}  # node -> the layer whose output it is
-        self.products: list[tuple[int, ...]] = []  # nodes that meet
+        self.products: dict[int, list[tuple[int, ...]]] = {}  # number of nodes by then -> nodes that meet
         self.sums: list[tuple[int, ...]] = []
         self.writes: dict[int, int] = {}  # storage -> times it was written: tells memory that is given out again
         self.allocations: Counter[int] = Counter()  # storage -> times it was given out
@@ -122,7 +125,7 @@ class _Recorder(TorchDispatchMode):
 
     def enter(self, name: str, x: Tensor) -> None:
         self.depth += 1
-        place = _storage(x)
+        place = memory_of(x)
         read = (place, self.writes.get(place, 0), x.storage_offset(), tuple(x.shape), x.stride())
         self.flow.reads.setdefault(name, []).append(read)
 
@@ -132,7 +135,7 @@ class _Recorder(TorchDispatchMode):
 
     def _node(self, tensor: Tensor, parents: tuple[int, ...]) -> int:
         self.parents.append(parents)
-        self.nodes[_storage(tensor)] = len(self.parents) - 1
+        self.nodes[memory_of(tensor)] = len(self.parents) - 1
         return len(self.parents) - 1
 
     def cached(self, name: str, output: Tensor) -> None:
@@ -140,19 +143,19 @@ class _Recorder(TorchDispatchMode):
 
     def _part(self, tensor: Tensor) -> tuple[int, int, int]:
         """Keys and values may lie in one storage."""
-        return _storage(tensor), self.allocations[_storage(tensor)], int(tensor.storage_offset())
+        return memory_of(tensor), self.allocations[memory_of(tensor)], int(tensor.storage_offset())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         arguments = list(_tensors((args, kwargs)))
-        read = {_storage(tensor) for tensor in arguments}
-        parents = tuple({self.nodes[place] for place in read if place in self.nodes})
+        places = [memory_of(tensor) for tensor in arguments]
+        parents = tuple({self.nodes[place]: None for place in places if place in self.nodes})
         name = func.overloadpacket.__name__
-        self._meet(name, arguments)
-        waiting = self._product(name, arguments, [self.waiting.get(self._part(tensor), "") for tensor in arguments])
+        self._meet(name, arguments, places)
+        waiting = self._product(name, arguments) if self.waiting else ""
         for tensor in _tensors(result):
-            place = _storage(tensor)
-            if place not in read or func._schema.is_mutable:
+            place = memory_of(tensor)
+            if place not in places or func._schema.is_mutable:
                 self.writes[place] = self.writes.get(place, 0) + 1
                 if len(parents) == 1:
                     self.nodes[place] = parents[0]
@@ -160,12 +163,14 @@ class _Recorder(TorchDispatchMode):
                     self._node(tensor, parents)
                 else:
                     self.nodes.pop(place, None)
-                self.allocations[place] += place not in read
-                self.waiting[self._part(tensor)] = waiting
+                self.allocations[place] += place not in places
+                if self.waiting:
+                    self.waiting[self._part(tensor)] = waiting
         return result
 
-    def _product(self, name: str, arguments: list[Tensor], caches: list[str]) -> str:
+    def _product(self, name: str, arguments: list[Tensor]) -> str:
         """Count a product of what goes into caches; the cache whose contents go on from here, if any."""
+        caches = [self.waiting.get(self._part(tensor), "") for tensor in arguments]
         if "attention" in name:
             queries, keys, values = arguments[:3]  # (batch, heads, tokens, size)
             sizes = [0, keys.shape[-1], values.shape[-1]]
@@ -179,15 +184,15 @@ class _Recorder(TorchDispatchMode):
                 self.flow.cached_macs[cache] += count
         return ""
 
-    def _meet(self, name: str, arguments: list[Tensor]) -> None:
+    def _meet(self, name: str, arguments: list[Tensor], places: list[int]) -> None:
         """Note what an operation brings together."""
         if name.rstrip("_") in _PRODUCTS or "attention" in name:
-            meetings = self.products
+            meetings = self.products.setdefault(len(self.parents), [])
         elif name.rstrip("_") == "add" and len({tensor.shape for tensor in arguments}) == 1:
             meetings = self.sums
         else:
             return
-        nodes = tuple(self.nodes[place] for place in map(_storage, arguments) if place in self.nodes)
+        nodes = tuple(self.nodes[place] for place in places if place in self.nodes)
         if len(nodes) > 1:
             meetings.append(nodes)
 
@@ -198,35 +203,32 @@ class _Recorder(TorchDispatchMode):
         return self.flow
 
     def _multiplied(self) -> set[frozenset[str]]:
+        """Layers are bits of whole numbers: what a node is made of is one number, however many layers wrote to it."""
         readers: dict[tuple[Any, ...], list[str]] = {}
         for name, reads in self.flow.reads.items():
-            readers.setdefault(tuple(reads), []).append(name)
-        alike = {name: number for number, names in enumerate(readers.values()) if len(names) > 1 for name in names}
-        nobody: dict[int, frozenset[str]] = {}
-        makers: list[dict[int, frozenset[str]]] = []  # of each node: layers that have others alike, by what they read
-        for number, parents in enumerate(self.parents):
-            if number in self.names:
-                name = self.names[number]
-                makers.append({alike[name]: frozenset([name])} if name in alike else nobody)
-                continue
-            sides = [makers[parent] for parent in parents if makers[parent]]
-            if len(sides) < 2:
-                makers.append(sides[0] if sides else nobody)  # the same object: it is paired once
-                continue
-            whole = dict(sides[0])
-            for side in sides[1:]:
-                for key, names in side.items():
-                    whole[key] = whole.get(key, frozenset()) | names
-            makers.append(whole)
+            readers.setdefault((self.kinds[name], *reads), []).append(name)
+        bits: dict[str, int] = {}
+        alike: list[_Alike] = []  # of each bit
+        for names in readers.values():
+            if len(names) > 1:
+                bits |= {name: 1 << len(bits) + place for place, name in enumerate(names)}
+                alike += [_Alike({bits[name]: name for name in names})] * len(names)
+        followed = (1 << len(bits)) - 1  # those that have not all met
+        made_of: list[int] = []  # of each node
         pairs: set[frozenset[str]] = set()
-        done: set[tuple[int, int]] = set()
-        for nodes in self.products:
-            for first, second in itertools.combinations([makers[node] for node in nodes], 2):
-                if first and second and (id(first), id(second)) not in done:
-                    done.add((id(first), id(second)))
-                    for key in first.keys() & second.keys():
-                        pairs.update(frozenset(pair) for pair in itertools.product(first[key], second[key]))
-        return {pair for pair in pairs if len(pair) == 2}
+        for number, parents in enumerate([*self.parents, ()]):
+            for nodes in self.products.get(number, ()):
+                for first, second in itertools.combinations([made_of[node] & followed for node in nodes], 2):
+                    rest = first if second else 0
+                    while rest:
+                        group = alike[rest.bit_length() - 1]
+                        rest &= ~group.bits
+                        if second & group.bits:
+                            pairs.update(group.meet((first | second) & group.bits))
+                            followed &= ~group.bits if len(group.parts) == 1 else -1
+            own = bits.get(self.names.get(number, ""), 0)
+            made_of.append(functools.reduce(operator.or_, (made_of[parent] for parent in parents), own) & followed)
+        return pairs
 
     def _added(self) -> set[frozenset[str]]:
         """Each with each would be quadratic: what met before is one from then on."""
@@ -260,9 +262,33 @@ class _Recorder(TorchDispatchMode):
         return pairs
 
 
+class _Alike:
+    """Layers that read the same, each a bit of a number, and what of them has met.
+
+    Attributes:
+        names: bit -> layer.
+        bits: all of them.
+        parts: the bits of those that have met, together.
+
+    >>> alike = _Alike({1: "q", 2: "k", 4: "v"})
+    >>> [sorted(pair) for pair in alike.meet(1 | 2)], alike.meet(1 | 2), alike.parts
+    ([['k', 'q']], [], [4, 3])
+    """
+
+    def __init__(self, names: Mapping[int, str]) -> None:
+        self.names = names
+        self.bits = sum(names)
+        self.parts = list(names)
+
+    def meet(self, bits: int) -> list[frozenset[str]]:
+        """Pairs that connect what meets here and had not met yet."""
+        meeting = [part for part in self.parts if part & bits]
+        if len(meeting) < 2:
+            return []
+        self.parts = [*(part for part in self.parts if not part & bits), sum(meeting)]
+        first, *others = (self.names[part & -part] for part in meeting)
+        return [frozenset((first, other)) for other in others]
+
+
 def _tensors(value: Any) -> Iterator[Tensor]:
     return (part for part in tree_iter(value) if isinstance(part, Tensor))
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -218,17 +218,17 @@ class _Experts(StandIn):
         super().__init__(original)
         self._names = ("gate_up_proj" if original.has_gate else "up_proj", "down_proj")
         for number in range(len(original.down_proj)):
-            expert = nn.Module()
-            for name in self._names:
-                weight = getattr(original, name).detach()[number]
-                bias = getattr(original, f"{name}_bias").detach()[number] if original.has_bias else None
+            self.add_module(str(number), nn.Module())
+        for name in self._names:
+            biases = getattr(original, f"{name}_bias").detach() if original.has_bias else [None] * len(self._modules)
+            matrices = zip(self.children(), getattr(original, name).detach(), biases, strict=True)
+            for number, (expert, weight, bias) in enumerate(matrices):
                 layer = _linear(weight.T if original.is_transposed else weight, bias)
                 expert.add_module(name, layer)
                 place = (number, number + 1, True)
                 self.views.append(View(layer, "weight", name, *place, transposed=original.is_transposed))
                 if bias is not None:
                     self.views.append(View(layer, "bias", f"{name}_bias", *place))
-            self.add_module(str(number), expert)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The sum over each token's experts of weight x output.
@@ -239,14 +239,27 @@ class _Experts(StandIn):
             top_k_weights: (tokens, k) their weights.
         """
         total = torch.zeros_like(hidden_states)
-        for number in top_k_index.unique().tolist():
-            tokens, place = torch.where(top_k_index == number)
-            expert: Any = self._modules[str(number)]
-            inner = expert._modules[self._names[0]](hidden_states[tokens])
+        order = top_k_index.flatten().argsort(stable=True)
+        counts = self._tokens(top_k_index)
+        places, weights = order.split(counts), top_k_weights.flatten()[order].split(counts)
+        for expert, place, weight in zip(self.children(), places, weights, strict=True):
+            if not len(place):
+                continue
+            tokens = place // top_k_index.shape[1]
+            inner = getattr(expert, self._names[0])(hidden_states[tokens])
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
-            output = expert.down_proj(inner) * top_k_weights[tokens, place, None]
+            output = expert.down_proj(inner) * weight[:, None]
             total = total.index_add(0, tokens, output.to(total.dtype))
         return total
+
+    def _tokens(self, top_k_index: Tensor) -> list[int]:
+        """How many each expert is given; without values to tell, an equal share."""
+        number = len(self._modules)
+        if top_k_index.is_meta:
+            share, rest = divmod(top_k_index.numel(), number)
+            return [share + (place < rest) for place in range(number)]
+        counts: list[int] = top_k_index.flatten().bincount(minlength=number).tolist()
+        return counts
 
 
 def _plain(module: nn.Module) -> nn.Module | None:
@@ -300,8 +313,9 @@ def _recomputed(hook: Any, module: nn.Module) -> tuple[str, Tensor]:
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A linear layer around existing tensors, which are not copied."""
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer = nn.Linear.__new__(nn.Linear)  # which makes no weight of its own: of thousands of experts that takes seconds
+    nn.Module.__init__(layer)
+    layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach())
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach())
+    layer.bias = None if bias is None else nn.Parameter(bias.detach())
     return layer

@@ -255,6 +255,8 @@ _READINGS: dict[Any, Callable[..., Iterator[_Reading]]] = {
 _SEQUENCES = {getattr(torch, name): name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 _CELLS = {getattr(torch, name): name for name in ("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")}
 
+_SEEN = frozenset({*_READINGS, *_SEQUENCES, *_CELLS})
+
 
 def _plus(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias
@@ -338,6 +340,8 @@ class _Reads(TorchFunctionMode):
         kwargs = kwargs or {}
         if self.views.of:
             args, kwargs = tree_map_only(Tensor, self.views.live, (args, kwargs))
+        if func not in _SEEN:
+            return func(*args, **kwargs)
         readings = _READINGS.get(func)
         if readings is not None:
             tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -462,9 +466,11 @@ class _Recorder(_Reads):
 
     def _name(self, parameter: nn.Parameter) -> str:
         name, module, key = self.places[parameter]
-        matrices = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.ndim > 1]
-        single = matrices == [parameter]
-        return name if name and key == "weight" and single else f"{name}.{key}".lstrip(".")
+        if name and key == "weight":
+            others = [tensor for tensor in module._parameters.values() if tensor is not None and tensor.ndim > 1]
+            if others == [parameter]:
+                return name
+        return f"{name}.{key}".lstrip(".")
 
 
 class _Calls(_Reads):

@@ -1,12 +1,33 @@
 """Parameters that lie in the memory of another one: transposes, slices, a second parameter around the same numbers."""
 
+import bisect
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
 from mpsearch.models.modules.operand import View
+
+#: Name of a module, of its parameter, the module, the parameter.
+_Place = tuple[str, str, nn.Module, nn.Parameter]
+
+
+def memory_of(tensor: Tensor) -> int:
+    """Which memory a tensor lies in: equal for a tensor and its views, on the meta device too, which has no addresses."""
+    storage = tensor.untyped_storage()
+    return int(storage._cdata if tensor.is_meta else storage.data_ptr())
+
+
+def span_of(tensor: Tensor) -> tuple[int, int]:
+    """First element and one behind the last, in the memory.
+
+    >>> import torch
+    >>> span_of(torch.zeros(3, 4)[1:, :2])
+    (4, 10)
+    """
+    first = int(tensor.storage_offset())
+    return first, first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
 
 
 @dataclass(eq=False)
@@ -42,18 +63,17 @@ def one_memory(model: nn.Module) -> Iterator[Views]:
     >>> len(list(model.parameters()))
     2
     """
-    memories: dict[int, list[tuple[str, str, nn.Module, nn.Parameter]]] = {}
+    memories: dict[int, list[_Place]] = {}
     for name, module in model.named_modules():
         for key, parameter in module._parameters.items():
-            if parameter is not None and parameter.ndim > 1 and parameter.numel() and not parameter.is_meta:
-                memories.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, key, module, parameter))
+            if parameter is not None and parameter.ndim > 1 and parameter.numel():
+                memories.setdefault(memory_of(parameter), []).append((name, key, module, parameter))
     views, before = Views(), list[tuple[nn.Module, dict[str, nn.Parameter | None], str]]()
     try:
         for places in memories.values():
             if len({id(parameter) for *_, parameter in places}) < 2:
                 continue
-            for name, key, module, parameter in places:
-                owner_name, owner = next((n, p) for n, _, _, p in sorted(places, key=_size) if _inside(parameter, p))
+            for (name, key, module, parameter), (owner_name, _, _, owner) in zip(places, _owners(places), strict=True):
                 if owner is parameter:
                     continue
                 before.append((module, dict(module._parameters), key))
@@ -74,16 +94,21 @@ def one_memory(model: nn.Module) -> Iterator[Views]:
             module._parameters.update(parameters)
 
 
-def _size(place: tuple[str, str, nn.Module, nn.Parameter]) -> int:
-    return -place[-1].numel()
+def _owners(places: Sequence[_Place]) -> list[_Place]:
+    """Of each parameter in one memory the largest, in their order, that it lies in wholly and that has no gaps; else itself.
 
-
-def _inside(tensor: Tensor, whole: Tensor) -> bool:
-    """True for a tensor itself, and for one that lies wholly in another without gaps."""
-    (first, last), (start, end) = _span(tensor), _span(whole)
-    return tensor is whole or (end - start == whole.numel() and start <= first and last <= end)
-
-
-def _span(tensor: Tensor) -> tuple[int, int]:
-    first = int(tensor.storage_offset())
-    return first, first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    Those lie in no other of them, so that they end in the order in which they start, and each is found by bisection.
+    """
+    owner = list(places)
+    starts, ends, numbers = list[int](), list[int](), list[int]()  # of parameters that hold others
+    for number in sorted(range(len(places)), key=lambda number: -places[number][-1].numel()):
+        parameter = places[number][-1]
+        start, end = span_of(parameter)
+        around = numbers[bisect.bisect_left(ends, end) : bisect.bisect_right(starts, start)]
+        if around:
+            owner[number] = places[min(around, key=lambda other: (-places[other][-1].numel(), other))]
+        elif end - start == parameter.numel():
+            place = bisect.bisect_left(starts, start)
+            for column, value in ((starts, start), (ends, end), (numbers, number)):
+                column.insert(place, value)
+    return owner

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpsearch.models.modules.kv_cache import KVCache
+from mpsearch.models.modules.one_memory import memory_of
 from mpsearch.models.modules.operand import Operand, Transposed
 
 #: Attribute of a model that holds its `Operands`, as long as the search looks at it.
@@ -137,10 +138,7 @@ def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
     """Where a tensor lies: equal for tied weights, also where each module wraps the memory in a parameter of its own."""
     if tensor.layout is not torch.strided:  # sparse ones lie in several places
         return tensor.device, id(tensor), tensor.numel()
-    place = tensor.data_ptr()
-    if tensor.is_meta:  # which has no addresses, but storages
-        place = tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
-    return tensor.device, place, tensor.numel()
+    return tensor.device, memory_of(tensor) + tensor.storage_offset() * tensor.element_size(), tensor.numel()
 
 
 def channel_axis(module: nn.Module) -> int:
