@@ -48,7 +48,7 @@ def mixture(blocks, experts):
     return transformers.Qwen3MoeForCausalLM(config).eval(), {"input_ids": torch.arange(48)[None]}
 
 
-def steps(function):
+def steps(function, *args, **keywords):
     """Lines of the package that run, by function; a turn of a loop within a line is one too."""
     counts = Counter()
     before = sys.gettrace()
@@ -62,7 +62,7 @@ def steps(function):
 
     sys.settrace(trace)
     try:
-        function()
+        function(*args, **keywords)
     finally:
         sys.settrace(before)
     return counts
@@ -91,7 +91,7 @@ SIZES = {
 def test_twice_the_modules_take_twice_the_steps(size):
     make, settings = SIZES[size]
     opened(*make(1), **settings)  # what is done once in a process
-    small, large = (steps(lambda case=make(n): opened(*case, **settings)) for n in (2, 4))
+    small, large = (steps(opened, *make(n), **settings) for n in (2, 4))
     grown = {name: (small[name], count) for name, count in large.items() if count > 2.2 * small[name] + 100}
     assert not grown
     assert large.total() < 2.1 * small.total()
@@ -110,5 +110,5 @@ def test_a_deep_stack_takes_memory_as_its_layers():
             tracemalloc.stop()
 
     peak_bytes(2)
-    small, large = peak_bytes(40), peak_bytes(160)
-    assert large < 4.5 * small
+    small, large = peak_bytes(80), peak_bytes(480)
+    assert large < 6.2 * small

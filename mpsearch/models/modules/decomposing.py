@@ -242,6 +242,7 @@ class _Experts(StandIn):
         order = top_k_index.flatten().argsort(stable=True)
         counts = self._tokens(top_k_index)
         places, weights = order.split(counts), top_k_weights.flatten()[order].split(counts)
+        expert: Any
         for expert, place, weight in zip(self.children(), places, weights, strict=True):
             if not len(place):
                 continue
@@ -317,5 +318,5 @@ def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape
     layer.weight = nn.Parameter(weight.detach())
-    layer.bias = None if bias is None else nn.Parameter(bias.detach())
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach()))
     return layer

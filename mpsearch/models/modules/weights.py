@@ -138,7 +138,7 @@ def storage_of(tensor: Tensor) -> tuple[torch.device, int, int]:
     """Where a tensor lies: equal for tied weights, also where each module wraps the memory in a parameter of its own."""
     if tensor.layout is not torch.strided:  # sparse ones lie in several places
         return tensor.device, id(tensor), tensor.numel()
-    return tensor.device, memory_of(tensor) + tensor.storage_offset() * tensor.element_size(), tensor.numel()
+    return tensor.device, memory_of(tensor) + int(tensor.storage_offset()) * tensor.element_size(), tensor.numel()
 
 
 def channel_axis(module: nn.Module) -> int:
