@@ -278,7 +278,7 @@ def _run(
             return
         totals[name] += _macs(module, argument, output)
         if isinstance(module, nn.Embedding) and (
-            output.shape[: argument.ndim] != argument.shape or not torch.equal(module.forward(argument), output)
+            output.shape[: argument.ndim] != argument.shape or not _equal(module.forward(argument), output)
         ):
             other_tables.add(name)
 
@@ -287,6 +287,11 @@ def _run(
     number = samples(example)
     macs = Counter({name: round(total / number) for name, total in totals.items()})
     return _Run(macs, flow, other_tables, cache_dtypes)
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """The same numbers; the same shape where there are none, which tells rows by number from those by position or of another argument."""
+    return one.shape == other.shape if one.is_meta else torch.equal(one, other)
 
 
 def _macs(module: nn.Module, argument: Tensor, output: Tensor) -> int:

@@ -9,7 +9,7 @@ from tqdm.auto import tqdm
 
 from mpsearch.core.settings import checked_number
 from mpsearch.errors import EstimatorError
-from mpsearch.models.running import call, device_of, preserved
+from mpsearch.models.running import call, check_values, device_of, preserved
 
 #: ZeroQ's settings: Adam's first step, and the least after plateaus of 100 iterations.
 LEARNING_RATE, LEAST_LEARNING_RATE, PATIENCE = 0.5, 1e-4, 100
@@ -78,6 +78,7 @@ def distill_data(
     noise = [torch.randn(size, *shape, generator=generator).to(device) for size in sizes]
     if norms:
         bar = tqdm(total=iterations * len(noise), desc="distill data", disable=None if progress else True, leave=False)
+        check_values(model)
         with preserved(model), bar:
             for parameter in model.parameters():
                 parameter.requires_grad_(False)

@@ -166,12 +166,13 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
     Parameters that functions read, and not layers, are decisions of their own where an example is given to find them by
     (`mpsearch.models.modules.functional`). Fused weights lie in modules of their own (`mpsearch.models.modules.decomposing`). Compiled
     modules run as they are written. The values of an offloaded model are put in where they are used
-    (`mpsearch.models.streaming.offloading`). Inside another one of the same model nothing is taken apart again.
+    (`mpsearch.models.streaming.offloading`). A model without weights is on the meta device with all of its buffers, and runs of it tell
+    shapes. Inside another one of the same model nothing is taken apart again.
 
     Raises:
-        EstimatorError: for a parameter without values, or a model that has no evaluation mode.
+        EstimatorError: where only a part of the model has values, or it has no evaluation mode.
     """
-    check_values(model)
+    check_values(model, shapes_suffice=True)
     inner = APART in vars(model)
     with unchanged(model):
         try:
@@ -180,6 +181,9 @@ def preserved(model: nn.Module, example: Batch = None) -> Iterator[None]:
             raise EstimatorError(
                 f"{type(model).__name__} has no evaluation mode: {error}; give the module itself"
             ) from None
+        if without_weights(model):
+            for module in model.modules():  # `unchanged` puts them back
+                module._buffers.update({n: x.to("meta") for n, x in module._buffers.items() if x is not None})
         with contextlib.ExitStack() as inside:
             if not inner:
                 stored = offloaded_tensors(model)
@@ -222,19 +226,40 @@ def _uncompiled() -> contextlib.AbstractContextManager[Any]:
     return stance
 
 
-def check_values(model: nn.Module) -> None:
+def without_weights(model: nn.Module) -> bool:
+    """True for a model whose parameters are all on the meta device, and whose values lie nowhere.
+
+    >>> without_weights(nn.Linear(1, 1, device="meta")), without_weights(nn.Linear(1, 1))
+    (True, False)
+    """
+    return all(parameter.is_meta for parameter in model.parameters()) and not (
+        next(model.parameters(), None) is None or is_offloaded(model)
+    )
+
+
+def check_values(model: nn.Module, *, shapes_suffice: bool = False) -> None:
     """Refuse parameters and buffers without values, and parameters that are no plain tensors.
+
+    Args:
+        model: any module.
+        shapes_suffice: take a model without weights too.
 
     Raises:
         EstimatorError: names the first of them.
     """
     parameters = dict(model.named_parameters())
-    offloaded = is_offloaded(model)
+    no_weights = without_weights(model)
+    offloaded = is_offloaded(model) or (no_weights and shapes_suffice)
+    hint = (
+        "; without them layers, costs, show, solve with a table from elsewhere and export of a configuration work"
+        if no_weights
+        else ""
+    )
     for name, tensor in itertools.chain(parameters.items(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
             raise EstimatorError(f"{name!r} has no shape yet: run the model once on a batch")
         if tensor.is_meta and not offloaded:
-            raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first")
+            raise EstimatorError(f"{name!r} is on the meta device, without values: load the weights first{hint}")
         if tensor.is_nested:
             raise EstimatorError(f"{name!r} is a nested tensor, expected a plain one")
     for name, tensor in parameters.items():

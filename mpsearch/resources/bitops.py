@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.models.running import Batch, call, preserved, samples
+from mpsearch.models.modules.experts import place_of
+from mpsearch.models.running import Batch, call, preserved, samples, without_weights
 from mpsearch.resources.resource import Resource, ResourceCapabilities
 
 
@@ -23,7 +24,8 @@ class BitOps:
 
     Bits are nominal; what is left alone counts 16. The products that read a cache of keys or values count the bits of the cache as
     weight bits, and 16 for the queries or attention weights that they meet. With an example, the products that no decision touches
-    (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count.
+    (of attention, of layers left alone) are `fixed`, at 16 x 16. Norms and activation functions do not count. A model
+    without weights routes no token: each of its experts counts an equal share of them.
 
     >>> from mpsearch import precisions
     >>> resource = BitOps()(nn.Identity(), [Layer("fc", "linear", (8, 4), macs=32)], precisions("w4 w4a8"))
@@ -32,7 +34,12 @@ class BitOps:
     """
 
     capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
-        unit="bit operations", column="bitops", example=True, monotone=True, reference="bit operations"
+        unit="bit operations",
+        column="bitops",
+        example=True,
+        monotone=True,
+        on_meta=True,
+        reference="bit operations",
     )
 
     def __call__(
@@ -51,7 +58,13 @@ class BitOps:
         every = decided if example is None else round(count_macs(model, example) / samples(example))
         rest = max(every - decided, 0.0)
         bits = np.array([precision.weight_bits for precision in precisions], np.float64)
-        return Resource(macs[:, None] * np.array(facing) * bits, 256 * rest, 256 * (decided + rest))
+        shared = without_weights(model) and any(place_of(layer.name) for layer in layers)
+        return Resource(
+            macs[:, None] * np.array(facing) * bits,
+            256 * rest,
+            256 * (decided + rest),
+            "each expert has an equal share of the tokens, since no weights route them" if shared else "",
+        )
 
 
 def count_macs(model: nn.Module, example: Batch) -> int:

@@ -90,7 +90,7 @@ class Energy:
     """
 
     capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
-        unit="J", column="energy_j", example=True, quantizer=True, reference="plan"
+        unit="J", column="energy_j", example=True, quantizer=True, on_meta=True, reference="plan"
     )
 
     operations: OperationEnergy = OperationEnergy()

@@ -76,6 +76,7 @@ class KVCacheBytes:
         column="kv_cache_bytes",
         example=True,
         quantizer=True,
+        on_meta=True,
         monotone=True,
         reference="plan",
     )

@@ -25,7 +25,7 @@ from mpsearch.files.schema import checked, parse_json
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import canonical, kind_of, layer_of
-from mpsearch.models.running import Batch, call, device_of, preserved, samples
+from mpsearch.models.running import Batch, call, check_values, device_of, preserved, samples
 from mpsearch.resources.calls import CallSizes, calls_of
 from mpsearch.resources.kernels import Kernel, NoKernel
 from mpsearch.resources.onnxruntime_kernels import onnxruntime_kernel
@@ -96,7 +96,9 @@ class MeasuredLatency:
 
         Raises:
             TableError: where no kernel runs a layer at any precision, with the reason of each.
+            EstimatorError: for a model without weights.
         """
+        check_values(model)
         calls = calls_of(model, [layer.name for layer in layers], example)
         count = samples(example)
         columns = list(dict.fromkeys([*precisions, Precision("16")]))

@@ -51,7 +51,9 @@ class Roofline:
     array([[4096.5]])
     """
 
-    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(unit="s", example=True, reference="plan")
+    capabilities: ClassVar[ResourceCapabilities] = ResourceCapabilities(
+        unit="s", example=True, on_meta=True, reference="plan"
+    )
 
     device: str | Device = "a100"
     quantizer: ScaleLayout = RoundToNearest()  # noqa: RUF009 frozen
