@@ -107,17 +107,22 @@ def without_routing(layers):
     return [replace(layer, macs=0) if place_of(layer.name) else layer for layer in layers]
 
 
+def caches(name):
+    """True for a decoder of transformers with attention."""
+    return (MODELS | MORE).get(name, ("",))[0].endswith(
+        ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+    ) and (name != "mamba")
+
+
 @pytest.mark.parametrize("settings", [{}, {"groups": "fused"}, {"kv_cache": True}, {"target": "gguf"}], ids=str)
 @pytest.mark.parametrize("name", [*MODELS, *MORE, *OWN])
 @pytest.mark.filterwarnings("ignore")
 def test_layers_and_costs_are_those_of_the_model_with_weights(name, settings):
-    try:
-        layers, table = opened(name, "cpu", **settings)
-    except mps.TableError as refused:
-        with pytest.raises(mps.TableError) as error:
+    if settings.get("kv_cache") and not caches(name):
+        with pytest.raises(mps.TableError, match="the example fills no cache"):
             opened(name, "meta", **settings)
-        assert str(error.value) == str(refused)
         return
+    layers, table = opened(name, "cpu", **settings)
     bare, costs = opened(name, "meta", **settings)
     assert without_routing(bare) == without_routing(layers)
     assert sum(layer.macs for layer in bare) == sum(layer.macs for layer in layers)
