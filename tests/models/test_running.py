@@ -135,7 +135,7 @@ def test_compiled_models_run_as_they_are_written(whole):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Sequential(nn.Linear(6, 3, device="meta")), "'0.weight' is on the meta device"),
+        (nn.Sequential(nn.Linear(6, 3), nn.Linear(3, 3, device="meta")), "'1.weight' is on the meta device"),
         (nn.Sequential(nn.LazyLinear(3)), "'0.weight' has no shape yet: run the model once"),
     ],
 )
