@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import json
 import logging
+import math
 import tempfile
 import weakref
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.errors import EstimatorError, MissingPackage
 from mpsearch.models.streaming.stored import InFile, tensors_in
@@ -70,30 +71,62 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def _by_headers(cls: Any, config: Any, tensors: dict[str, InFile]) -> nn.Module | None:
-    """The model, where each of its parameters is a tensor of the files by the same name and shape; else None."""
+    """The model, where each of its parameters and persistent buffers is a tensor of the files by the same name and shape; else None."""
     accelerate = _accelerate()
     dtype = getattr(config, "dtype", None) or next(iter(tensors.values())).dtype
-    with accelerate.init_empty_weights(include_buffers=False):
-        model: nn.Module = cls._from_config(config, dtype=dtype)
-    state = model.state_dict()
-    index = {}
-    for name, tensor in state.items():
-        if name in tensors and tensors[name].shape == tuple(tensor.shape):
-            entry = tensors[name]
-            index[name] = {
-                "safetensors_file": entry.path,
-                "weight_name": name,
-                "dtype": str(tensor.dtype).removeprefix("torch."),
-            }
-    parameters = dict(model.named_parameters())  # tied ones once
-    if not parameters.keys() <= index.keys() or any(not tensor.is_meta for tensor in parameters.values()):
+    model = _without_values(cls, config, dtype)
+    if model is None:
         return None
-    for name, tensor in model.named_parameters(remove_duplicate=False):  # by the name of the one that is stored
-        if name not in index:
-            index[name] = next(index[other] for other, one in parameters.items() if one is tensor)
+    parameters = dict(model.named_parameters())  # tied ones once
+    own = model.state_dict()
+    stored = [name for name in own if name in parameters or not own[name].is_meta]
+    if any(name not in tensors or tensors[name].shape != tuple(own[name].shape) for name in stored):
+        return None
+    for name in set(stored) - parameters.keys():
+        own[name].copy_(tensors[name].values())
+    index = {}
+    for name, tensor in model.named_parameters(
+        remove_duplicate=False
+    ):  # tied ones by the name of the one that is stored
+        key = next(other for other, parameter in parameters.items() if parameter is tensor)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        index[name] = {"safetensors_file": tensors[key].path, "weight_name": key, "dtype": dtype}
     with _silent("accelerate"):
         dispatched: nn.Module = accelerate.dispatch_model(model, {"": "disk"}, offload_index=index, force_hooks=True)
     return dispatched.eval()
+
+
+def _without_values(cls: Any, config: Any, dtype: torch.dtype) -> Any:
+    """A model with parameters on the meta device and buffers that hold their values; None where the class does not say what these are.
+
+    Nothing is allocated for the parameters, not even for a moment, as `accelerate.init_empty_weights` would.
+    """
+    with torch.device("meta"):
+        model: Any = cls._from_config(config, dtype=dtype)
+    model.tie_weights()
+    fresh: list[Tensor] = []
+    for module in model.modules():
+        vars(module).pop("_is_hf_initialized", None)  # it was, on the meta device
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = torch.full_like(buffer, _unset(buffer), device="cpu")
+                if name in module._non_persistent_buffers_set:
+                    fresh.append(module._buffers[name])
+    model.initialize_weights()
+    return None if any(_is_unset(buffer) for buffer in fresh) else model
+
+
+def _unset(buffer: Tensor) -> float | int | bool:
+    """A value that no buffer has everywhere, but for those of 0 and 1."""
+    if buffer.dtype == torch.bool:
+        return False
+    return math.nan if buffer.is_floating_point() else torch.iinfo(buffer.dtype).min
+
+
+def _is_unset(buffer: Tensor) -> bool:
+    value = _unset(buffer)
+    same = buffer.isnan() if buffer.is_floating_point() else buffer == value
+    return bool(same.all()) and buffer.numel() > 0
 
 
 def _converted(folder: str | Path, cls: Any, config: Any) -> nn.Module:

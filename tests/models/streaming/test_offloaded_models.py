@@ -207,6 +207,13 @@ def test_plain_model_under_accelerate(tmp_path: Path, offload: str) -> None:
     assert all(parameter.is_meta for parameter in net.parameters())
 
 
+def test_buffers_hold_what_the_class_gives_them(tmp_path: Path) -> None:
+    folder = str(saved("bert", tmp_path))
+    whole, streamed = dict(model_of(folder).named_buffers()), dict(model_of(folder, streamed=True).named_buffers())
+    assert whole.keys() == streamed.keys()
+    assert all(torch.equal(buffer, streamed[name]) for name, buffer in whole.items())
+
+
 def test_damaged_shards_are_told(tmp_path: Path) -> None:
     folder = saved("llama", tmp_path)
     path = folder / "model.safetensors"
