@@ -48,6 +48,7 @@ from torch.nn import functional as F
 
 import mpsearch as mps
 from mpsearch import export, imports, resources, sensitivity, solvers
+from mpsearch.estimation.passes import Passes
 
 #: Numbers of an array, and lines of a text, that are kept as they are; of longer ones the first few beside a hash.
 KEPT, HEAD = 256, 16
@@ -610,10 +611,16 @@ def more_of_the_mlp(case: Case, record: Record, start: Found) -> None:
     verifications(case, record, tools, in_turn(start.layers, mps.precisions("w4g32 w8g32")))
     record.keep("distill data", mps.distill_data, case.model, (32,), num_samples=8, progress=False)
     fisher = sensitivity.Fisher(draws=2)
-    record.keep("forecast", mps.forecast, case.model, case.batches, fisher, case.precisions)
+    record.keep("forecast", told_passes, case, fisher)
     for turn in ("first", "second"):
         kept = sensitivity.KLDivergence()
         record.keep(f"profile with a checkpoint, {turn}", case.profile, kept, start.layers, checkpoint="kept.db")
+
+
+def told_passes(case: Case, estimator: Any) -> Passes:
+    """Of a forecast what is the same in every run."""
+    told = mps.forecast(case.model, case.batches, estimator, case.precisions)
+    return Passes(told.forward, told.backward)
 
 
 def proxies(case: Case, record: Record, start: Found) -> None:

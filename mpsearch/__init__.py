@@ -20,6 +20,7 @@ if TYPE_CHECKING:  # type checkers read these; a test holds them against the lis
     from mpsearch.calibration.profiling import profile as profile
     from mpsearch.core.budget import Budget as Budget
     from mpsearch.core.evaluation import Evaluation as Evaluation
+    from mpsearch.core.forecast import Forecast as Forecast
     from mpsearch.core.front import Front as Front
     from mpsearch.core.layer import Layer as Layer
     from mpsearch.core.layer_options import LayerOptions as LayerOptions
@@ -76,6 +77,7 @@ _MODULES = {
     "EstimatorError": "mpsearch.errors",
     "Evaluation": "mpsearch.core.evaluation",
     "ExportError": "mpsearch.errors",
+    "Forecast": "mpsearch.core.forecast",
     "Front": "mpsearch.core.front",
     "InfeasibleError": "mpsearch.errors",
     "Interactions": "mpsearch.core.table",

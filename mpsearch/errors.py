@@ -85,6 +85,10 @@ class EstimatorError(MpsearchError, RuntimeError):
     """An estimator could not score the model."""
 
 
+class MemoryShortage(EstimatorError):
+    """Work needs more memory than there is; told before it starts."""
+
+
 class SolverError(MpsearchError, RuntimeError):
     """A solver gave up, or returned something that does not hold."""
 

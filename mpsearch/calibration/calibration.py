@@ -3,7 +3,9 @@
 import contextlib
 import dataclasses
 import functools
+import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -31,9 +33,21 @@ from mpsearch.calibration.families import (
     members_alone,
     planned_passes,
 )
+from mpsearch.calibration.forecasting import (
+    Trial,
+    admit,
+    at_most,
+    largest,
+    out_of_memory_text,
+    plan_trial,
+    room_for,
+    rounding,
+    scoring_trial,
+    seconds_of,
+)
 from mpsearch.calibration.identity import run_identity, title
 from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
-from mpsearch.calibration.plan_runs import Cells, PlanInModel, plan_runs
+from mpsearch.calibration.plan_runs import Cells, PlanInModel, Reader, plan_runs
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
 from mpsearch.calibration.tally import Tally
 from mpsearch.checkpoints.counting import CountingStore
@@ -42,6 +56,7 @@ from mpsearch.checkpoints.sqlite import SQLiteStore
 from mpsearch.checkpoints.store import Store
 from mpsearch.core.decision import Decision, decisions_of
 from mpsearch.core.evaluation import Evaluation
+from mpsearch.core.forecast import Forecast
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import Groups, LayerOptions, Options, columns, layers_and_options, with_options
 from mpsearch.core.measured_plans import MeasuredPlans
@@ -65,8 +80,10 @@ from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.determinism import PROBED, probed_output
 from mpsearch.models.fingerprints import output_identity
+from mpsearch.models.free_memory import out_of_memory, room
 from mpsearch.models.head import OutputLayer, output_layer, too_large
 from mpsearch.models.modules.experts import without_tokens
+from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
 from mpsearch.models.named import opened
 from mpsearch.models.peak_memory import peak_memory
 from mpsearch.models.running import (
@@ -82,8 +99,8 @@ from mpsearch.models.running import (
     unchanged,
 )
 from mpsearch.models.streaming.blocks import Blocks, blocks_of
-from mpsearch.models.streaming.offloading import is_offloaded
-from mpsearch.quantizers.fake_quantization import input_ranges
+from mpsearch.models.streaming.offloading import is_offloaded, weight_bytes
+from mpsearch.quantizers.fake_quantization import Ranges, input_ranges
 from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
 
 Differentiated = Comparison | TargetLoss | Loss
@@ -105,7 +122,18 @@ class LayerKeywords(TypedDict, total=False):
     fixed: Mapping[str, str | Precision] | str | os.PathLike[str] | None
 
 
-class CalibrationOptions(LayerKeywords, total=False):
+class ProfileKeywords(LayerKeywords, total=False):
+    """What `profile` may be told beside what is in its signature.
+
+    Attributes:
+        memory_bytes: the most that the work may hold, the weights included: a number, `8GB`, `50%`; None: all that is free. What needs
+            more is refused before it starts.
+    """
+
+    memory_bytes: float | str | None
+
+
+class CalibrationOptions(ProfileKeywords, total=False):
     """What `Calibration` may be told beside what is in its signature.
 
     Attributes:
@@ -162,7 +190,7 @@ class Calibration:
         resources: names of resources, or own functions by name.
         checkpoint: a file that finished work goes to, and where it is found again; an open `Store` stays open.
         progress: show bars on stderr where that is a terminal.
-        **options: `exclude`, `groups`, `allow`, `fixed`, `higher_is_better`, `whole`, `example` (`CalibrationOptions`).
+        **options: `exclude`, `groups`, `allow`, `fixed`, `memory_bytes`, `higher_is_better`, `whole`, `example` (`CalibrationOptions`).
 
     Raises:
         EstimatorError: for unusable data, a model whose output is random, or one that was changed inside.
@@ -211,7 +239,9 @@ class Calibration:
         **options: Unpack[CalibrationOptions],
     ) -> None:
         check_keywords("Calibration", options, CalibrationOptions)
-        model, batches = opened(model, batches)
+        self._memory_bytes = options.get("memory_bytes")
+        limit = room(self._memory_bytes)  # refused at once where it is no amount
+        model, batches = opened(model, batches, memory_bytes=None if limit is None else limit.bytes)
         self.model = model
         self.batches = collect(batches, model)
         self.quantizer = resolve_quantizer(quantizer)
@@ -239,6 +269,7 @@ class Calibration:
         self._stack = contextlib.ExitStack()
         self._stamp: Any = None
         self._inside = False
+        self._told: Forecast | None = None  # of the work that runs
 
     def __enter__(self) -> Self:
         self.fingerprint = state_fingerprint(self.model)
@@ -256,6 +287,8 @@ class Calibration:
     ) -> None:
         self._inside = False
         self._stack.__exit__(kind, error, trace)
+        if out_of_memory(error):
+            raise EstimatorError(out_of_memory_text(self.model, self.batches, self._told)) from error
         if kind is None and self._state() != self._stamp:
             users = ", ".join(dict.fromkeys(self._users)) or "what ran inside"
             raise EstimatorError(f"{users} changed the model's parameters or buffers")
@@ -442,16 +475,19 @@ class Calibration:
             loss: what outputs are compared by; by default `loss` of this calibration.
         """
         compared = self.loss if loss is None else loss
+        return self._context(compared, self.ranges, self._results(compared), progress=self._progress)
+
+    def _context(self, compared: Differentiated, ranges: Ranges, checkpoint: Store, *, progress: bool) -> Context:
         return Context(
             self.model,
             self.batches,
             self.decisions,
             self.precisions,
             self.quantizer,
-            self.ranges,
+            ranges,
             compared,
-            _Bars(self._progress),
-            checkpoint=self._results(compared),
+            _Bars(progress),
+            checkpoint=checkpoint,
             beside=self.choice.comparison if callable(compared) else None,
             blocks=self.blocks,
             output_layer=self.output_layer,
@@ -505,6 +541,7 @@ class Calibration:
         check_caches(estimators, self.decisions)
         base = self.base
         compared = self.loss if loss is None else loss
+        self._start(lambda: self._forecast_of_scores(estimators, compared), self.batches)
         context = self.context(compared)
         tables: dict[int, CostTable] = {}
         self._users += map(repr, estimators)
@@ -565,6 +602,7 @@ class Calibration:
         check_plan(self.model, plan)
         tell_unnamed(self.model, named_weights(self.model, plan), len(plan))
         choice, loss = self.choice, self._loss if callable(self._loss) else None
+        self._start(lambda: self._forecast_of_plans([plan], data), data)
         (in_model,) = self._in_model([plan])
         plain, quantized = Tally(choice, loss), Tally(choice, loss)
         self.run_by("the metric or the loss")
@@ -596,6 +634,7 @@ class Calibration:
                 raise PlanError(f"plan {number}: {error}") from None
         tell_unnamed(self.model, named_weights(self.model, plans[0]), len(plans[0]))
         choice = self.choice
+        self._start(lambda: self._forecast_of_plans(plans, data), data)
         in_model = self._in_model(plans)
         means = [Mean() for _ in plans]
         self.run_by("the metric or the loss")
@@ -624,12 +663,105 @@ class Calibration:
         cells = Cells(self.model, self.quantizer, self._ranges_of(names))
         return [cells.plan(plan, f"plan {number}") for number, plan in enumerate(plans)]
 
-    def forecast(self, estimator: Estimator) -> Passes | None:
-        """The passes over the data that `profile` will take with an estimator, at most; also outside `with`. See `mps.forecast`."""
-        layers, options = self._rows_and_columns
-        decisions = decisions_of(layers)
-        number = len(decisions) + len(members_alone([estimator], decisions, runs=True))
-        return planned_passes(estimator, len(self.batches), number, len(options))
+    def forecast(self, work: Estimator | Sequence[Estimator] | Plan | Sequence[Plan]) -> Forecast:
+        """What `profile` will take with estimators, `evaluate` with a plan, or `measure` with plans; see `mps.forecast`.
+
+        Also outside `with`. Runs the same work on a few samples, then on one batch where that is sure to fit.
+
+        Args:
+            work: estimators, a plan, or plans.
+        """
+        if not self._inside:
+            with self:
+                return self.forecast(work)
+        parts: list[Any] = list(work) if isinstance(work, Sequence) else [work]
+        if parts and all(isinstance(part, Plan) for part in parts):
+            return self._forecast_of_plans(parts, self.batches)
+        return self._forecast_of_scores(checked_estimators(parts))
+
+    def _forecast_of_scores(self, estimators: Sequence[Estimator], loss: Differentiated | None = None) -> Forecast:
+        compared = self.loss if loss is None else loss
+        whole = self._context(
+            compared, {}, NoStore(), progress=False
+        )  # as if no input had a range: finding them is a pass
+        passes = Passes()
+        works = []
+        for places in families(estimators):
+            family = [estimators[place] for place in places]
+            decisions = [*self.decisions, *members_alone(family, self.decisions, runs=True)]
+            costs = [
+                planned_passes(estimator, len(self.batches), len(decisions), len(self.precisions))
+                for estimator in family
+            ]
+            told = [cost for cost in costs if cost is not None]
+            if len(told) < len(costs):
+                return Forecast()
+            passes += Passes(max(cost.forward for cost in told), max(cost.backward for cost in told))
+            context = dataclasses.replace(whole, decisions=decisions, quantizer=self._allowed)
+            works.append(functools.partial(scoring_trial, context, family))
+        names = [layer.name for layer in self.layers if not layer.is_cache]
+        return self._forecast(passes, works, names, self.precisions, {}, self.batches)
+
+    def _forecast_of_plans(self, plans: Sequence[Plan], data: Sequence[Batch]) -> Forecast:
+        cells = {
+            (name, dataclasses.replace(option, activation="16"))
+            for plan in plans
+            for name, option in named_in(self.model, plan).items()
+            if option.quantizes_weight and holds_weight(layer_of(self.model, name))
+        }
+        names = sorted({name for name, _ in cells})
+        held = sum(weight_of(layer_of(self.model, name)).nbytes for name, _ in cells)
+        choice, loss = self.choice, self._loss if callable(self._loss) else None
+        reader: Callable[[], Reader] = (lambda: Tally(choice, loss)) if len(plans) == 1 else (lambda: choice.metric)
+        ranges = any(option.quantizes_activation for plan in plans for option in plan.values())
+        passes = Passes((1 + len(plans)) + ranges * len(self.batches) / len(data))
+        return self._forecast(
+            passes,
+            [functools.partial(plan_trial, self.model, reader, self.output_layer)],
+            names,
+            sorted({option for _, option in cells}, key=str),
+            {"rounded weights": held},
+            data,
+        )
+
+    def _forecast(
+        self,
+        passes: Passes,
+        works: Sequence[Callable[[Batch, float], Trial]],
+        names: Sequence[str],
+        options: Sequence[Precision],
+        held: Mapping[str, int],
+        data: Sequence[Batch],
+    ) -> Forecast:
+        """From pieces of work that run one after the other, each on one batch."""
+        batch, weights, there = largest(data), weight_bytes(self.model), room_for(self.model, None)
+        free = math.inf if there is None else there.bytes - weights
+        trials = [work(batch, free) for work in works]
+        modules = [layer_of(self.model, name) for name in names]
+        round_up = rounding(modules, names, self.quantizer, options)
+        most = max(trials, key=lambda trial: trial.bytes)
+        part = "one batch" if most.whole else f"{most.samples} of {samples(batch)} samples of a batch"
+        memory = {"weights": weights, part: most.bytes, "rounding": round_up.bytes}
+        seconds = None
+        if all(trial.whole for trial in trials):
+            runs = len(data) * (passes.forward + 2 * passes.backward)
+            seconds = runs * seconds_of(self.model, batch) + round_up.seconds
+        return Forecast(passes.forward, passes.backward, None, seconds, {**memory, **held}, 0)
+
+    def _start(self, forecast: Callable[[], Forecast], data: Sequence[Batch]) -> None:
+        """Before work: refuse what does not fit, and tell at a terminal what it will take.
+
+        Raises:
+            MemoryShortage: where it does not fit.
+        """
+        there = room_for(self.model, self._memory_bytes)
+        shown = self._progress and sys.stderr.isatty()
+        if not shown and (there is None or at_most(self.model, data) <= there.bytes):
+            return
+        told = self._told = forecast()
+        admit(told, there, streamed=is_offloaded(self.model))
+        if shown:
+            print(f"mpsearch: {told}", file=sys.stderr)
 
     @functools.cached_property
     def _allowed(self) -> Any:

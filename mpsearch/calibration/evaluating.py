@@ -10,6 +10,7 @@ from mpsearch.core.evaluation import Evaluation
 from mpsearch.core.plan import Plan
 from mpsearch.estimation.context import Loss
 from mpsearch.metrics.metric import Metric
+from mpsearch.models.free_memory import room
 from mpsearch.models.named import opened
 from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer
@@ -24,6 +25,7 @@ def evaluate(
     loss: Loss | None = None,
     quantizer: AnyQuantizer | None = None,
     calibration: Iterable[Batch] | None = None,
+    memory_bytes: float | str | None = None,
     progress: bool = True,
 ) -> Evaluation:
     """Measure what a plan does to a model: fake-quantized, on held-out data.
@@ -42,6 +44,8 @@ def evaluate(
             `RoundToNearest()`.
         calibration: data for the ranges of quantized inputs, and for a quantizer that looks at inputs; by default the held-out
             inputs themselves.
+        memory_bytes: the most that the work may hold, the weights included (`8GB`, `50%`): what needs more is refused before it starts;
+            by default all that is free.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
@@ -50,9 +54,11 @@ def evaluate(
 
     Raises:
         PlanError: where the plan names a layer that the model does not have, or tied layers at two precisions.
-        EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
+        EstimatorError: for unusable data, a model whose output is random, an output that is not finite, or work that does not
+            fit in memory.
     """
-    model, batches = opened(model, batches)
+    limit = room(memory_bytes)
+    model, batches = opened(model, batches, memory_bytes=None if limit is None else limit.bytes)
     data = collect(batches, model)
     with Calibration(
         model,
@@ -60,6 +66,7 @@ def evaluate(
         quantizer=quantizer,
         metric=metric,
         loss=loss,
+        memory_bytes=memory_bytes,
         progress=progress,
         whole=data,
         example=data[0],

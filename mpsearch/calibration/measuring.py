@@ -10,6 +10,7 @@ from mpsearch.core.measured_plans import MeasuredPlans
 from mpsearch.core.plan import Plan
 from mpsearch.estimation.context import Loss
 from mpsearch.metrics.metric import Metric
+from mpsearch.models.free_memory import room
 from mpsearch.models.named import opened
 from mpsearch.models.running import Batch, collect
 from mpsearch.quantizers.registry import AnyQuantizer
@@ -25,6 +26,7 @@ def measure_plans(
     loss: Loss | None = None,
     quantizer: AnyQuantizer | None = None,
     calibration: Iterable[Batch] | None = None,
+    memory_bytes: float | str | None = None,
     progress: bool = True,
 ) -> MeasuredPlans:
     """Measure many plans on common data: by how much each is worse than the unquantized model, in what `evaluate` measures.
@@ -44,6 +46,8 @@ def measure_plans(
             `RoundToNearest()`.
         calibration: data for the ranges of quantized inputs, and for a quantizer that looks at inputs; by default the held-out
             inputs themselves.
+        memory_bytes: the most that the work may hold, the weights included (`8GB`, `50%`): what needs more is refused before it starts;
+            by default all that is free.
         progress: show a bar on stderr where that is a terminal.
 
     Returns:
@@ -53,7 +57,8 @@ def measure_plans(
 
     Raises:
         PlanError: for no plans, plans over different layers, or one that does not fit the model.
-        EstimatorError: for unusable data, a model whose output is random, or an output that is not finite.
+        EstimatorError: for unusable data, a model whose output is random, an output that is not finite, or work that does not
+            fit in memory.
 
     >>> import torch
     >>> from mpsearch import Precision
@@ -63,7 +68,8 @@ def measure_plans(
     >>> bool(measured.damage[0] > measured.damage[1] > measured.damage[2] == 0)
     True
     """
-    model, batches = opened(model, batches)
+    limit = room(memory_bytes)
+    model, batches = opened(model, batches, memory_bytes=None if limit is None else limit.bytes)
     data = collect(batches, model)
     with Calibration(
         model,
@@ -71,6 +77,7 @@ def measure_plans(
         quantizer=quantizer,
         metric=metric,
         loss=loss,
+        memory_bytes=memory_bytes,
         progress=progress,
         whole=data,
         example=data[0],

@@ -6,18 +6,19 @@ from typing import Literal, Unpack, overload
 
 from torch import nn
 
-from mpsearch.calibration.calibration import Calibration, LayerKeywords, check_keywords
+from mpsearch.calibration.calibration import Calibration, LayerKeywords, ProfileKeywords, check_keywords
 from mpsearch.calibration.deciding import Resources
 from mpsearch.calibration.families import checked_estimators
 from mpsearch.checkpoints.store import Store
+from mpsearch.core.forecast import Forecast
 from mpsearch.core.layer import Layer
 from mpsearch.core.layer_options import LayerOptions
+from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.core.table import CostTable
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Loss
 from mpsearch.estimation.estimator import Estimator
-from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Metric
 from mpsearch.models.running import Batch
 from mpsearch.quantizers.registry import AnyQuantizer
@@ -37,7 +38,7 @@ def profile(
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
-    **options: Unpack[LayerKeywords],
+    **options: Unpack[ProfileKeywords],
 ) -> CostTable: ...
 
 
@@ -55,7 +56,7 @@ def profile(
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
-    **options: Unpack[LayerKeywords],
+    **options: Unpack[ProfileKeywords],
 ) -> list[CostTable]: ...
 
 
@@ -72,7 +73,7 @@ def profile(
     resources: Resources = ("memory_bytes", "bitops"),
     checkpoint: str | Path | Store | None = None,
     progress: bool = True,
-    **options: Unpack[LayerKeywords],
+    **options: Unpack[ProfileKeywords],
 ) -> CostTable | list[CostTable]:
     """Fill a cost table: the damage and the costs of every precision of every layer.
 
@@ -101,7 +102,8 @@ def profile(
         **options: `exclude`, names or patterns of layers to leave alone, and `groups`, as for `mps.layers`, both for the default
             `layers`; `allow`, options of single layers, `{"lm_head": "w8", "*.mlp.*": "w2 w3"}`, as for `mps.layers`, where those that
             are not in `precisions` are columns that other layers may not have; `fixed`, what is decided already: a plan, its file, or
-            name or pattern -> one precision.
+            name or pattern -> one precision; `memory_bytes`, the most that the work may hold, the weights included (`8GB`, `50%`): what
+            needs more is refused before it starts; by default all that is free.
 
     Returns:
         One table an estimator, with `origin` telling estimator, settings, passes, seconds, peak memory and fingerprints. `passes` are
@@ -112,11 +114,11 @@ def profile(
         (`tie_prices`); `origin["scored_together"]` names the other groups.
 
     Raises:
-        EstimatorError: for unusable data, a model whose output is random, or a score that is not finite.
+        EstimatorError: for unusable data, a model whose output is random, a score that is not finite, or work that does not fit in memory.
         TableError: for a model without quantizable layers, or a layer or resource that does not exist.
         TypeError: for a keyword that is none of these.
     """
-    check_keywords("profile", options, LayerKeywords)
+    check_keywords("profile", options, ProfileKeywords)
     checked_estimators(estimator if isinstance(estimator, Sequence) else [estimator])
     if loss is not None and metric not in (None, "loss"):
         raise EstimatorError(f"metric={metric!r} and loss={loss!r} at once; give one of them")
@@ -139,24 +141,34 @@ def profile(
 def forecast(
     model: nn.Module | str,
     batches: Iterable[Batch] | str,
-    estimator: Estimator,
-    precisions: Sequence[Precision],
+    work: Estimator | Plan | Sequence[Estimator] | Sequence[Plan],
+    precisions: Sequence[Precision] | None = None,
     *,
+    metric: str | Metric | None = None,
+    loss: Loss | Literal["kl", "cross-entropy"] | None = None,
     layers: Sequence[Layer] | LayerOptions | None = None,
+    quantizer: AnyQuantizer | None = None,
     **options: Unpack[LayerKeywords],
-) -> Passes | None:
-    """The passes over the data that `profile` will take with an estimator, at most; no more than one is run to tell.
+) -> Forecast:
+    """What `profile` will take with an estimator, `evaluate` with a plan, or `measure_plans` with several, told before the work.
+
+    Runs the same work on one sample, then on one batch where that is sure to fit in the memory that is free; of estimators that run
+    each decision, three of these. A part of one weight is rounded at each precision.
 
     Args:
         model: as for `profile`.
         batches: as for `profile`.
-        estimator: as for `profile`.
-        precisions: as for `profile`.
+        work: what is to be done: estimators, a plan, or plans.
+        precisions: as for `profile`; of plans none.
+        metric: as for `profile`.
+        loss: as for `profile`.
         layers: as for `profile`.
+        quantizer: as for `profile`.
         **options: `exclude`, `groups`, `allow`, `fixed`, as for `profile`.
 
     Returns:
-        forward and backward passes, each over all batches; None for an estimator that does not tell (no method `cost`).
+        Passes, each over all batches, at most; seconds; the most memory that is held at one time, and by what. Nothing of an estimator
+        that does not tell its passes (no method `cost`).
 
     Raises:
         TypeError: for a keyword that is none of these.
@@ -165,8 +177,11 @@ def forecast(
     >>> from mpsearch import precisions
     >>> from mpsearch.sensitivity import Fisher
     >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))
-    >>> forecast(model, [torch.ones(1, 1)], Fisher(draws=3), precisions("w2 w4"))
-    Passes(forward=2, backward=3)
+    >>> told = forecast(model, [torch.ones(1, 1)], Fisher(draws=3), precisions("w2 w4"))
+    >>> told.forward, told.backward, told.memory["weights"]     # 3 weights and 3 biases in float32
+    (2, 3, 24)
     """
     check_keywords("forecast", options, LayerKeywords)
-    return Calibration(model, batches, precisions, layers=layers, **options).forecast(estimator)
+    return Calibration(
+        model, batches, precisions, metric=metric, loss=loss, layers=layers, quantizer=quantizer, **options
+    ).forecast(work)

@@ -2,10 +2,12 @@
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import mpsearch as mps
+from mpsearch.core import amounts
 from mpsearch.files.writing import check_folder, check_writable
 from mpsearch.models.loading import UsageError, load, part
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
     from torch import nn
 
+    from mpsearch.cli.command import Answer
     from mpsearch.quantizers.quantizer import Quantizer
 
 
@@ -110,6 +113,27 @@ def add_resources(parser: argparse.ArgumentParser, about: str) -> None:
     )
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """--memory, read as a budget is."""
+    parser.add_argument(
+        "--memory",
+        type=_memory,
+        metavar="AMOUNT",
+        help="most that may be held, weights included, such as 8GB or 50%% (default: all that is free); what needs more is read block by "
+        "block from hf:DIR, else refused",
+    )
+
+
+def _memory(text: str) -> str:
+    try:
+        amounts.parse("memory_bytes", text, 1.0)
+    except mps.BudgetError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, expected an amount such as 8GB or 512MiB, or a percentage"
+        ) from None
+    return text
+
+
 def add_plot(parser: argparse.ArgumentParser, about: str) -> None:
     """--plot, whose ending is checked before any work."""
     parser.add_argument("--plot", metavar="FILE", type=_picture, help=f"picture of {about}, .png, .svg or .pdf")
@@ -176,15 +200,54 @@ def file_or_folder(path: str) -> str:
     return folder(path) if is_folder else file(path)
 
 
-def model(spec: str) -> "nn.Module":
+def model(spec: str, *, memory_bytes: int | None = None) -> "nn.Module":
     """The module that a MODEL names.
+
+    Args:
+        spec: the MODEL.
+        memory_bytes: weights of hf:DIR that do not fit stay in their files, and are read where they are used.
 
     Raises:
         UsageError: where there is no such function, it fails, or it returns something else.
     """
     from mpsearch.models.named import model_named
 
-    return model_named(spec)
+    return model_named(spec, memory_bytes=memory_bytes)
+
+
+def on_model(spec: str, memory: str | None, work: "Callable[[nn.Module], Answer]") -> "Answer":
+    """Open a MODEL and work on it; weights of hf:DIR are loaded where they and the work fit in memory, else read block by block.
+
+    Args:
+        spec: the MODEL.
+        memory: of `--memory`.
+        work: what to do with it.
+
+    Raises:
+        MemoryShortage: where the work does not fit.
+        UsageError: as `model`.
+    """
+    if not spec.startswith("hf:"):
+        return work(model(spec))
+    from mpsearch.models.free_memory import room
+    from mpsearch.models.named import is_too_large
+    from mpsearch.models.streaming.opening import shard_bytes
+
+    folder, there = spec.removeprefix("hf:"), room(memory)
+    weights_bytes = shard_bytes(folder)
+    if not weights_bytes or there is None:
+        return work(model(spec))
+    weights = f"mpsearch: {spec}: weights of {amounts.text('memory_bytes', weights_bytes)}"
+    limit = f"{amounts.text('memory_bytes', there.bytes)} may be held ({there.by})"
+    if is_too_large(folder, there.bytes):
+        print(f"{weights} are read block by block: {limit}", file=sys.stderr)
+    else:
+        print(f"{weights} are loaded: {limit}", file=sys.stderr)
+        try:
+            return work(model(spec))
+        except mps.errors.MemoryShortage as error:
+            print(f"{weights} are read block by block: loaded, {error}", file=sys.stderr)
+    return work(model(spec, memory_bytes=0))
 
 
 def data(spec: str, model: "nn.Module") -> list[Any]:

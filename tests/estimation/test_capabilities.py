@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.core.forecast import Forecast
 from mpsearch.estimation.estimator import Capabilities, Estimate, capabilities_of
 from mpsearch.estimation.passes import Passes
 from mpsearch.sensitivity import ESTIMATORS, FisherProjection, KLDivergence, RelativeWeightError
@@ -25,7 +26,7 @@ def test_a_plain_class_is_an_estimator() -> None:
     assert capabilities_of(Plain()) == Capabilities()
     table = mps.profile(model, data, Plain(), mps.precisions("w2 w4"))
     assert table.sensitivity.tolist() == [[1.0, 1.0], [1.0, 1.0]]
-    assert mps.forecast(model, data, Plain(), mps.precisions("w2 w4")) is None
+    assert mps.forecast(model, data, Plain(), mps.precisions("w2 w4")) == Forecast()
 
 
 @pytest.mark.parametrize("name", ESTIMATORS)

@@ -10,6 +10,8 @@ from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.screen import Screen
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mpsearch.core.evaluation import Evaluation
 
 
@@ -23,14 +25,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="data for the ranges of quantized inputs and for a quantizer that looks at inputs, as --data (default: that of --data)",
     )
     shared_arguments.add_metric(parser)
+    shared_arguments.add_memory(parser)
     shared_arguments.add_plot(parser, "the plan with what was measured")
 
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Measure the plan."""
+    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _measured(arguments, model))
+
+
+def _measured(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
     plan = mps.Plan.load(arguments.plan)
     quantizer = shared_arguments.quantizer(arguments)
-    model = shared_arguments.model(arguments.model)
     data = shared_arguments.data(arguments.data, model)
     calibration = None if arguments.calibration is None else shared_arguments.data(arguments.calibration, model)
     evaluation = mps.evaluate(
@@ -40,6 +46,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         metric=shared_arguments.metric(arguments.metric),
         quantizer=quantizer,
         calibration=calibration,
+        memory_bytes=arguments.memory,
     )
     if arguments.plot:
         from mpsearch.models.running import collect

@@ -1,7 +1,7 @@
 """`mpsearch profile`: a cost table from a model and data."""
 
 import argparse
-import sys
+from typing import TYPE_CHECKING
 
 import mpsearch as mps
 from mpsearch.cli import shared_arguments
@@ -10,6 +10,9 @@ from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import table_text
 from mpsearch.core import amounts, printing
 from mpsearch.models.loading import load, part
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,6 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=shared_arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
     )
     shared_arguments.add_resources(parser, "columns")
+    shared_arguments.add_memory(parser)
     parser.add_argument(
         "-o", "--out", required=True, type=shared_arguments.file, metavar="FILE", help="table, .csv or .npz"
     )
@@ -36,22 +40,18 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Profile, and write the table."""
+    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _profiled(arguments, model))
+
+
+def _profiled(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
     from mpsearch.sensitivity import ESTIMATORS
 
     estimator = part(arguments.estimator, ESTIMATORS, "estimator", arguments.option)
     quantizer = shared_arguments.quantizer(arguments)
     loss = arguments.loss if arguments.loss in (None, "kl", "cross-entropy") else load(arguments.loss, "loss")
-    model = shared_arguments.model(arguments.model)
     data = shared_arguments.data(arguments.data, model)
     precisions = mps.precisions(arguments.precisions)
     layers = shared_arguments.layers(model, data, arguments)
-    if sys.stderr.isatty():  # beside the progress bar
-        passes = mps.forecast(model, data, estimator, precisions, layers=layers)
-        if passes is not None:
-            print(
-                f"mpsearch: {estimator!r}: at most {printing.passes(passes.forward, passes.backward)} over the data",
-                file=sys.stderr,
-            )
     table = mps.profile(
         model,
         data,
@@ -63,6 +63,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         quantizer=quantizer,
         resources=shared_arguments.resources(arguments, quantizer),
         checkpoint=arguments.checkpoint,
+        memory_bytes=arguments.memory,
     )
     table.save(arguments.out)
     if arguments.plot:

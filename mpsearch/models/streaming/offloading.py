@@ -394,3 +394,10 @@ def at_rest(*modules: nn.Module) -> Iterator[None]:
     finally:
         for module in resting:
             vars(module).pop(_RESTING, None)
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers that lie in memory, also of those that are offloaded there; what shares memory counts once."""
+    outside = [stored.values() for stored in offloaded_tensors(model).values() if isinstance(stored, InMemory)]
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers(), *outside) if not tensor.is_meta]
+    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
