@@ -72,7 +72,7 @@ SIGNALS: Mapping[str, tuple[Callable[[int], Estimator], float]] = {
 }
 QUICK = ("relative-weight-error", "fisher-projection")
 EFFORTS = ("fast", "default")
-MODES = ("resident",)
+MODES = ("resident", "streamed")
 RULE = "first and last blocks higher"
 TIE = 1e-9  # effective bits are sums of floats
 
@@ -231,7 +231,7 @@ def find_plan(setting: Setting, effort: str, limit: float, mode: str, out: Path)
     """Search a plan."""
     batches = setting.calibration()
     with measured() as usage:
-        model = model_of(str(smollm2.folder()))
+        model = model_of(str(smollm2.folder()), streamed=mode == "streamed")
         result = mps.search(
             model,
             batches,
@@ -508,7 +508,7 @@ def main() -> int:
         "--only", nargs="*", default=[], metavar="METHOD", help="judge these methods alone, by a part of the name"
     )
     parser.add_argument("--efforts", nargs="*", choices=(*EFFORTS, "thorough"), default=EFFORTS)
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, help="of searches (default: both)")
     parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="of a table or search; it goes on at the next run"
     )

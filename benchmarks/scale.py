@@ -8,7 +8,7 @@ the damage says nothing, the time and the memory do. Modes:
 
 - `resident`: read by transformers, searched in memory;
 - `streamed`: searched from the shards, block by block;
-- `limited`: the same where the process may allocate no more than a quarter of the weights above what a warm interpreter has (1.2 GB for
+- `limited`: the same where the process may allocate no more than a quarter of the weights above what that interpreter has (1.2 GB for
   the models of about a billion weights, 256 MB at least), held by `RLIMIT_DATA`: the heap and all private writable mappings; shards
   mapped read-only do not count, and the system can drop their pages;
 - `offloaded`: behind the hooks of accelerate, weights on disk (`disk_offload`);
@@ -16,8 +16,8 @@ the damage says nothing, the time and the memory do. Modes:
 - `opened`: layers, groups and bytes are found without weights, no data is run.
 
 Each row runs in a process of its own and is kept in `benchmarks/cache/scale/` and in the CSV as soon as it is finished; `--again` runs
-those that are there once more. Memory is counted above a warm interpreter with torch, transformers and mpsearch: the resident set, and
-without pages of files (`rows.py`). What a row is held against:
+those that are there once more. Memory is counted above an interpreter that has searched a model of a few thousand weights, so that torch,
+transformers and mpsearch are loaded: the resident set, and the same without pages of files (`rows.py`). What a row is held against:
 
 - resident: weights + 2 x the largest layer + 1.5 x what a forward pass of one batch keeps for its backward pass;
 - all others: the plan and the measured damage are those of the resident row (to the bit, or by how much not).
@@ -254,25 +254,31 @@ OPENERS: Mapping[str, Callable[[Path], nn.Module]] = {
 }
 
 
-def search(name: str, mode: str, data: Data, out: Path) -> None:
+def warm_up(shape: Shape) -> None:
+    """A search of a model of the same kind with a few thousand weights, so that all is loaded that a search needs."""
+    small = Shape(64, 2, 64, 2, 1, vocabulary=64, experts=min(shape.experts, 2))
+    with tempfile.TemporaryDirectory() as folder:
+        _write(small, Path(folder))
+        found(_resident(Path(folder)), Data(tokens=4).batches(64))
+
+
+def found(model: nn.Module, batches: list[dict[str, Tensor]], seed: int = 0) -> mps.SearchResult:
     """A `fast` search."""
+    budget = mps.Budget(effective_bits=LIMIT)
+    return mps.search(model, batches, budget, PRECISIONS, effort="fast", quantizer=QUANTIZER, seed=seed, progress=False)
+
+
+def search(name: str, mode: str, data: Data, out: Path) -> None:
+    """A row: a `fast` search in a mode."""
     shape, folder = SHAPES[name], folder_of(name)
     weights_bytes = 2 * shape.weights
     quarter = weights_bytes // 4 if weights_bytes < 2e9 else max(weights_bytes // 4, 1_200_000_000)
     limit = max(quarter, LEAST_BYTES) if mode == "limited" else None
     batches = data.batches(shape.vocabulary)
+    warm_up(shape)
     with measured(limit) as usage:
         model = OPENERS[mode](folder)
-        result = mps.search(
-            model,
-            batches,
-            mps.Budget(effective_bits=LIMIT),
-            PRECISIONS,
-            effort="fast",
-            quantizer=QUANTIZER,
-            seed=data.seed,
-            progress=False,
-        )
+        result = found(model, batches, data.seed)
     keep(
         out,
         {
