@@ -3,9 +3,28 @@
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from mpsearch.checkpoints.keys import Key
+
+Effort = Literal["fast", "default", "thorough"]
+
+#: Passes of the efforts: `fast`; `default` of a small model, to which one for each cell is added, and of any model at most.
+_FAST, _LEAST, _MOST = 8.0, 40.0, 120.0
+
+
+def passes_of(effort: Effort, cells: int) -> float:
+    """The passes that an effort may take.
+
+    Args:
+        effort: `fast`, `default`, or `thorough`, four times that.
+        cells: decisions x precisions of the table.
+
+    >>> [passes_of("default", cells) for cells in (50, 110, 1050)], passes_of("thorough", 50), passes_of("fast", 50)
+    ([90.0, 120.0, 120.0], 360.0, 8.0)
+    """
+    default = min(_LEAST + cells, _MOST)
+    return {"fast": _FAST, "default": default, "thorough": 4 * default}[effort]
 
 
 @dataclass(eq=False)

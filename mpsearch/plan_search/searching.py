@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Unpack
+from typing import Any, Unpack
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -37,7 +37,7 @@ from mpsearch.plan_search.environment import environment
 from mpsearch.plan_search.goals import Goal, goal_of
 from mpsearch.plan_search.options import SearchOptions, with_defaults
 from mpsearch.plan_search.outdone import without_outdone
-from mpsearch.plan_search.passes import PassBudget
+from mpsearch.plan_search.passes import Effort, PassBudget, passes_of
 from mpsearch.plan_search.planning import searched
 from mpsearch.plan_search.results.measured_front import measured_front
 from mpsearch.plan_search.results.result import SearchResult
@@ -45,8 +45,6 @@ from mpsearch.plan_search.schedule import Schedule
 from mpsearch.plan_search.starting_tables import FEW
 from mpsearch.plan_search.task import SearchTask, size
 from mpsearch.quantizers.registry import AnyQuantizer
-
-Effort = Literal["fast", "default", "thorough"]
 
 #: Metrics as they are by default: known by their name.
 _KNOWN = [metric() for metric in METRICS.values()]
@@ -84,8 +82,8 @@ def search(
         budget: limits of the whole model; or a goal, `mps.WithinBudget(budget)`, `mps.LeastResource(resource, tolerance=...)`,
             `mps.WholeFront(over=...)`; None with `tolerance` or `front` alone.
         precisions: the options, `mps.precisions("w2 w4 w8")`.
-        effort: `fast` (8 passes), `default` (40 + one for each cell of the table: 150 for 22 layers x 5 precisions) or `thorough` (four
-            times that). A pass is one forward run over all data; a backward pass counts 2.
+        effort: `fast` (8 passes), `default` (40 + one for each cell of the table, 120 at most, which it is from 16 layers x 5 precisions
+            on) or `thorough` (four times that). A pass is one forward run over all data; a backward pass counts 2.
         max_passes: a number of your own instead.
         metric: what is measured. Against the unquantized output: `kl` (class scores, tokens), `bernoulli-kl` (0/1 labels), `mse`,
             `relative-error` (noise over signal), `psnr`, `cosine`. Rise of the `loss` (cross-entropy of integer labels, binary
@@ -161,7 +159,8 @@ def search(
         identity = {**calibration.identity(choice.comparison), **_further_identity(data, choice.metric, seed)}
         earlier = _earlier(settings["previous"], identity)
         free = {} if earlier is None else earlier.finished.rows()
-        limit = _limit(effort, max_passes, len(calibration.decisions) * len(calibration.precisions))
+        cells = len(calibration.decisions) * len(calibration.precisions)
+        limit = passes_of(effort, cells) if max_passes is None else float(max_passes)
         checkpoint = settings["checkpoint"]
         with (
             MemoryStore(identity) if checkpoint is None else SQLiteStore(checkpoint, identity) as store,
@@ -270,9 +269,3 @@ def _check_effort(effort: str, max_passes: float | None) -> None:
         return
     if not (checked_number(max_passes, "max_passes", float, 0.0, EstimatorError) > 0 and math.isfinite(max_passes)):
         raise EstimatorError(f"max_passes={max_passes}, expected a finite number above 0")
-
-
-def _limit(effort: Effort, max_passes: float | None, cells: int) -> float:
-    if max_passes is not None:
-        return float(max_passes)
-    return {"fast": 8.0, "default": 40.0 + cells, "thorough": 4 * (40.0 + cells)}[effort]

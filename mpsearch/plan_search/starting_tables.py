@@ -12,10 +12,14 @@ from mpsearch.core.table import Array, CostTable
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimator
+from mpsearch.estimation.perturbation import OneAtATime
 from mpsearch.estimation.surrogate import OutputShifts, Surrogate
 from mpsearch.metrics.divergences import KL
+from mpsearch.models.data.splitting import LEAST
 from mpsearch.models.fingerprints import described, digest
+from mpsearch.models.running import samples
 from mpsearch.plan_search.passes import PassBudget
+from mpsearch.plan_search.sampled_cells import SampledCells, leading_samples
 from mpsearch.sensitivity import FisherProjection, KLDivergence, OutputDamage, OutputGradient, OutputMSE
 
 #: Fewer passes than these are few: they go into the sweep, not into runs of one perturbation at a time.
@@ -23,7 +27,7 @@ FEW = 20.0
 #: Tables that the prior is the geometric mean of; the others propose plans.
 _LEADING = ("fisher-projection", "kl-divergence", "output-damage")
 #: Estimators whose runs skip what a perturbation cannot change.
-_PARTIAL = (KLDivergence, OutputDamage, OutputMSE)
+_PARTIAL = (KLDivergence, OutputDamage, OutputMSE, SampledCells)
 #: Share of the passes that one perturbation at a time may take.
 _MOST = 0.45
 
@@ -148,11 +152,25 @@ def starting(
     name, perturbations = (
         ("kl-divergence", KLDivergence()) if isinstance(context.loss, KL) else ("output-damage", OutputDamage())
     )
-    cost = perturbations.cost(len(context.batches), len(context.decisions), len(context.precisions))
-    every = Start({**gradients, name: perturbations}, shifts=True)
-    if share * cost.forward < _MOST * limit and share * every.passes(context) <= room:
-        return every
+    cells = _within(perturbations, context, _MOST * limit / share, few=limit < FEW)
+    if cells is not None:
+        every = Start({**gradients, name: cells}, shifts=True)
+        if share * every.passes(context) <= room:
+            return every
     return Start(gradients)
+
+
+def _within(estimator: OneAtATime, context: Context, most: float, *, few: bool) -> OneAtATime | None:
+    """One perturbation at a time in fewer than so many passes over the score part: on all samples, else on as many as fit in.
+
+    None where those are fewer than `LEAST`; where passes are few, where they are not all.
+    """
+    sizes = len(context.batches), len(context.decisions), len(context.precisions)
+    if estimator.cost(*sizes).forward < most:
+        return estimator
+    total = sum(map(samples, context.batches))
+    fitting = int(most / estimator.cost(1, *sizes[1:]).forward * total)
+    return None if few or fitting < LEAST else SampledCells(estimator, min(fitting, total), total)
 
 
 def from_bits(context: Context) -> Scores:
@@ -181,7 +199,10 @@ def _taken(context: Context, family: Sequence[Estimator], measured: Mapping[str,
             trace.entry([context.module(layer) for layer in decision.layers], list(context.parameters(decision)))
             for decision in context.decisions
         ]
-        planned = 2 + 2 / len(context.batches) + changing * sum(map(trace.share, entries))
+        part, batches = 1.0, len(context.batches)
+        if isinstance(family[0], SampledCells):
+            part, batches = family[0].share, len(leading_samples(context.batches, family[0].samples))
+        planned = part * (2 + 2 / batches + changing * sum(map(trace.share, entries)))
     passes = measured["forward"] + 2 * measured["backward"]
     return planned if passes <= planned * (1 + 1e-6) else passes
 

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--effort",
         default="default",
         choices=["fast", "default", "thorough"],
-        help="passes to spend: 8, 40 + one a layer and precision (default), or four times that",
+        help="passes to spend: 8, 40 + one a layer and precision but 120 at most (default), or four times that",
     )
     parser.add_argument("--max-passes", type=float, metavar="N", help="passes over the data, instead of --effort")
     shared_arguments.add_metric(parser)
