@@ -18,7 +18,7 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples
-from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, quantized_weights, weights
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, weights
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,7 @@ class DeltaLoss:
         bar = context.progress(None, count * len(context.precisions), "Delta loss")
         with bar:
             for p, precision in enumerate(context.precisions):
-                chosen = {layer.name: precision for decision in context.decisions for layer in decision.layers}
-                changed = quantized_weights(context.model, chosen, context.quantizer)
+                changed = context.quantized_weights(context.decisions, precision)
                 differences = {parameter: (new - parameter.detach()) for parameter, new in changed.items()}
                 for number, batch in enumerate(context.batches):
                     key = DeltaLossKey(str(precision), number)

@@ -19,7 +19,7 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.running import Batch
-from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, quantized_weights, weights
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, weights
 
 Floats = NDArray[np.float64]
 
@@ -99,8 +99,7 @@ class PathShapley:
         bar = context.progress(None, count * options, "Path")
         with bar:
             for p, precision in enumerate(context.precisions):
-                chosen = {layer.name: precision for decision in context.decisions for layer in decision.layers}
-                targets = quantized_weights(context.model, chosen, context.quantizer)
+                targets = context.quantized_weights(context.decisions, precision)
                 require_gradients(context.model, targets)
                 for number, batch in enumerate(context.batches):
                     key = PathKey(self.nodes, str(precision), number)

@@ -47,7 +47,7 @@ from mpsearch.calibration.forecasting import (
 )
 from mpsearch.calibration.identity import run_identity, title
 from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
-from mpsearch.calibration.plan_runs import Cells, PlanInModel, Reader, plan_runs
+from mpsearch.calibration.plan_runs import PlanInModel, Reader, plan_runs
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
 from mpsearch.calibration.tally import Tally
 from mpsearch.checkpoints.counting import CountingStore
@@ -102,6 +102,7 @@ from mpsearch.models.streaming.blocks import Blocks, blocks_of
 from mpsearch.models.streaming.offloading import is_offloaded, weight_bytes
 from mpsearch.quantizers.fake_quantization import Ranges, input_ranges
 from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
+from mpsearch.quantizers.rounded_weights import RoundedWeights
 
 Differentiated = Comparison | TargetLoss | Loss
 
@@ -263,6 +264,8 @@ class Calibration:
         self._metric, self._loss = metric, loss
         self._resources, self._progress = resources, progress
         self._checkpoint = checkpoint
+        #: of all tables and plans, each weight rounded once for each precision
+        self.rounded = RoundedWeights()
         self._known_ranges: dict[str, tuple[float, float]] = {}
         self._ranged: set[str] = set()  # layers that have been looked at; an embedding has no range
         self._users: list[str] = []  # who may have changed the model
@@ -274,6 +277,7 @@ class Calibration:
     def __enter__(self) -> Self:
         self.fingerprint = state_fingerprint(self.model)
         self._stamp = state_stamp(self.model) if is_offloaded(self.model) else self.fingerprint
+        self._stack.callback(self.rounded.close)
         self._stack.enter_context(preserved(self.model, self.example))
         with contextlib.ExitStack() as undone:  # where the data is no good, the model is put back
             undone.push(self._stack)
@@ -450,6 +454,7 @@ class Calibration:
             self.precisions,
             self.quantizer,
             loss,
+            self.rounded,
         )
 
     def keep_in(self, checkpoint: Store) -> None:
@@ -488,6 +493,7 @@ class Calibration:
             compared,
             _Bars(progress),
             checkpoint=checkpoint,
+            rounded=self.rounded,
             beside=self.choice.comparison if callable(compared) else None,
             blocks=self.blocks,
             output_layer=self.output_layer,
@@ -660,8 +666,11 @@ class Calibration:
     def _in_model(self, plans: Sequence[Plan]) -> list[PlanInModel]:
         """Plans as they are put into the model, each weight quantized once for each precision."""
         names = sorted({name for plan in plans for name, option in plan.items() if option.quantizes_activation})
-        cells = Cells(self.model, self.quantizer, self._ranges_of(names))
-        return [cells.plan(plan, f"plan {number}") for number, plan in enumerate(plans)]
+        ranges = self._ranges_of(names)
+        return [
+            PlanInModel.of(self.model, plan, self.rounded, self.quantizer, ranges, f"plan {number}")
+            for number, plan in enumerate(plans)
+        ]
 
     def forecast(self, work: Estimator | Sequence[Estimator] | Plan | Sequence[Plan]) -> Forecast:
         """What `profile` will take with estimators, `evaluate` with a plan, or `measure` with plans; see `mps.forecast`.

@@ -3,20 +3,21 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.wrapped_names import plain
-from mpsearch.decisions.mask import only_allowed, refused_options
+from mpsearch.decisions.mask import leaves_alone, only_allowed, refused_options
 from mpsearch.metrics.divergences import KL
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.targets import Loss as TargetLoss
 from mpsearch.models.fingerprints import described, digest
-from mpsearch.models.modules.weights import layer_of
+from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.running import fingerprint
-from mpsearch.quantizers.fake_quantization import quantized_weight
+from mpsearch.models.streaming.offloading import resident
 from mpsearch.quantizers.quantizer import Quantizer
+from mpsearch.quantizers.rounded_weights import RoundedWeights
 
 
 def run_identity(
@@ -28,12 +29,20 @@ def run_identity(
     options: Sequence[Precision],
     quantizer: Quantizer,
     loss: Any,
+    rounded: RoundedWeights,
 ) -> dict[str, str]:
     """What a score depends on: the model by its weights and by its output on a few samples.
 
     The quantizer is known by its settings and by what it does to the smallest layer.
     """
     allowed = only_allowed(quantizer, decided, options, refused_options(decided, options))
+
+    def values(module: nn.Module, name: str, option: Precision) -> Tensor:
+        if leaves_alone(allowed, name, option):
+            with resident(module):
+                return weight_of(module).detach()
+        return rounded.value(module, name, option, quantizer)
+
     sizes = {layer.name: layer.numel for layer in decided if not layer.is_cache}
     smallest = [(layer_of(model, name), name) for name in sorted(sizes, key=lambda name: sizes[name])[:1]]
     return {
@@ -44,7 +53,7 @@ def run_identity(
         "precisions": " ".join(map(str, options)),
         "quantizer": digest(
             described(quantizer),
-            fingerprint(quantized_weight(*layer, option, allowed) for layer in smallest for option in options),
+            fingerprint(values(*layer, option) for layer in smallest for option in options),
         ),
         "loss": title(loss) if loss in (KL(), TargetLoss()) else f"{title(loss)} {digest(described(loss))}",
     }

@@ -1,6 +1,7 @@
 """The one loop that measures plans: plans x batches -> sums over samples, beside the unquantized model on the same batches."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -9,16 +10,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mpsearch.core.plan import Plan
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.metrics.metric import Floats
 from mpsearch.metrics.runs import Run, run
 from mpsearch.models.head import OutputLayer
-from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
+from mpsearch.models.modules.weights import holds_weight, layer_of, sole_readers, weight_of
 from mpsearch.models.running import Batch
-from mpsearch.quantizers.fake_quantization import Ranges, input_quantizers, inputs, quantized_weights, weights
+from mpsearch.quantizers.fake_quantization import Ranges, input_quantizers, inputs, weights, weights_for_calls
 from mpsearch.quantizers.quantizer import Quantizer
+from mpsearch.quantizers.rounded_weights import RoundedWeights
 
 
 class Reader(Protocol):
@@ -47,23 +48,84 @@ class Reader(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class PlanInModel:
-    """A plan as it is put into a model.
+    """A plan as it is put into a model; it holds no weights, but what makes them.
 
     Attributes:
-        values: quantized values of weights.
+        values: parameter -> what makes its quantized value.
         functions: what the inputs of modules pass through.
         name: for messages.
+        readers: parameter -> the modules whose calls alone read it: it has its value for their calls. Of other parameters the value is
+            there as long as the plan is in the model.
     """
 
-    values: Mapping[nn.Parameter, Tensor]
+    values: Mapping[nn.Parameter, Callable[[], Tensor]]
     functions: Mapping[nn.Module, Callable[[Tensor], Tensor]]
     name: str = "the plan"
+    readers: Mapping[nn.Parameter, Sequence[nn.Module]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        precisions: Mapping[str, Precision],
+        rounded: RoundedWeights,
+        quantizer: Quantizer,
+        ranges: Ranges,
+        name: str,
+    ) -> "PlanInModel":
+        """A plan over the layers of a model; weights that are there are rounded now, where they were not before.
+
+        Args:
+            model: without any plan.
+            precisions: layer name -> precision; tied layers agree.
+            rounded: where rounded weights are held.
+            quantizer: of weights and inputs.
+            ranges: of the inputs.
+            name: for messages.
+        """
+        values: dict[nn.Parameter, Callable[[], Tensor]] = {}
+        unpacked: set[nn.Parameter] = set()
+        for layer, precision in precisions.items():
+            module = layer_of(model, layer)
+            if not precision.quantizes_weight or not holds_weight(module) or weight_of(module) in values:
+                continue
+            weight = weight_of(module)
+            values[weight] = functools.partial(rounded.value, module, layer, precision, quantizer)
+            if not weight.is_meta:
+                rounded.prepare(module, layer, precision, quantizer)
+                if not rounded.holds(module, precision):
+                    unpacked.add(weight)
+        alone = sole_readers(model) if unpacked else {}
+        readers = {weight: alone[weight] for weight in unpacked if weight in alone}
+        return cls(values, input_quantizers(model, precisions, quantizer, ranges), name, readers)
 
     @contextlib.contextmanager
-    def inside(self) -> Iterator[None]:
-        """The model with the plan in it."""
-        with weights(self.values), inputs(self.functions):
+    def inside(self, *read: nn.Module) -> Iterator[None]:
+        """The model with the plan in it.
+
+        Args:
+            *read: modules whose weights are read apart from their calls.
+        """
+        apart = {weight for module in read for weight in module.parameters(recurse=False)}
+        by_call = {parameter: self.values[parameter] for parameter in self.readers if parameter not in apart}
+        rest = {parameter: make for parameter, make in self.values.items() if parameter not in by_call}
+        with weights(rest), weights_for_calls(by_call, self.readers), inputs(self.functions):
             yield
+
+    def within(self, *modules: nn.Module) -> "PlanInModel":
+        """What of the plan lies in some modules.
+
+        Args:
+            *modules: with all that is in them.
+        """
+        parts = {part for module in modules for part in module.modules()}
+        parameters = {weight for part in parts for weight in part.parameters(recurse=False)}
+        return PlanInModel(
+            {parameter: make for parameter, make in self.values.items() if parameter in parameters},
+            {module: function for module, function in self.functions.items() if module in parts},
+            self.name,
+            {parameter: readers for parameter, readers in self.readers.items() if parameter in parameters},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,7 +209,7 @@ def plan_run(
     Raises:
         EstimatorError: where output or damage are not finite.
     """
-    with torch.no_grad(), plan.inside():
+    with torch.no_grad(), plan.inside(*([] if layer is None else [layer.module])):
         found = reader.read(model, batch, _run(model, batch, reader, layer), reference.run)
     damage = None if found is None else Damage(reader.damage(found[0], reference.sums), found[1])
     if damage is None or not np.isfinite(damage.sums).all():
@@ -182,33 +244,3 @@ def plan_runs(
         yield number, None, None
         for plan_number, (plan, reader) in enumerate(zip(plans, readers, strict=True)):
             yield number, plan_number, plan_run(model, batch, plan, reader, reference, place, layer)
-
-
-@dataclass(eq=False)
-class Cells:
-    """Quantized weights of many plans, each held once for each precision that any plan gives it.
-
-    Attributes:
-        model: the model.
-        quantizer: of weights and inputs.
-        ranges: of the inputs.
-    """
-
-    model: nn.Module
-    quantizer: Quantizer
-    ranges: Ranges
-    _values: dict[tuple[nn.Parameter, Precision], Tensor] = field(default_factory=dict)
-
-    def plan(self, plan: Plan, name: str) -> PlanInModel:
-        """A plan as it is put into the model."""
-        values: dict[nn.Parameter, Tensor] = {}
-        for layer, precision in plan.items():
-            module = layer_of(self.model, layer)
-            if not precision.quantizes_weight or not holds_weight(module):
-                continue
-            weight = weight_of(module)
-            key = weight, replace(precision, activation="16")
-            if key not in self._values:
-                self._values[key] = quantized_weights(self.model, {layer: precision}, self.quantizer)[weight]
-            values[weight] = self._values[key]
-        return PlanInModel(values, input_quantizers(self.model, plan, self.quantizer, self.ranges), name)

@@ -11,7 +11,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.core.printing import without_option
 from mpsearch.errors import TableError, warn
-from mpsearch.quantizers.packing import row_misfit
+from mpsearch.quantizers.packing import Codes, row_misfit
 from mpsearch.quantizers.quantizer import Around, Quantizer
 from mpsearch.targets.rules import TARGETS
 
@@ -108,6 +108,15 @@ class _OfLayer(Around):
 
     def __call__(self, weight: Tensor, precision: Precision) -> Tensor:
         return weight if precision in self.refused else self.quantizer(weight, precision)
+
+    def encoded(self, weight: Tensor, precision: Precision) -> Codes | None:
+        return None if precision in self.refused else self.quantizer.encoded(weight, precision)
+
+
+def leaves_alone(quantizer: Quantizer, name: str, precision: Precision) -> bool:
+    """True where a quantizer leaves the weight of a layer as it is, since the precision is refused or `w16`."""
+    refused = quantizer.refused.get(name, frozenset()) if isinstance(quantizer, OnlyAllowed) else frozenset()
+    return not precision.quantizes_weight or precision in refused
 
 
 def only_allowed(

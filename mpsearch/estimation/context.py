@@ -12,6 +12,7 @@ from mpsearch.checkpoints.store import Store
 from mpsearch.core.decision import Decision
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
+from mpsearch.decisions.mask import leaves_alone
 from mpsearch.errors import EstimatorError, MpsearchError
 from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.probes import Output, Probe
@@ -24,29 +25,13 @@ from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.replay import Trace, record
 from mpsearch.models.running import Batch, predictions, targets_of
 from mpsearch.models.streaming.blocks import Blocks
-from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, quantized_weight, weights, with_input
+from mpsearch.models.streaming.offloading import resident
+from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, weights, with_input
 from mpsearch.quantizers.quantizer import Quantizer
-
-#: Most that `Context.quantized` keeps.
-KEPT_BYTES = 256 * 2**20
+from mpsearch.quantizers.rounded_weights import RoundedWeights
 
 #: `loss(model, batch)` returns a scalar.
 Loss = Callable[[nn.Module, Batch], Tensor]
-
-
-@dataclass(eq=False)
-class QuantizedWeights:
-    """Quantized weights by their parameter and precision, the first ones up to `KEPT_BYTES`."""
-
-    values: dict[tuple[int, Precision], Tensor] = field(default_factory=dict)
-    held_bytes: int = 0
-
-    def put(self, key: tuple[int, Precision], value: Tensor) -> None:
-        """Keep a tensor while there is room."""
-        size_bytes = value.numel() * value.element_size()
-        if self.held_bytes + size_bytes <= KEPT_BYTES:
-            self.values[key] = value
-            self.held_bytes += size_bytes
 
 
 class OutputObserver(Protocol):
@@ -87,7 +72,7 @@ class Context:
         progress: wraps an iterable in a progress bar: `progress(iterable, total, label)`.
         passes: the estimator counts its runs here.
         checkpoint: where finished work goes, and is found again after an interruption.
-        quantized_weights: those that `quantized` keeps.
+        rounded: the rounded weights of the run, each made once.
         beside: what outputs are compared by beside a loss of the user's own.
         observers: are shown the outputs of perturbations.
         blocks: of a model whose weights lie elsewhere, where it has blocks that run one after the other: they are loaded one by one.
@@ -104,7 +89,7 @@ class Context:
     progress: Callable[..., Any]
     passes: Passes = field(default_factory=Passes)
     checkpoint: Store = field(default_factory=NoStore)
-    quantized_weights: QuantizedWeights = field(default_factory=QuantizedWeights)
+    rounded: RoundedWeights = field(default_factory=RoundedWeights)
     beside: Comparison | None = None
     observers: Sequence[OutputObserver] = ()
     blocks: Blocks | None = None
@@ -138,20 +123,32 @@ class Context:
         return any(self.quantizes_input(layer, precision) for precision in self.precisions for layer in layers)
 
     def quantized(self, layer: Layer, precision: Precision) -> Tensor:
-        """Q(W) of a layer, laid out as the weight.
-
-        The first ones are kept, for estimators that come back to a layer with every batch.
+        """Q(W) of a layer, laid out as the weight; rounded the first time, and from then on looked up.
 
         Args:
             layer: whose weight it is.
             precision: of the layer.
         """
-        key = (id(weight_of(self.module(layer))), precision)
-        value = self.quantized_weights.values.get(key)
-        if value is None:
-            value = quantized_weight(self.module(layer), layer.name, precision, self.quantizer)
-            self.quantized_weights.put(key, value)
-        return value
+        module = self.module(layer)
+        if leaves_alone(self.quantizer, layer.name, precision):
+            with resident(module):
+                return weight_of(module).detach()
+        return self.rounded.value(module, layer.name, precision, self.quantizer)
+
+    def quantized_weights(self, decisions: Sequence[Decision], precision: Precision) -> dict[nn.Parameter, Tensor]:
+        """Q(W) of every weight of some decisions that a precision quantizes, tied ones once.
+
+        Args:
+            decisions: whose weights.
+            precision: of all of them.
+        """
+        if not precision.quantizes_weight:
+            return {}
+        return {
+            parameter: self.quantized(layer, precision)
+            for decision in decisions
+            for parameter, layer in self.parameters(decision).items()
+        }
 
     def perturbation(self, layer: Layer, precision: Precision) -> Tensor:
         """Q(W) - W of a layer, laid out as the weight, in float32 or wider.
@@ -160,9 +157,11 @@ class Context:
             layer: whose weight it is.
             precision: of the layer.
         """
-        weight = weight_of(self.module(layer)).detach()
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        return self.quantized(layer, precision).to(wide) - weight.to(wide)
+        module = self.module(layer)
+        with resident(module):
+            weight = weight_of(module).detach()
+            wide = torch.promote_types(weight.dtype, torch.float32)
+            return self.quantized(layer, precision).to(wide) - weight.to(wide)
 
     def local_output(
         self, layer: Layer, precision: Precision, args: tuple[Any, ...], keywords: dict[str, Any]

@@ -22,7 +22,7 @@ from mpsearch.metrics.statistics import Mean
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.replay import Resumption
 from mpsearch.models.running import Batch, inputs_of
-from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, quantized_weights, weights
+from mpsearch.quantizers.fake_quantization import input_quantizers, inputs, weights
 
 #: Most memory that the batches of a turn take between runs, beside the first.
 TURN_BYTES = 256 * 2**20
@@ -326,7 +326,7 @@ class _Run:
 def _cell(context: Context, u: int, p: int) -> Perturbation:
     precisions = {layer.name: context.precisions[p] for layer in context.decisions[u].layers}
     return Perturbation(
-        quantized_weights(context.model, precisions, context.quantizer),
+        context.quantized_weights([context.decisions[u]], context.precisions[p]),
         input_quantizers(context.model, precisions, context.quantizer, context.ranges),
     )
 

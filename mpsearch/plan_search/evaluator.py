@@ -14,7 +14,6 @@ from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.statistics import ratio_of_samples
 from mpsearch.models.running import Batch, samples
 from mpsearch.plan_search.passes import PassBudget
-from mpsearch.quantizers.fake_quantization import input_quantizers
 
 Floats = NDArray[np.float64]
 Columns = NDArray[np.int64]
@@ -148,15 +147,8 @@ class PlanEvaluator:
         context = self.context
         pairs = list(zip(context.decisions, columns.tolist(), strict=True))
         precisions = {layer.name: context.precisions[p] for decision, p in pairs for layer in decision.layers}
-        values = {
-            parameter: context.quantized(layer, precisions[layer.name])
-            for decision in context.decisions
-            for parameter, layer in context.parameters(decision).items()
-            if precisions[layer.name].quantizes_weight
-        }
-        functions = input_quantizers(context.model, precisions, context.quantizer, context.ranges)
         name = " ".join(f"{decision.name}={context.precisions[p]}" for decision, p in pairs)
-        return PlanInModel(values, functions, name)
+        return PlanInModel.of(context.model, precisions, context.rounded, context.quantizer, context.ranges, name)
 
     def _longer(self, key: tuple[int, ...], known: Measurement | None, plan: PlanInModel, number: int) -> Measurement:
         """A measurement with one more batch."""

@@ -17,6 +17,7 @@ from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.modules.weights import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.models.running import Batch, call
 from mpsearch.models.streaming.offloading import Value, replaced, resident
+from mpsearch.quantizers.packing import Codes
 from mpsearch.quantizers.quantizer import Quantizer
 
 #: Least and greatest input of each layer over the calibration data.
@@ -31,10 +32,23 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
     """
     if not precision.quantizes_weight:
         return weight_of(module).detach()
+    return restore(module, rounded_weight(module, name, precision, quantizer)[0])
+
+
+def rounded_weight(
+    module: nn.Module, name: str, precision: Precision, quantizer: Quantizer
+) -> tuple[Tensor, Codes | None]:
+    """The weight of a module after quantization, output channels first, and its codes where the quantizer tells them.
+
+    Raises:
+        EstimatorError: where the quantizer changes shape, dtype or device, or returns what is not finite.
+    """
     with torch.no_grad(), resident(module):
         weight = canonical(module).detach()
         try:
-            values = quantizer.of_layer(name)(weight, precision)
+            of_layer = quantizer.of_layer(name)
+            codes = of_layer.encoded(weight, precision)
+            values = of_layer(weight, precision) if codes is None else codes.values()
         except EstimatorError as error:
             raise EstimatorError(f"layer {name!r} at {precision}: {error}") from None
         check_kind(values, Tensor, f"a tensor from the quantizer for layer {name!r} at {precision}", EstimatorError)
@@ -47,12 +61,50 @@ def quantized_weight(module: nn.Module, name: str, precision: Precision, quantiz
             raise EstimatorError(
                 f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
             )
-        return restore(module, values)
+        return values, codes
 
 
 def weights(values: Mapping[nn.Parameter, Value]) -> contextlib.AbstractContextManager[None]:
     """Values, or what makes them, in the place of parameters; the originals are set aside, not copied, and put back."""
     return replaced(values)
+
+
+@contextlib.contextmanager
+def weights_for_calls(
+    makers: Mapping[nn.Parameter, Callable[[], Tensor]], readers: Mapping[nn.Parameter, Sequence[nn.Module]]
+) -> Iterator[None]:
+    """Put tensors in the place of parameters while a module that reads them is called, each made for the call and let go behind it.
+
+    Args:
+        makers: parameter -> what makes its value.
+        readers: parameter -> the modules whose calls alone read it.
+    """
+    originals: dict[nn.Parameter, Tensor] = {}
+    handles = []
+
+    def around(parameter: nn.Parameter, make: Callable[[], Tensor], module: nn.Module) -> None:
+        def put(*_: Any) -> None:
+            value = make()
+            originals[parameter] = parameter.data
+            parameter.data = value
+
+        def take(*_: Any) -> None:
+            if parameter in originals:
+                parameter.data = originals.pop(parameter)
+
+        handles.append(module.register_forward_pre_hook(put))
+        handles.append(module.register_forward_hook(take, always_call=True))
+
+    try:
+        for parameter, make in makers.items():
+            for module in readers[parameter]:
+                around(parameter, make, module)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, original in originals.items():
+            parameter.data = original
 
 
 @contextlib.contextmanager

@@ -1,6 +1,8 @@
 """Quantized weights as they are stored: codes, scales and zero-points, packed bit by bit, and their bytes from shapes alone."""
 
+import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,6 +16,7 @@ from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.quantizers import ggml
 from mpsearch.quantizers.formats import Grid, format_named, grid_of
+from mpsearch.quantizers.formats.format import CHUNK, CHUNK_ELSEWHERE, wide
 
 
 class ScaleLayout(Protocol):
@@ -90,8 +93,9 @@ class Codes:
         return self._shaped(steps), self._shaped(zeros.expand_as(self.rounded))
 
     def _steps(self, scales: Tensor) -> Tensor:
-        """(S, 1) what the values of the grid are multiplied by."""
-        return format_named(self.precision.weight).steps(scales, self.tensor_scale, self.rounded.dtype)
+        """(S, 1) what the values of the grid are multiplied by, float32 or wider."""
+        dtype = torch.promote_types(self.rounded.dtype, torch.float32)
+        return format_named(self.precision.weight).steps(scales, self.tensor_scale, dtype)
 
     def _shaped(self, rows: Tensor) -> Tensor:
         """(S, n) in the shape of the weight, without padding."""
@@ -99,19 +103,40 @@ class Codes:
         return rows.reshape(outputs, -1)[:, : self.weight.numel() // outputs].reshape(self.weight.shape)
 
     def pack(self) -> "Packed":
-        """The stored bytes: codes in a row, lowest bit first, then scales and zero-points; padding of groups is not stored."""
+        """The stored bytes: codes in a row, lowest bit first, then scales and zero-points; padding of groups is not stored.
+
+        A part of the rows at a time, so that little is held beside the bytes. Where a format has a code to spare, the -0 that rounding
+        leaves of a small negative weight gets it, and `Packed.unpack` gives back the same tensor bit for bit.
+        """
         form, dtype = format_named(self.precision.weight), self.weight.dtype
         if self.blocks is not None:
             return Packed(self.precision, dtype, _bytes_of(self.blocks))
         if self.grid is None or self.scales is None:
-            return Packed(self.precision, dtype, _pack_bits(form.encode(self.values()).reshape(-1), form.bits))
+            values = self.values().reshape(-1).split(CHUNK["cpu"])
+            return Packed(
+                self.precision, dtype, bytearray().join(_pack_bits(form.encode(part), form.bits) for part in values)
+            )
         scales = self.scales.to(dtype) if form.facts.scale == "weight dtype" else self.scales
-        codes = self.grid.encode(self.rounded / self._steps(self.scales) + (0 if self.zeros is None else self.zeros))
-        bits = form.bits
-        points = None if self.zeros is None else _pack_bits(self.zeros.reshape(-1).long(), bits)
-        return Packed(
-            self.precision, dtype, _pack_bits(self._shaped(codes).reshape(-1), bits), scales, points, self.tensor_scale
-        )
+        points = None if self.zeros is None else _pack_bits(self.zeros.reshape(-1).long(), form.bits)
+        codes = bytearray().join(_pack_bits(part, form.bits) for part in self._parts(self.grid))
+        return Packed(self.precision, dtype, codes, scales, points, self.tensor_scale)
+
+    def _parts(self, grid: Grid) -> Iterator[Tensor]:
+        """Codes of some output channels at a time, without padding; int64, each but the last a multiple of 8."""
+        assert self.scales is not None
+        outputs = self.weight.shape[0] if self.weight.ndim > 1 else 1
+        inner = self.weight.numel() // outputs
+        steps, zeros = self._steps(self.scales), self.zeros
+        groups = len(steps) // outputs  # of an output channel; 0 for one scale for the tensor
+        rows = self.rounded if groups else self.rounded.reshape(outputs, -1)
+        for part in _row_parts(outputs, inner, rows.device):
+            some = slice(part.start * groups, part.stop * groups) if groups else slice(None)
+            values = wide(rows[slice(part.start * groups, part.stop * groups) if groups else part])
+            scaled = values / steps[some]
+            codes = grid.encode(scaled if zeros is None else scaled.add_(zeros[some]))
+            if grid.negative_zero is not None:
+                codes.masked_fill_((values == 0) & torch.signbit(values), grid.negative_zero)
+            yield codes.reshape(part.stop - part.start, -1)[:, :inner].reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,43 +154,110 @@ class Packed:
 
     precision: Precision
     dtype: torch.dtype
-    codes: bytes
+    codes: bytearray | memoryview
     scales: Tensor | None = None
-    zero_points: bytes | None = None
+    zero_points: bytearray | memoryview | None = None
     tensor_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """All of it."""
         tensors = [tensor for tensor in (self.scales, self.tensor_scale) if tensor is not None]
-        return len(self.codes) + len(self.zero_points or b"") + sum(t.numel() * t.element_size() for t in tensors)
+        return len(self.codes) + len(self.zero_points or ()) + sum(t.numel() * t.element_size() for t in tensors)
 
-    def unpack(self, shape: tuple[int, ...]) -> Tensor:
+    def unpack(self, shape: tuple[int, ...], device: torch.device | None = None) -> Tensor:
         """The dequantized weight from the bytes alone.
 
         Args:
             shape: of the weight.
+            device: to put it on; None = the processor's memory.
+        """
+        values = torch.empty(shape, dtype=self.dtype, device=device)
+        rows = values.view(shape[0] if len(shape) > 1 else 1, -1)
+        for part, some in self.parts(shape, values.device):
+            rows[part] = some
+        return values
+
+    def parts(self, shape: tuple[int, ...], device: torch.device) -> Iterator[tuple[slice, Tensor]]:
+        """Some output channels of the dequantized weight at a time.
+
+        Args:
+            shape: of the weight.
+            device: that they are put on.
+
+        Yields:
+            which, and their (k, n) values.
         """
         form = format_named(self.precision.weight)
-        bits = form.bits
         outputs = shape[0] if len(shape) > 1 else 1
         inner = math.prod(shape) // outputs
         if self.scales is None:
-            if form.facts.block_bytes is not None:
-                data = torch.frombuffer(bytearray(self.codes), dtype=torch.uint8).reshape(outputs, -1)
-            else:
-                data = _unpack_bits(self.codes, bits, outputs * inner)
-            return form.decode(data, self.dtype).reshape(shape)
-        wide = torch.promote_types(self.dtype, torch.float32)
-        steps = form.steps(self.scales, self.tensor_scale, wide).to(wide)
-        grid = grid_of(form.name, self.zero_points is None)
-        values = grid.decode(_unpack_bits(self.codes, bits, outputs * inner).to(steps.device), wide)
-        size = group_of(self.precision) or inner
-        groups = torch.arange(outputs)[:, None] * -(-inner // size) + torch.arange(inner) // size
-        place = groups.reshape(-1).clamp(max=len(steps) - 1).to(steps.device)  # one scale for the tensor: place 0
+            block_bytes = form.facts.block_bytes
+            for part in _row_parts(outputs, inner, device):
+                count = part.stop - part.start
+                if block_bytes is not None:
+                    width = len(self.codes) // outputs
+                    data = np.frombuffer(self.codes, np.uint8, count * width, part.start * width).reshape(count, width)
+                    codes = torch.from_numpy(data.copy()).to(device)
+                else:
+                    codes = _unpack_bits(self.codes, form.bits, count * inner, part.start * inner).to(device)
+                yield part, form.decode(codes, self.dtype).reshape(count, inner)
+            return
+        number = torch.promote_types(self.dtype, torch.float32)
+        steps = form.steps(self.scales.to(device), self.tensor_scale, number).to(number)
+        zeros = None
         if self.zero_points is not None:
-            values = values - _unpack_bits(self.zero_points, bits, len(steps)).to(values)[place]
-        return (values * steps[place, 0]).reshape(shape).to(self.dtype)
+            zeros = _unpack_bits(self.zero_points, form.bits, len(steps)).to(steps).reshape(-1, 1)
+        groups, size = len(steps) // outputs, group_of(self.precision) or inner
+        table = _Table.of(form.name, zeros is None, number, device)
+        for part in _row_parts(outputs, inner, device):
+            some = slice(part.start * groups, part.stop * groups) if groups else slice(None)
+            values = table.values(self.codes, part, inner)
+            step, zero = steps[some], None if zeros is None else zeros[some]
+            if groups and inner % size:  # the last group of a row is shorter
+                values = torch.nn.functional.pad(values, (0, -inner % size))
+            values = values.view(len(step), -1) if groups else values
+            values = (values if zero is None else values.sub_(zero)).mul_(step)
+            yield part, values.reshape(part.stop - part.start, -1)[:, :inner].to(self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Values of codes, several at a time, by the bits that they take together.
+
+    Attributes:
+        bits: of a code.
+        entries: (2^(bits x k), k) values of k codes.
+    """
+
+    bits: int
+    entries: Tensor
+
+    @staticmethod
+    @functools.lru_cache(maxsize=64)
+    def of(name: str, symmetric: bool, dtype: torch.dtype, device: torch.device) -> "_Table":
+        """Of the codes of a format."""
+        grid, bits = grid_of(name, symmetric), format_named(name).bits
+        known = grid.codes()
+        alone = torch.zeros(1 << bits, dtype=dtype)
+        alone[known] = grid.decode(known, dtype)
+        if grid.negative_zero is not None:
+            alone[grid.negative_zero] = -0.0
+        count = _TOGETHER.get(bits, 1)
+        places = torch.arange(1 << bits * count)[:, None] >> torch.arange(count) * bits
+        return _Table(bits, alone[places & ((1 << bits) - 1)].contiguous().to(device))
+
+    def values(self, codes: bytearray | memoryview, part: slice, inner: int) -> Tensor:
+        """(k, inner) values of the codes of some output channels, in a tensor of their own."""
+        count, together = (part.stop - part.start) * inner, self.entries.shape[1]
+        places = _unpack_bits(codes, self.bits, count, part.start * inner, together)
+        if together == 1:
+            values = self.entries.view(-1).index_select(0, places.to(self.entries.device).int())
+        elif self.entries.is_cpu:  # several times as fast as torch
+            values = torch.from_numpy(self.entries.numpy().take(places.numpy(), axis=0))
+        else:
+            values = self.entries[places.to(self.entries.device).int()]
+        return values.reshape(-1)[:count].view(-1, inner)
 
 
 def row_misfit(layer: Layer, precision: Precision) -> str | None:
@@ -220,26 +312,51 @@ def packed_bytes(numel: int, outputs: int, dtype_bytes: int, precision: Precisio
     return codes + scales * facts.scale_bytes(dtype_bytes) + facts.tensor_scale_bytes + zeros
 
 
-def _bytes_of(tensor: Tensor) -> bytes:
-    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-
-
 #: Widths of codes that are whole words of memory, lowest byte first.
 _WORDS = {8: "<u1", 16: "<u2", 32: "<u4"}
+#: Bits of a code -> codes that are looked up together: a table of their values stays in the cache.
+_TOGETHER = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2}
 
 
-def _pack_bits(values: Tensor, bits: int) -> bytes:
+def _row_parts(outputs: int, inner: int, device: torch.device) -> Iterator[slice]:
+    """Output channels by as many as are worked on at once; a multiple of 8, so that each part starts with a byte of its own."""
+    step = max(1, CHUNK.get(device.type, CHUNK_ELSEWHERE) // max(1, inner) // 8) * 8
+    return (slice(start, min(start + step, outputs)) for start in range(0, outputs, step))
+
+
+def _pack_bits(codes: Tensor, bits: int) -> bytearray:
     """Codes one after the other, lowest bit first."""
+    numbers = codes.cpu().numpy()
     if bits in _WORDS:
-        words: bytes = values.cpu().numpy().astype(_WORDS[bits]).tobytes()
-        return words
-    stream = (values.cpu()[:, None] >> torch.arange(bits)) & 1
-    return np.packbits(stream.to(torch.uint8).numpy().reshape(-1), bitorder="little").tobytes()
+        return bytearray(numbers.astype(_WORDS[bits]).tobytes())
+    size = -(-len(numbers) * bits // 8)
+    if bits > 8:
+        stream = (numbers[:, None] >> np.arange(bits)) & 1
+        return bytearray(np.packbits(stream.astype(np.uint8).reshape(-1), bitorder="little"))
+    eights = np.zeros((-(-len(numbers) // 8), 8), "<i8")
+    eights.reshape(-1)[: len(numbers)] = numbers
+    word = (eights << np.arange(8) * bits).sum(1).astype("<i8")  # 8 codes are as many bytes as a code has bits
+    return bytearray(word.view(np.uint8).reshape(-1, 8)[:, :bits].tobytes()[:size])
 
 
-def _unpack_bits(data: bytes, bits: int, count: int) -> Tensor:
-    """The codes that `_pack_bits` packed, int64."""
-    if bits in _WORDS:
-        return torch.from_numpy(np.frombuffer(data, _WORDS[bits], count).astype(np.int64))
-    stream = np.unpackbits(np.frombuffer(data, np.uint8), count=count * bits, bitorder="little")
-    return (torch.from_numpy(stream).reshape(count, bits).long() << torch.arange(bits)).sum(1)
+def _unpack_bits(data: bytearray | memoryview, bits: int, count: int, start: int = 0, together: int = 1) -> Tensor:
+    """Codes that `_pack_bits` packed, from a multiple of 8 on; `together` neighbours as one number, the first one lowest."""
+    if bits in (16, 32):
+        return torch.from_numpy(np.frombuffer(data, _WORDS[bits], count, start * bits // 8).astype(np.int64))
+    size = -(-count * bits // 8)
+    packed = np.frombuffer(data, np.uint8, size, start * bits // 8)
+    if bits > 8:
+        stream = np.unpackbits(packed, count=count * bits, bitorder="little").reshape(count, bits)
+        return torch.from_numpy((stream.astype(np.int64) << np.arange(bits)).sum(1))
+    if bits * together == 8:
+        return torch.from_numpy(packed.copy())
+    eights = np.zeros((-(-count // 8), 8), np.uint8)
+    eights[: size // bits, :bits] = packed[: size // bits * bits].reshape(-1, bits)
+    eights[size // bits :, : size % bits] = packed[size // bits * bits :]
+    width = bits * together
+    places = (eights.view("<i8") >> np.arange(0, 8 * bits, width)) & ((1 << width) - 1)
+    return torch.from_numpy(places.reshape(-1)[: -(-count // together)])
+
+
+def _bytes_of(tensor: Tensor) -> bytearray:
+    return bytearray(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())

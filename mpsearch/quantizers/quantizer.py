@@ -10,6 +10,7 @@ from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError
 from mpsearch.models.running import Batch
+from mpsearch.quantizers.packing import Codes
 from mpsearch.quantizers.rounding import RoundToNearest
 
 #: Who tells the bytes of a weight: they are those of packed codes and scales; the quantizer tells its own; it tells none, and they are
@@ -67,6 +68,18 @@ class Quantizer(Protocol):
 
         Returns:
             Same shape, dtype and device.
+        """
+        ...
+
+    def encoded(self, weight: Tensor, precision: Precision) -> Codes | None:
+        """The same with its codes and scales, by which it is held in a fraction of the memory; None where it tells none.
+
+        Args:
+            weight: (out, ...) output channels first.
+            precision: its weight format and group size, not `w16`.
+
+        Returns:
+            What `values()` of it gives is what a call gives.
         """
         ...
 
@@ -158,6 +171,11 @@ class Around:
         """The weight after quantization and back, as within."""
         values: Tensor = self.quantizer(weight, precision)
         return values
+
+    def encoded(self, weight: Tensor, precision: Precision) -> Codes | None:
+        """None: it tells no codes, where it does not say otherwise."""
+        del weight, precision
+        return None
 
     def activation_values(self, x: Tensor, name: str, low: float, high: float) -> Tensor:
         """An input after quantization and back, as within."""

@@ -71,7 +71,7 @@ class RoundToNearest:
         """
         if not precision.quantizes_weight:
             return weight
-        return self._codes(weight, precision, weight.dtype).values()
+        return self.encoded(weight, precision).values()
 
     @property
     def name(self) -> str:
@@ -107,6 +107,10 @@ class RoundToNearest:
         """Bytes of the packed weight of a layer; see `packed_bytes`."""
         outputs = layer.weight_shape[0] if len(layer.weight_shape) > 1 else 1
         return packed_bytes(layer.numel, outputs, layer.dtype_bytes, precision, self)
+
+    def encoded(self, weight: Tensor, precision: Precision) -> Codes:
+        """The weight after quantization and back, in its own dtype, with the codes and scales that it is made of; see `__call__`."""
+        return self._codes(weight, precision, weight.dtype)
 
     def codes(self, weight: Tensor, precision: Precision) -> Codes:
         """Codes, scales and zero-points of a weight; see `__call__`."""

@@ -49,6 +49,7 @@ def peak(blocks: int = 4, precisions: str = "w2 w4", batches: int = 3) -> int:
 def test_peak_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch a turn: the weight, its rounded copy, what one run needs, and the reference, however much there is to do."""
     monkeypatch.setattr(perturbation, "TURN_BYTES", 0)
+    monkeypatch.setattr("mpsearch.quantizers.rounded_weights.ROOM_BYTES", 0)
     usual = peak()
     assert 0 < usual < 2 * 4 * 2 * WIDTH * WIDTH + 6 * 4 * ROWS * 2 * WIDTH
     assert peak(blocks=8) == usual

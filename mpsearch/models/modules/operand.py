@@ -43,7 +43,9 @@ class Layout:
         """Undo `canonical`: laid out in memory as the parameter is."""
         sizes = [self.shape[axis] for axis in self.order]
         inverse = sorted(range(len(self.order)), key=lambda axis: self.order[axis])
-        return torch.empty_like(stored).copy_(canonical.reshape(sizes).permute(inverse).reshape(stored.shape))
+        return torch.empty_like(stored, device=canonical.device).copy_(
+            canonical.reshape(sizes).permute(inverse).reshape(stored.shape)
+        )
 
 
 @dataclass(frozen=True)

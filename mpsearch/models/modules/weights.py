@@ -92,6 +92,27 @@ def holders(model: nn.Module) -> Iterator[nn.Module]:
     yield from operands.reads.values()
 
 
+def sole_readers(model: nn.Module) -> dict[nn.Parameter, list[nn.Module]]:
+    """Weights that nothing reads but the calls of the layers that hold them, with those layers.
+
+    >>> tied = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    >>> tied[1].weight = tied[0].weight
+    >>> [len(readers) for readers in sole_readers(tied).values()]
+    [2]
+    """
+    operands = operands_of(model)
+    others = {operand.weight for operand in (*operands.decided.values(), *operands.reads.values())}
+    readers: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        plain = type(module) in KINDS or stores_inputs_first(module)
+        for name, parameter in module._parameters.items():
+            if parameter is not None and plain and name == "weight":
+                readers.setdefault(parameter, []).append(module)
+            elif parameter is not None:
+                others.add(parameter)
+    return {parameter: modules for parameter, modules in readers.items() if parameter not in others}
+
+
 def kind_of(module: nn.Module) -> str | None:
     """Kind of layer that a module is; None where it is none.
 

@@ -27,6 +27,8 @@ class Grid(ABC):
     signed_magnitude: ClassVar[bool] = False
     #: Scales below that of the largest value may be better; False where the format defines its scale by that value.
     searched: ClassVar[bool] = True
+    #: A code of no value, with which packed weights mark the -0 that rounding leaves; None where -0 has a code or never comes up.
+    negative_zero: ClassVar[int | None] = None
 
     bits: int
     low: float

@@ -23,6 +23,8 @@ class SymmetricIntegers(Grid):
     (tensor([1]), [-3.0, -2.0, -1.0, 0.0, 1.0, 2.0, 3.0])
     """
 
+    negative_zero: ClassVar[int | None] = 0
+
     @classmethod
     def of(cls, bits: int) -> "SymmetricIntegers":
         """Of a number of bits."""
