@@ -83,7 +83,7 @@ from mpsearch.models.fingerprints import output_identity
 from mpsearch.models.free_memory import out_of_memory, room
 from mpsearch.models.head import OutputLayer, output_layer, too_large
 from mpsearch.models.modules.experts import without_tokens
-from mpsearch.models.modules.weights import holds_weight, layer_of, weight_of
+from mpsearch.models.modules.weights import holds_weight, layer_of
 from mpsearch.models.named import opened
 from mpsearch.models.peak_memory import peak_memory
 from mpsearch.models.running import (
@@ -102,7 +102,7 @@ from mpsearch.models.streaming.blocks import Blocks, blocks_of
 from mpsearch.models.streaming.offloading import is_offloaded, weight_bytes
 from mpsearch.quantizers.fake_quantization import Ranges, input_ranges
 from mpsearch.quantizers.registry import AnyQuantizer, resolve_quantizer
-from mpsearch.quantizers.rounded_weights import RoundedWeights
+from mpsearch.quantizers.rounded_weights import RoundedWeights, memory_and_file_bytes
 
 Differentiated = Comparison | TargetLoss | Loss
 
@@ -709,7 +709,8 @@ class Calibration:
             context = dataclasses.replace(whole, decisions=decisions, quantizer=self._allowed)
             works.append(functools.partial(scoring_trial, context, family))
         names = [layer.name for layer in self.layers if not layer.is_cache]
-        return self._forecast(passes, works, names, self.precisions, {}, self.batches)
+        cells = [(name, option) for name in names for option in self.precisions if option.quantizes_weight]
+        return self._forecast(passes, works, cells, self.batches)
 
     def _forecast_of_plans(self, plans: Sequence[Plan], data: Sequence[Batch]) -> Forecast:
         cells = {
@@ -718,8 +719,6 @@ class Calibration:
             for name, option in named_in(self.model, plan).items()
             if option.quantizes_weight and holds_weight(layer_of(self.model, name))
         }
-        names = sorted({name for name, _ in cells})
-        held = sum(weight_of(layer_of(self.model, name)).nbytes for name, _ in cells)
         choice, loss = self.choice, self._loss if callable(self._loss) else None
         reader: Callable[[], Reader] = (lambda: Tally(choice, loss)) if len(plans) == 1 else (lambda: choice.metric)
         ranges = any(option.quantizes_activation for plan in plans for option in plan.values())
@@ -727,9 +726,7 @@ class Calibration:
         return self._forecast(
             passes,
             [functools.partial(plan_trial, self.model, reader, self.output_layer)],
-            names,
-            sorted({option for _, option in cells}, key=str),
-            {"rounded weights": held},
+            sorted(cells, key=str),
             data,
         )
 
@@ -737,17 +734,17 @@ class Calibration:
         self,
         passes: Passes,
         works: Sequence[Callable[[Batch, float], Trial]],
-        names: Sequence[str],
-        options: Sequence[Precision],
-        held: Mapping[str, int],
+        cells: Sequence[tuple[str, Precision]],
         data: Sequence[Batch],
     ) -> Forecast:
         """From pieces of work that run one after the other, each on one batch."""
         batch, weights, there = largest(data), weight_bytes(self.model), room_for(self.model, None)
         free = math.inf if there is None else there.bytes - weights
         trials = [work(batch, free) for work in works]
-        modules = [layer_of(self.model, name) for name in names]
-        round_up = rounding(modules, names, self.quantizer, options)
+        names, options = (list(dict.fromkeys(column)) for column in zip(*cells, strict=True)) if cells else ([], [])
+        modules = {name: layer_of(self.model, name) for name in names}
+        round_up = rounding(list(modules.values()), names, self.quantizer, options)
+        held, filed = memory_and_file_bytes([(modules[name], name, option) for name, option in cells], self.quantizer)
         most = max(trials, key=lambda trial: trial.bytes)
         part = "one batch" if most.whole else f"{most.samples} of {samples(batch)} samples of a batch"
         memory = {"weights": weights, part: most.bytes, "rounding": round_up.bytes}
@@ -755,7 +752,7 @@ class Calibration:
         if all(trial.whole for trial in trials):
             runs = len(data) * (passes.forward + 2 * passes.backward)
             seconds = runs * seconds_of(self.model, batch) + round_up.seconds
-        return Forecast(passes.forward, passes.backward, None, seconds, {**memory, **held}, 0)
+        return Forecast(passes.forward, passes.backward, None, seconds, {**memory, "rounded weights": held}, filed)
 
     def _start(self, forecast: Callable[[], Forecast], data: Sequence[Batch]) -> None:
         """Before work: refuse what does not fit, and tell at a terminal what it will take.

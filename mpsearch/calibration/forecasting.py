@@ -19,7 +19,7 @@ from mpsearch.core.decision import Decision
 from mpsearch.core.forecast import Forecast
 from mpsearch.core.precision import Precision
 from mpsearch.errors import EstimatorError, MemoryShortage
-from mpsearch.estimation.context import Context, QuantizedWeights
+from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimator
 from mpsearch.estimation.passes import Passes
 from mpsearch.models.data.batches import leaves
@@ -30,7 +30,9 @@ from mpsearch.models.modules.weights import canonical, holds_weight, weight_of
 from mpsearch.models.peak_memory import live_bytes
 from mpsearch.models.running import Batch, call, device_of, samples, unchanged
 from mpsearch.models.streaming.offloading import resident, weight_bytes
+from mpsearch.quantizers.fake_quantization import quantized_weight
 from mpsearch.quantizers.quantizer import Around, Quantizer
+from mpsearch.quantizers.rounded_weights import RoundedWeights
 
 #: The growth with each further sample may itself grow by so much, as another moment of the work comes to hold the most.
 _CAUTION = 1.5
@@ -64,6 +66,13 @@ class _Disturbing(Around):
 
     def of_layer(self, name: str) -> Quantizer:
         return self
+
+
+class _NotKept(RoundedWeights):
+    """Rounds each time: what is held is told apart from the work."""
+
+    def value(self, module: nn.Module, name: str, precision: Precision, quantizer: Quantizer) -> Tensor:
+        return quantized_weight(module, name, precision, quantizer)
 
 
 def largest(batches: Sequence[Batch]) -> Batch:
@@ -139,7 +148,7 @@ def scoring_trial(context: Context, family: Sequence[Estimator], batch: Batch, r
             progress=_no_bar,
             passes=Passes(),
             checkpoint=NoStore(),
-            quantized_weights=QuantizedWeights(),
+            rounded=_NotKept(),
             observers=(),
         )
         estimates_of(small, family)

@@ -2,6 +2,7 @@
 
 import math
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 from mpsearch.core.layer import Layer
 from mpsearch.core.precision import Precision
-from mpsearch.models.modules.weights import restore, weight_of
+from mpsearch.models.modules.weights import canonical, restore, weight_of
 from mpsearch.models.streaming.offloading import resident
 from mpsearch.models.streaming.spilling import Spill
 from mpsearch.models.streaming.stored import bytes_of
@@ -200,6 +201,37 @@ def rounded_bytes(layer: Layer, precision: Precision, quantizer: Quantizer) -> i
     told = quantizer.of_layer(layer.name).encoded(row, precision)
     packed = told is not None and (told.grid is None or told.grid.bits <= _MOST_BITS)
     return min(plain, stored_bytes(quantizer, layer, precision)) if packed else plain
+
+
+def memory_and_file_bytes(
+    cells: Sequence[tuple[nn.Module, str, Precision]], quantizer: Quantizer, room_bytes: int | None = None
+) -> tuple[int, int]:
+    """Bytes that rounded weights take in memory, and in the file, at most.
+
+    Args:
+        cells: modules with their names and precisions, in the order in which they are rounded.
+        quantizer: that rounds.
+        room_bytes: of `RoundedWeights`; None = `ROOM_BYTES`.
+
+    >>> from mpsearch.quantizers.rounding import RoundToNearest
+    >>> cells = [(nn.Linear(64, 4), "fc", Precision("4"))] * 2
+    >>> memory_and_file_bytes(cells, RoundToNearest(), room_bytes=1500)
+    (1024, 144)
+    """
+    room = ROOM_BYTES if room_bytes is None else room_bytes
+    held = filed = 0
+    sizes: dict[tuple[tuple[int, ...], torch.dtype, Precision], int] = {}
+    for module, name, precision in cells:
+        weight = canonical(module)
+        if held + weight.nbytes <= room:
+            held += weight.nbytes
+            continue
+        key = tuple(weight.shape), weight.dtype, precision
+        if key not in sizes:
+            layer = Layer(name, "", key[0], dtype=str(weight.dtype).removeprefix("torch."))
+            sizes[key] = rounded_bytes(layer, precision, quantizer)
+        filed += sizes[key]
+    return held, filed
 
 
 def _key(module: nn.Module, precision: Precision) -> _Key:
