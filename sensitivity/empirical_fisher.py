@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
-from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
 from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
 from mpsearch.estimation.gradients.trace_times_noise import TraceTimesNoise
 

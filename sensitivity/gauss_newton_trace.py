@@ -9,7 +9,7 @@ from torch import Tensor
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.averages import GradientEstimator
-from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
 from mpsearch.estimation.gradients.targets import GradientTarget
 from mpsearch.estimation.gradients.trace_times_noise import TraceTimesNoise
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import GradientEstimator
-from mpsearch.estimation.gradients.one_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
 from mpsearch.estimation.gradients.targets import TokenWeights
 from mpsearch.estimation.relative_error import cells_from_scores
 

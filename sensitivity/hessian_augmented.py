@@ -13,7 +13,8 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import Averages, GradientEstimator
-from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.one_pass import Accumulator
 from mpsearch.estimation.gradients.targets import TokenWeights
 
 #: Cells beyond which the matrix of pairs would not fit.

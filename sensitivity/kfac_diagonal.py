@@ -12,10 +12,12 @@ from mpsearch.core.layer import Layer
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.gradients.averages import GradientEstimator
-from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.one_pass import Accumulator
 from mpsearch.estimation.gradients.targets import TokenWeights
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import weight_of
+from mpsearch.models.streaming.offloading import resident
 
 #: Groups of samples for the jackknife.
 _GROUPS = 8
@@ -126,7 +128,8 @@ class _FactorSums:
         for u, decision in enumerate(context.decisions):
             cells = torch.zeros(len(context.precisions), _GROUPS + 1, dtype=torch.float64)
             for parameter, layer in context.parameters(decision).items():
-                cells += self._weight(column[parameter], layer)
+                with resident(context.module(layer)):
+                    cells += self._weight(column[parameter], layer)
             value[u] = cells[:, 0].numpy()
             left_out = cells[:, 1:][:, self.samples > 0]
             spread = (

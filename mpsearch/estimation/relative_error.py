@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
-from mpsearch.metrics.statistics import wide
+from mpsearch.estimation.weight_changes import squared_change, squared_length
 from mpsearch.models.modules.weights import layer_of
 from mpsearch.models.running import call, samples
+from mpsearch.models.streaming.offloading import resident
 from mpsearch.quantizers.fake_quantization import input_quantizer, inputs
 
 Floats = NDArray[np.float64]
@@ -56,12 +57,14 @@ def relative_error(context: Context) -> Floats:
     """
     error = np.zeros((len(context.decisions), len(context.precisions)))
     for u, decision in enumerate(context.decisions):
-        parameters = context.parameters(decision)
-        power = sum(_power(parameter) for parameter in parameters)
-        for p, precision in enumerate(context.precisions):
-            if precision.quantizes_weight:
-                noise = sum(_power(context.perturbation(layer, precision)) for layer in parameters.values())
-                error[u, p] = _ratio(noise, power)
+        power, noise = 0.0, np.zeros(len(context.precisions))
+        for parameter, layer in context.parameters(decision).items():
+            with resident(context.module(layer)):
+                power += squared_length(parameter)
+                for p, precision in enumerate(context.precisions):
+                    if precision.quantizes_weight:
+                        noise[p] += squared_change(context, layer, precision)
+        error[u] = [_ratio(float(changed), power) for changed in noise]
     if context.quantizes_inputs:
         noise_of = input_noise(context)
         for u, decision in enumerate(context.decisions):
@@ -97,11 +100,11 @@ def input_noise(context: Context) -> dict[str, InputNoise]:
         functions = [input_quantizer(module, name, p, context.quantizer, context.ranges) for p in context.precisions]
 
         def see(x: Tensor) -> Tensor:
-            noise_of[name].power += _power(x) / total
+            noise_of[name].power += squared_length(x) / total
             noise_of[name].numel += x.numel() / total
             for p, function in enumerate(functions):
                 if function is not None:
-                    noise_of[name].noise[p] += _power(function(x) - x) / total
+                    noise_of[name].noise[p] += squared_length(function(x) - x) / total
             return x
 
         return see
@@ -111,10 +114,6 @@ def input_noise(context: Context) -> dict[str, InputNoise]:
             call(context.model, batch)
             context.passes.add(len(context.batches), forward=1)
     return noise_of
-
-
-def _power(x: Tensor) -> float:
-    return float(wide(x.detach()).square().sum())
 
 
 def _ratio(noise: float, power: float) -> float:

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpsearch.estimation.gradients import per_sample as part
-from mpsearch.estimation.gradients.per_sample import sample_gradients
+from mpsearch.estimation.gradients.per_sample import gradient_bytes, projection, sample_gradients
 
 SAMPLES = 5
 
@@ -79,8 +78,8 @@ def truth(module, x, g):
 
 def gathered(module, calls, samples=SAMPLES):
     parts = list(sample_gradients([(module, x, g) for x, g in calls], samples))
-    assert [row for place, _ in parts for row in range(samples)[place]] == list(range(samples))
-    return torch.cat([gradients for _, gradients in parts])
+    assert [row for place, _, _ in parts for row in range(samples)[place]] == list(range(samples))
+    return torch.cat([gradients for _, _, gradients in parts])
 
 
 @pytest.fixture(params=CASES)
@@ -112,18 +111,47 @@ def test_calls_of_one_weight_add_up(case):
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4, 100])
-def test_few_samples_at_a_time(case, kept, monkeypatch):
+def test_few_samples_at_a_time(case, kept):
     module, x, g = case
-    monkeypatch.setattr(part, "CHUNK_BYTES", kept * module.weight.numel() * 4)
-    sizes = [len(gradients) for _, gradients in sample_gradients([(module, x, g)], SAMPLES)]
-    assert sizes == [min(kept, SAMPLES - start) for start in range(0, SAMPLES, kept)]
-    torch.testing.assert_close(gathered(module, [(x, g)]), truth(module, x, g), rtol=1e-4, atol=1e-5)
+    parts = list(sample_gradients([(module, x, g)], SAMPLES, room_bytes=kept * gradient_bytes(module.weight)))
+    assert [len(gradients) for _, _, gradients in parts] == [
+        min(kept, SAMPLES - start) for start in range(0, SAMPLES, kept)
+    ]
+    found = torch.cat([gradients for _, _, gradients in parts])
+    torch.testing.assert_close(found, truth(module, x, g), rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_beyond_the_limit_goes_sample_by_sample(monkeypatch):
-    monkeypatch.setattr(part, "CHUNK_BYTES", 1)
-    module, x, g = nn.Linear(4, 3), values(SAMPLES, 4), values(SAMPLES, 3)
-    torch.testing.assert_close(gathered(module, [(x, g)]), truth(module, x, g))
+@pytest.mark.parametrize("room_bytes", [1, 40])
+def test_a_weight_beyond_the_limit_goes_sample_by_sample_in_rows(case, room_bytes):
+    """Where a few rows are no dearer than their share."""
+    module, x, g = case
+    found = torch.full((SAMPLES, *module.weight.shape), torch.nan)
+    for place, rows, gradients in sample_gradients([(module, x, g)], SAMPLES, room_bytes):
+        assert len(gradients) == 1
+        assert 4 * gradients.numel() <= max(room_bytes, 4 * module.weight[0].numel()) or rows == slice(
+            0, len(module.weight)
+        )
+        found[place, rows] = gradients
+    torch.testing.assert_close(found, truth(module, x, g), rtol=1e-4, atol=1e-5)
+
+
+def test_projections_without_the_gradients(case):
+    """Of two calls, with the change a few rows at a time."""
+    module, x, g = case
+    change = torch.randn_like(module.weight)
+    other = x.flip(0)
+
+    def rows():
+        yield slice(0, 1), change[:1]
+        yield slice(1, len(change)), change[1:]
+
+    found = projection([(module, x, g), (module, other, 2 * g)], SAMPLES, rows)
+    if found is None:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        return
+    gradients = truth(module, x, g) + truth(module, other, 2 * g)
+    expected = (gradients.detach() * change.detach()).flatten(1).double().sum(1)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_one_sample_for_the_whole_batch(case):
@@ -171,5 +199,5 @@ def test_a_weight_held_by_modules_of_two_kinds():
         values(SAMPLES, 7, 3),
         values(SAMPLES, 7, 6),
     )
-    (found,) = (part for _, part in sample_gradients([(table, numbers, g_table), (head, x, g_head)], SAMPLES))
+    (found,) = (part for _, _, part in sample_gradients([(table, numbers, g_table), (head, x, g_head)], SAMPLES))
     torch.testing.assert_close(found, truth(table, numbers, g_table) + truth(head, x, g_head))

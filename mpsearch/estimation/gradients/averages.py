@@ -12,7 +12,8 @@ from torch import Tensor
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate, SeededEstimator
-from mpsearch.estimation.gradients.one_pass import Accumulator, Gradients, Quantity, one_pass
+from mpsearch.estimation.gradients.backward_pass import Gradients, Quantity
+from mpsearch.estimation.gradients.one_pass import Accumulator, one_pass
 from mpsearch.estimation.gradients.targets import GradientTarget, TokenWeights
 from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison

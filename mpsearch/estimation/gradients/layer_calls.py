@@ -1,6 +1,6 @@
 """One forward pass that hands on the input and the output gradient of every call of a weight."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_iter
 
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
-from mpsearch.estimation.gradients.targets import Predicted
+from mpsearch.estimation.weight_changes import PIECE
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.experts import place_of
 from mpsearch.models.modules.operand import Operand
@@ -66,10 +66,11 @@ class LayerCalls:
         layers: decisions by module.
         batch: what the model will be run on.
         known: layouts of modules that earlier batches have shown; added to.
+        modules: whose calls are seen, where not those of all.
 
     Attributes:
         calls: number of calls of each weight.
-        leaves: outputs that no gradient would reach otherwise; where gradients are taken.
+        leaves: outputs of the first layers, where backward passes end.
         receiver: called with each call and the gradient of its output, during a backward pass; None: nobody is.
     """
 
@@ -80,6 +81,7 @@ class LayerCalls:
         layers: Mapping[nn.Module, Layer],
         batch: Batch,
         known: dict[nn.Module, Layout],
+        modules: Collection[nn.Module] | None = None,
     ) -> None:
         self.samples = samples(batch)
         self.calls: dict[nn.Parameter, int] = {}
@@ -93,7 +95,7 @@ class LayerCalls:
         self._handles = []
         for module in holders(model):
             weight = getattr(module, "weight", None)
-            if isinstance(weight, nn.Parameter) and weight in weights:
+            if isinstance(weight, nn.Parameter) and weight in weights and (modules is None or module in modules):
                 see = self._seen(layers.get(module))
                 # first, since the user's hooks may change y
                 self._handles.append(module.register_forward_hook(see, prepend=True, with_kwargs=True))
@@ -102,6 +104,7 @@ class LayerCalls:
         """Take the hooks out of the model."""
         for handle in self._handles:
             handle.remove()
+        self.leaves, self._doubtful, self._layouts = [], {}, {}  # whose graph holds hooks that hold this
 
     def _seen(self, layer: Layer | None) -> Callable[..., Any]:
         def see(module: nn.Module, args: tuple[Any, ...], keywords: dict[str, Any], y: Any) -> Tensor | None:
@@ -119,10 +122,12 @@ class LayerCalls:
             self.calls[weight] = self.calls.get(weight, 0) + 1
             fresh = None
             if not y.requires_grad:
-                self.leaves.append(y.detach().requires_grad_())
-                y = fresh = self.leaves[-1].clone()  # what follows may write into it
-            elif y._is_view():
-                y = fresh = y.clone()  # and a view that is written into loses its hooks
+                y = y.detach().requires_grad_()
+            first = not any(isinstance(x, Tensor) and x.requires_grad for x in tree_iter((args, keywords)))
+            if first:
+                self.leaves.append(y)
+            if first or y._is_view():
+                y = fresh = y.clone()  # what follows may write into it; a view that is written into loses its hooks
             call = Call(module, layer, _detached(args), _detached(keywords))
             candidates = self._candidates(call)
             if candidates in ((), ("first",)):
@@ -162,11 +167,12 @@ class LayerCalls:
             layouts.append("second")
         return tuple(layouts)
 
-    def resolve(self, output: Predicted, name: Callable[[nn.Parameter], str]) -> bool:
-        """Find the samples where shapes leave doubt: the predictions of one depend on no rows but its own.
+    def resolve(self, rows: Tensor, index: Tensor, name: Callable[[nn.Parameter], str]) -> bool:
+        """Find the samples where shapes leave doubt: what comes out for one depends on no rows but its own.
 
         Args:
-            output: of the run.
+            rows: (N, ...) what comes out, such as predictions; empty under a loss of one's own.
+            index: (N,) sample of each.
             name: of the layer that holds a weight, for errors.
 
         Returns:
@@ -177,15 +183,15 @@ class LayerCalls:
         """
         if not self._doubtful:
             return False
-        if output.loss is not None:
+        if not rows.numel():
             call = next(iter(self._doubtful))
             raise EstimatorError(
                 f"layer {name(call.weight)!r} has an input of shape {tuple(call.x.shape)} in a batch of "
                 f"{self.samples} samples: with an own loss it cannot be told which rows are those of one sample; give "
                 "batches of one sample, or the loss 'kl' or 'cross-entropy'"
             )
-        sample = int(output.index[0])
-        mine = output.logits[output.index == sample]
+        sample = int(index[0])
+        mine = rows[index == sample]
         rest = torch.arange(self.samples, device=mine.device) != sample
         generator = torch.Generator().manual_seed(0)
         probe = (mine * torch.randn(mine.shape, generator=generator).to(mine)).sum()
@@ -197,10 +203,36 @@ class LayerCalls:
             fits: list[Layout] = [
                 layout
                 for layout in self._candidates(call)
-                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest].any()
+                if g is None or not self._in_order(g, layout).reshape(self.samples, -1)[rest.to(g.device)].any()
             ]
             self._layouts[call] = self._known[call.module] = fits[0] if fits else "none"
         return True
+
+    def by_second(self, state: Tensor, rows: Tensor, index: Tensor) -> bool:
+        """True where the samples lie along the second dimension of a state that the predictions are made of.
+
+        Args:
+            state: requires a gradient.
+            rows: (N, C) predictions; empty under a loss of one's own.
+            index: (N,) sample of each.
+
+        Raises:
+            EstimatorError: where shapes leave doubt and there are no predictions to tell.
+        """
+        sizes = [size == self.samples for size in state.shape[:2]]
+        if self.samples == 1 or sizes != [True, True] or state.ndim < 3:
+            return sizes == [False, True]
+        if not rows.numel():
+            raise EstimatorError(
+                f"the hidden state has shape {tuple(state.shape)} in a batch of {self.samples} samples: with an own loss it cannot be told "
+                "which rows are those of one sample; give batches of one sample, or the loss 'kl' or 'cross-entropy'"
+            )
+        sample = int(index[0])
+        mine = rows[index == sample]
+        generator = torch.Generator().manual_seed(0)
+        probe = (mine * torch.randn(mine.shape, generator=generator).to(mine)).sum()
+        (slope,) = torch.autograd.grad(probe, state, retain_graph=True)
+        return bool(slope[torch.arange(self.samples, device=slope.device) != sample].any())
 
     def shared(self, call: Call) -> bool:
         """True for a call with one output for the whole batch, such as one of position embeddings."""
@@ -210,14 +242,19 @@ class LayerCalls:
         """A tensor laid out as the input or output of a call, with the rows of a sample next to each other."""
         return self._in_order(values, self._layouts[call])
 
-    def by_sample(self, call: Call, values: Tensor) -> Tensor:
-        """(N,) sums of a tensor laid out as the output of a call; one for the whole batch counts for the first sample."""
-        values = wide(values)
-        if self.shared(call):
-            sums = values.new_zeros(self.samples)
-            sums[0] = values.sum()
-            return sums
-        return self.rows(call, values).reshape(self.samples, -1).sum(1)
+    def by_sample(self, call: Call, function: Callable[..., tuple[Tensor, ...]], *values: Tensor) -> tuple[Tensor, ...]:
+        """(N,) sums of what a function makes of tensors that are laid out as the output of a call, number by number.
+
+        The function is given a piece of each at a time, in the widest float. One output for the whole batch counts for the first sample.
+        """
+        count = 1 if self.shared(call) else self.samples
+        flat = [self.rows(call, part).reshape(count, -1) for part in values]
+        pieces = zip(*(part.split(max(1, PIECE // count), 1) for part in flat), strict=True)
+        sums = [
+            torch.stack(terms).sum(0)
+            for terms in zip(*([x.sum(1) for x in function(*map(wide, piece))] for piece in pieces), strict=True)
+        ]
+        return tuple(torch.cat([x, x.new_zeros(self.samples - count)]) for x in sums)
 
     def _in_order(self, values: Tensor, layout: Layout) -> Tensor:
         if layout == "second":

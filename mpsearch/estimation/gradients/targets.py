@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Comparison, by_sample, inner_product
+from mpsearch.metrics.pieces import all_finite
 from mpsearch.metrics.seeds import Draw
 from mpsearch.metrics.targets import Loss
 from mpsearch.models.data.batches import original_of
@@ -109,7 +110,7 @@ def predicted(context: Context, batch: Batch, number: int) -> Predicted:
         size = samples(batch)
         return Predicted(size, torch.arange(size, device=loss.device), loss.new_zeros(0), loss)
     run = context.run(batch)
-    if not torch.isfinite(run.rows.detach()).all():
+    if not all_finite(run.rows):
         raise EstimatorError(f"the output of the model is not finite in batch {number}")
     targets = Loss(metric.kind).targets(context.model, batch, run)
     return Predicted(run.samples, run.index, run.rows, None, metric, targets)

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from mpsearch.estimation.context import Context
-from mpsearch.estimation.gradients.one_pass import Gradients
+from mpsearch.estimation.gradients.backward_pass import Gradients
 from mpsearch.estimation.relative_error import input_noise
-from mpsearch.metrics.statistics import wide
+from mpsearch.estimation.weight_changes import squared_change
 
 
 @dataclass(eq=False)
@@ -32,9 +32,7 @@ class TraceTimesNoise:
         for u, decision in enumerate(context.decisions):
             for parameter, layer in context.parameters(decision).items():
                 factors = [
-                    0.5 * float(wide(context.perturbation(layer, p)).square().sum()) / parameter.numel()
-                    if p.quantizes_weight
-                    else 0.0
+                    0.5 * squared_change(context, layer, p) / parameter.numel() if p.quantizes_weight else 0.0
                     for p in context.precisions
                 ]
                 self.weights.append((u, column[parameter], factors))

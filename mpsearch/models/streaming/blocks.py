@@ -153,7 +153,7 @@ class Blocks:
         handles = [module.register_forward_hook(note) for module in self.before]
         forwards = {self._block(number): recorder(number) for number in range(1, self.number + 1)}
         try:
-            with contextlib.suppress(_Stopped), at_rest(*forwards), _forwards(forwards), torch.no_grad():
+            with contextlib.suppress(_Stopped), at_rest(*forwards), _forwards(forwards):
                 output_of(self.model, batch)
         finally:
             for handle in handles:
