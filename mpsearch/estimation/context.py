@@ -235,6 +235,12 @@ class Context:
             trace, hidden = record(self.model, self.batches[0])
         return replace(trace, flops=trace.flops + 2 * hidden.numel() * layer.module.out_features)
 
+    @property
+    def reads_as_it_is(self) -> bool:
+        """False where logits are taken of an output of probabilities."""
+        rows = torch.full((1, 2), 0.5)
+        return self._read(rows) is rows
+
     def _read(self, rows: Tensor) -> Tensor:
         reader = self.beside if callable(self.loss) else self.loss
         return rows if reader is None else reader.rows(rows)

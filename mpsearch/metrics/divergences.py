@@ -43,6 +43,10 @@ class Divergence(Comparison):
         """(N, C) logits."""
         return logits(self.kind, rows) if self.probabilities else rows
 
+    def weights(self, reference: Tensor, index: Tensor, count: int) -> Tensor:
+        """(N,) of 1."""
+        return wide(reference.new_ones(len(index)))
+
 
 @dataclass(frozen=True)
 class KL(Divergence):

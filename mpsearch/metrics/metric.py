@@ -183,6 +183,10 @@ class Comparison(Metric):
         """
         raise NotImplementedError
 
+    def weights(self, reference: Tensor, index: Tensor, count: int) -> Tensor:
+        """(N,) weights of `terms` alone."""
+        return self.terms(reference, reference, index, count)[1]
+
     def mean(self, reference: Tensor, rows: Tensor, index: Tensor, count: int) -> Tensor:
         """The mean of a batch, a scalar."""
         values, weights = self.terms(reference, rows, index, count)

@@ -29,6 +29,10 @@ class MSE(Comparison):
         values = by_pieces(lambda before, after: (wide(after) - wide(before)).square().mean(-1), reference, rows)
         return values, torch.ones_like(values)
 
+    def weights(self, reference: Tensor, index: Tensor, count: int) -> Tensor:
+        """(N,) of 1."""
+        return wide(reference.new_ones(len(index)))
+
     def root(self, reference: Tensor, values: Tensor, index: Tensor, count: int) -> Tensor:
         """sqrt(2 / C) times values: the Hessian is 2 / C times the identity."""
         return math.sqrt(2 / values.shape[1]) * values

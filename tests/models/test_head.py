@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.estimation.gradients import hidden_gradients
 from mpsearch.estimation.surrogate import OutputShifts
 from mpsearch.metrics.registry import METRICS
 from mpsearch.metrics.runs import run
@@ -20,13 +21,21 @@ from mpsearch.quantizers.fake_quantization import inputs, weights
 from mpsearch.sensitivity import (
     SQNR,
     CosineDistance,
+    EmpiricalFisher,
+    Fisher,
+    FisherProjection,
+    GaussNewtonTrace,
+    GradientImportance,
+    HessianAugmented,
     KLDivergence,
     LinearityCoefficients,
     MaskedKL,
     OutputDamage,
+    OutputGradient,
     OutputMSE,
     PredictionDifference,
     TaskMetric,
+    Taylor,
 )
 
 VOCABULARY, WINDOW = 512, 64
@@ -293,6 +302,7 @@ def peak_of(classes, samples, work, monkeypatch, whole=False):
 
 WORK = {
     "evaluate": lambda calibration, batches: calibration.evaluate(PLANS[0], batches),
+    "sweep": lambda calibration, batches: calibration.profile(FisherProjection()),
     "divergence": lambda calibration, batches: calibration.profile(KLDivergence(), observers=[OutputShifts()]),
     "measure plans": lambda calibration, batches: calibration.measure(PLANS, batches),
 }
@@ -325,3 +335,57 @@ def test_an_offloaded_model_is_measured_as_the_resident_one(pieces, tmp_path):
         plans = [mps.Plan(dict.fromkeys(names, mps.Precision(bits))) for bits in ("2", "4")]
         found.append(mps.measure_plans(model, data(), plans, progress=False).damage)
     np.testing.assert_array_equal(*found)
+
+
+SWEPT = [
+    FisherProjection(draws=2),
+    FisherProjection(),
+    HessianAugmented(),
+    OutputGradient(),
+    Fisher(),
+    EmpiricalFisher(),
+    GradientImportance(),
+    GaussNewtonTrace(),
+    Taylor(),
+]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_sweeps_in_pieces_as_at_once(tied, labels, monkeypatch):
+    """Gradients behind the head and of the head itself, weights and inputs quantized; what cannot be taken in pieces is taken whole."""
+    batches = [{key: value for key, value in batch.items() if labels or key != "labels"} for batch in data()]
+    estimators = [one for one in SWEPT if labels or not isinstance(one, EmpiricalFisher | GradientImportance | Taylor)]
+    made: list[bool] = []
+    plain = hidden_gradients.hidden_gradients
+
+    def counted(*args):
+        made.append(True)
+        return plain(*args)
+
+    monkeypatch.setattr("mpsearch.estimation.gradients.head_pass.hidden_gradients", counted)
+
+    def swept(several):
+        model = Text(bias=True).eval()
+        if tied:
+            model.table = nn.Embedding(VOCABULARY, 8)
+            model.table.weight = model.head.weight
+        options = mps.precisions("w2 w4 w3a8")
+        with mps.Calibration(model, batches, options, metric=None if labels else "kl", progress=False) as calibration:
+            return [calibration.profile(several), calibration.profile(several[0])]
+
+    for several in ([FisherProjection()], estimators):
+        monkeypatch.setattr("mpsearch.models.head.WHOLE_BYTES", 2**26)
+        expected = swept(several)
+        assert not made
+        monkeypatch.setattr("mpsearch.models.head.WHOLE_BYTES", 2**14)
+        monkeypatch.setattr("mpsearch.metrics.runs._NUMBERS", 2**13)
+        found = swept(several)
+        assert made
+        made.clear()
+        pairs = [*zip(found[0], expected[0], strict=True), (found[1], expected[1])]
+        for table, other in pairs:
+            scale = np.nanmax(np.abs(other.sensitivity))
+            np.testing.assert_allclose(table.sensitivity, other.sensitivity, rtol=1e-4, atol=1e-6 * scale)
+            np.testing.assert_allclose(table.sensitivity_se, other.sensitivity_se, rtol=1e-3, atol=1e-5 * scale)
+            assert table.origin["passes"] == other.origin["passes"]

@@ -341,11 +341,13 @@ class BackwardPass:
         if not (changes or needs & {"squared_norm", "importance"}):
             return
         for place, rows, gradients in sample_gradients(calls, size, room_bytes):
-            self._read(weight, changes, place, rows, gradients)
+            self.read_gradients(weight, changes, place, rows, gradients)
             del gradients  # before the next are made
 
-    def _read(self, weight: nn.Parameter, changes: "Sequence[_Change]", place: slice, rows: slice, g: Tensor) -> None:
-        """What is read of the gradients (n, rows, ...) of some samples and some rows."""
+    def read_gradients(
+        self, weight: nn.Parameter, changes: "Sequence[_Change]", place: slice, rows: slice, g: Tensor
+    ) -> None:
+        """Add what is read of the gradients (n, rows, ...) of some samples and some rows."""
         sums, needs, column = self.sums, self.needs, self.places.column[weight]
         for change in changes:
             for part, values in change.rows(rows):
@@ -362,6 +364,12 @@ class BackwardPass:
                 found = (wide(some).abs() @ wide(w).abs()).to(sums.importance)
                 for u, _ in self.places.holders[weight]:
                     sums.importance[place, u] += found
+
+    def held_changes(self, weight: nn.Parameter) -> list["_Change"]:
+        """What options change a weight by, in memory where there is room, so that nothing is rounded for each sample."""
+        changes = self._changes(weight)
+        held_bytes = len(changes) * weight.numel() * weight.element_size()
+        return [change.held() for change in changes] if held_bytes <= self.places.room_bytes else changes
 
     def _changes(self, weight: nn.Parameter) -> list["_Change"]:
         """What each option that leaves inputs alone changes a weight by."""

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_iter
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.backward_pass import BackwardPass, Check, Gradients, Places, Quantity
+from mpsearch.estimation.gradients.head_pass import HeadPass, layer_in_pieces, run_before
 from mpsearch.estimation.gradients.layer_calls import LayerCalls, Layout
 from mpsearch.estimation.gradients.targets import GradientTarget, predicted
 from mpsearch.models.modules.weights import operands_of
@@ -101,6 +102,9 @@ class _Sweep:
         self.seen: dict[int, set[nn.Module]] = {0: {*self.context.model.modules()} - inside | functions}
         for segment in range(1, last + 1):
             self.seen[segment] = {part for top in blocks.modules(segment) for part in top.modules()} | functions
+        self.layer = layer_in_pieces(self.context, self.places, self.wanted)
+        if self.layer is not None:
+            self.seen[last].discard(self.layer.module)
         self.weights = {
             segment: [
                 w
@@ -182,9 +186,11 @@ class _Sweep:
         state = self.held[last, number].detach().requires_grad_()
         self.held.pop((last, number))
         with self.blocks.behind_blocks(self.entered[number], state.clone()):
-            output = predicted(context, batch, number)
-        resolved = layer_calls.resolve(output.logits, output.index, self.places.name)
-        self.by_second[number] = layer_calls.by_second(state, output.logits, output.index)
+            layer = self.layer
+            output = predicted(context, batch, number) if layer is None else run_before(context, layer, batch, number)
+        rows = output.run.held if isinstance(output, HeadPass) else output.logits
+        resolved = layer_calls.resolve(rows, output.index, self.places.name)
+        self.by_second[number] = layer_calls.by_second(state, rows, output.index)
         runs = [(target, draw) for target in self.wanted for draw in range(target.draws)]
         context.passes.add(len(context.batches), forward=2, backward=len(runs) + resolved)
         self.passes[number] = []
@@ -200,7 +206,7 @@ class _Sweep:
                 self.wanted[target],
                 self.token_factors[number][target],
             )
-            scalar = output.scalar(target, draw, number)
+            scalar = output.scalar(passed) if isinstance(output, HeadPass) else output.scalar(target, draw, number)
             check = Check(self.places) if checking and place == 0 else None
             retain = place + 1 < len(runs)
             (self.held[place, number, "slope"],) = passed.run(

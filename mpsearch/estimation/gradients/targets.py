@@ -76,8 +76,8 @@ class Predicted:
     def counts(self, target: GradientTarget) -> Tensor:
         """(B,) predictions of each sample, or what the metric weighs a sample by."""
         if target.kind != "given" and self.metric is not None:
-            rows = self.logits.detach()
-            return by_sample(self.metric.terms(rows, rows, self.index, self.samples)[1], self.index, self.samples)
+            weights = self.metric.weights(self.logits.detach(), self.index, self.samples)
+            return by_sample(weights, self.index, self.samples)
         return torch.bincount(self.index, minlength=self.samples).float()
 
     def scalar(self, target: GradientTarget, draw: int, number: int) -> Tensor:
