@@ -328,13 +328,17 @@ def test_an_offloaded_model_is_measured_as_the_resident_one(pieces, tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(vocab_size=VOCABULARY, **{**GROUPED, "num_hidden_layers": 2})
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
-    found = []
+    found, swept = [], []
     for streamed in (False, True):
         model = model_of(tmp_path, streamed=streamed)
         names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
         plans = [mps.Plan(dict.fromkeys(names, mps.Precision(bits))) for bits in ("2", "4")]
         found.append(mps.measure_plans(model, data(), plans, progress=False).damage)
+        swept.append(
+            mps.profile(model, data(), FisherProjection(), mps.precisions("w2 w4"), progress=False).sensitivity
+        )
     np.testing.assert_array_equal(*found)
+    np.testing.assert_allclose(*swept, rtol=1e-6)
 
 
 SWEPT = [
