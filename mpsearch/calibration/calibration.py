@@ -273,6 +273,7 @@ class Calibration:
         self._stamp: Any = None
         self._inside = False
         self._told: Forecast | None = None  # of the work that runs
+        self._admitted = False  # as a part of a search that fits
 
     def __enter__(self) -> Self:
         self.fingerprint = state_fingerprint(self.model)
@@ -689,12 +690,25 @@ class Calibration:
         return self._forecast_of_scores(checked_estimators(parts))
 
     def _forecast_of_scores(self, estimators: Sequence[Estimator], loss: Differentiated | None = None) -> Forecast:
+        passes, works = self._scoring_work(estimators, loss)
+        if passes is None:
+            return Forecast()
+        return self._forecast(passes, works, self._cells, self.batches)
+
+    @property
+    def _cells(self) -> list[tuple[str, Precision]]:
+        """Names of the layers with a weight, each with every option that rounds it."""
+        names = [layer.name for layer in self.layers if not layer.is_cache]
+        return [(name, option) for name in names for option in self.precisions if option.quantizes_weight]
+
+    def _scoring_work(
+        self, estimators: Sequence[Estimator], loss: Differentiated | None
+    ) -> tuple[Passes | None, list[Callable[[Batch, float], Trial]]]:
+        """Passes that estimators tell, None where one does not, and their work on one batch."""
         compared = self.loss if loss is None else loss
-        whole = self._context(
-            compared, {}, NoStore(), progress=False
-        )  # as if no input had a range: finding them is a pass
+        whole = self._context(compared, {}, NoStore(), progress=False)  # finding ranges of inputs is a pass
         passes = Passes()
-        works = []
+        works: list[Callable[[Batch, float], Trial]] = []
         for places in families(estimators):
             family = [estimators[place] for place in places]
             decisions = [*self.decisions, *members_alone(family, self.decisions, runs=True)]
@@ -704,13 +718,45 @@ class Calibration:
             ]
             told = [cost for cost in costs if cost is not None]
             if len(told) < len(costs):
-                return Forecast()
+                return None, []
             passes += Passes(max(cost.forward for cost in told), max(cost.backward for cost in told))
             context = dataclasses.replace(whole, decisions=decisions, quantizer=self._allowed)
             works.append(functools.partial(scoring_trial, context, family))
-        names = [layer.name for layer in self.layers if not layer.is_cache]
-        cells = [(name, option) for name in names for option in self.precisions if option.quantizes_weight]
-        return self._forecast(passes, works, cells, self.batches)
+        return passes, works
+
+    def forecast_search(
+        self, passes: float, estimators: Sequence[Estimator], plans_on: Sequence[Batch], held: Mapping[str, int]
+    ) -> Forecast:
+        """What a search will take that scores with estimators and then measures plans, one after the other.
+
+        Args:
+            passes: over the whole data, all in all.
+            estimators: those of the score part, the batches of this calibration.
+            plans_on: batches that plans are measured on.
+            held: what it holds beside one batch -> bytes.
+        """
+        _, works = self._scoring_work(estimators, self.choice.comparison)
+        plans = functools.partial(plan_trial, self.model, lambda: self.choice.metric, self.output_layer)
+        on_plans = largest(plans_on)
+        works.append(lambda _, room_bytes: plans(on_plans, room_bytes))
+        told = self._forecast(Passes(passes), works, self._cells, self.batches, held)
+        if told.seconds is None:
+            return told
+        share = sum(map(samples, self.batches)) / sum(map(samples, self.whole))
+        return dataclasses.replace(told, seconds=told.seconds / share)
+
+    def start_search(self, forecast: Callable[[], Forecast], *, shown: bool) -> None:
+        """Before a search: refuse what does not fit, and tell at a terminal what it will take; what follows inside is not asked again.
+
+        Args:
+            forecast: makes it.
+            shown: tell it at a terminal.
+
+        Raises:
+            MemoryShortage: where it does not fit.
+        """
+        self._start(forecast, self.whole, shown=shown)
+        self._admitted = True
 
     def _forecast_of_plans(self, plans: Sequence[Plan], data: Sequence[Batch]) -> Forecast:
         cells = {
@@ -736,6 +782,7 @@ class Calibration:
         works: Sequence[Callable[[Batch, float], Trial]],
         cells: Sequence[tuple[str, Precision]],
         data: Sequence[Batch],
+        beside: Mapping[str, int] | None = None,
     ) -> Forecast:
         """From pieces of work that run one after the other, each on one batch."""
         batch, weights, there = largest(data), weight_bytes(self.model), room_for(self.model, None)
@@ -752,16 +799,19 @@ class Calibration:
         if all(trial.whole for trial in trials):
             runs = len(data) * (passes.forward + 2 * passes.backward)
             seconds = runs * seconds_of(self.model, batch) + round_up.seconds
-        return Forecast(passes.forward, passes.backward, None, seconds, {**memory, "rounded weights": held}, filed)
+        memory |= {"rounded weights": held, **(beside or {})}
+        return Forecast(passes.forward, passes.backward, None, seconds, memory, filed)
 
-    def _start(self, forecast: Callable[[], Forecast], data: Sequence[Batch]) -> None:
+    def _start(self, forecast: Callable[[], Forecast], data: Sequence[Batch], *, shown: bool | None = None) -> None:
         """Before work: refuse what does not fit, and tell at a terminal what it will take.
 
         Raises:
             MemoryShortage: where it does not fit.
         """
+        if self._admitted:
+            return
         there = room_for(self.model, self._memory_bytes)
-        shown = self._progress and sys.stderr.isatty()
+        shown = (self._progress if shown is None else shown) and sys.stderr.isatty()
         if not shown and (there is None or at_most(self.model, data) <= there.bytes):
             return
         told = self._told = forecast()

@@ -22,12 +22,14 @@ from mpsearch.errors import EstimatorError, MemoryShortage
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimator
 from mpsearch.estimation.passes import Passes
+from mpsearch.estimation.perturbation import TURN_BYTES
 from mpsearch.models.data.batches import leaves
 from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.free_memory import FreeMemory, room
 from mpsearch.models.head import OutputLayer
 from mpsearch.models.modules.weights import canonical, holds_weight, weight_of
 from mpsearch.models.peak_memory import live_bytes
+from mpsearch.models.replay import record
 from mpsearch.models.running import Batch, call, device_of, samples, unchanged
 from mpsearch.models.streaming.offloading import resident, weight_bytes
 from mpsearch.quantizers.fake_quantization import quantized_weight
@@ -153,7 +155,21 @@ def scoring_trial(context: Context, family: Sequence[Estimator], batch: Batch, r
         )
         estimates_of(small, family)
 
-    return tried(context.model, batch, work, room_bytes)
+    trial = tried(context.model, batch, work, room_bytes)
+    further = len(context.batches) - 2
+    if not (trial.whole and further > 0 and _runs_each_decision(family)):
+        return trial
+    trace, _ = record(
+        context.model, batch
+    )  # runs of each decision go on with several batches held, as many as fit into this
+    return dataclasses.replace(
+        trial, bytes=trial.bytes + min(trace.activation_bytes, TURN_BYTES, further * trace.held_bytes)
+    )
+
+
+def _runs_each_decision(family: Sequence[Estimator]) -> bool:
+    """True where more decisions take more passes."""
+    return any(planned_passes(estimator, 1, 3, 1) != planned_passes(estimator, 1, 4, 1) for estimator in family)
 
 
 def plan_trial(
@@ -177,12 +193,15 @@ def plan_trial(
 
 
 def _few_decisions(context: Context, family: Sequence[Estimator]) -> Sequence[Decision]:
-    """All, or where each takes runs of its own the first, the last and the one with the largest weight."""
+    """All, or where each takes runs of its own those at both ends and in the middle, and the one with the largest weight.
+
+    What is held of the run up to a decision is most near one of the ends in networks whose activations shrink or grow, else alike.
+    """
     every = context.decisions
-    planned = [[planned_passes(estimator, 1, number, 1) for number in (3, 4)] for estimator in family]
-    if len(every) <= 3 or all(few == more for few, more in planned):
+    if len(every) <= 6 or not _runs_each_decision(family):
         return every
-    places = {0, len(every) - 1, max(range(len(every)), key=lambda u: max(layer.numel for layer in every[u].layers))}
+    heaviest = max(range(len(every)), key=lambda u: max(layer.numel for layer in every[u].layers))
+    places = {0, 1, len(every) // 2, len(every) - 2, len(every) - 1, heaviest}
     return [every[place] for place in sorted(places)]
 
 

@@ -153,7 +153,7 @@ def forecast(
     """What `profile` will take with an estimator, `evaluate` with a plan, or `measure_plans` with several, told before the work.
 
     Runs the same work on one sample, then on one batch where that is sure to fit in the memory that is free; of estimators that run
-    each decision, three of these. A part of one weight is rounded at each precision.
+    each decision, six of these. A part of one weight is rounded at each precision.
 
     Args:
         model: as for `profile`.

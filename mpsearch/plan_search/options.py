@@ -40,6 +40,8 @@ class SearchOptions(TypedDict, total=False):
         resources: names of resources, or functions of your own by name (`memory_bytes` and `bitops`).
         checkpoint: a file that finished work goes to; a run that finds it there goes on, and ends with the same result (None).
         previous: a result, or the folder that it was saved to, of a search on the same model and data: all that it has run is free (None).
+        memory_bytes: the most that the search may hold, the weights included (`8GB`, `50%`): what needs more is refused before it starts
+            (all that is free).
         progress: show a bar on stderr where that is a terminal (True).
     """
 
@@ -59,6 +61,7 @@ class SearchOptions(TypedDict, total=False):
     resources: Sequence[str] | Mapping[str, ResourceFunction]
     checkpoint: str | Path | None
     previous: SearchResult | str | Path | None
+    memory_bytes: float | str | None
     progress: bool
 
 
@@ -92,6 +95,7 @@ def with_defaults(options: SearchOptions, others: Iterable[str]) -> SearchOption
         "resources": ("memory_bytes", "bitops"),
         "checkpoint": None,
         "previous": None,
+        "memory_bytes": None,
         "progress": True,
     }
     for name in options:

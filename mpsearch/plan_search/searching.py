@@ -27,6 +27,7 @@ from mpsearch.models.data.batches import reading_of
 from mpsearch.models.data.splitting import few_tokens
 from mpsearch.models.determinism import PROBED
 from mpsearch.models.fingerprints import described, difference, digest
+from mpsearch.models.free_memory import room
 from mpsearch.models.named import opened
 from mpsearch.models.running import (
     Batch,
@@ -34,6 +35,7 @@ from mpsearch.models.running import (
 )
 from mpsearch.plan_search.data_parts import FEW_SHARES, SHARES, DataParts
 from mpsearch.plan_search.environment import environment
+from mpsearch.plan_search.forecasting import search_forecast
 from mpsearch.plan_search.goals import Goal, goal_of
 from mpsearch.plan_search.options import SearchOptions, with_defaults
 from mpsearch.plan_search.outdone import without_outdone
@@ -110,9 +112,10 @@ def search(
         TableError: for a model without quantizable layers.
         TypeError: for an unknown keyword.
     """
-    model, batches = opened(model, batches)
     own = ("effort", "max_passes", "metric", "layers", "quantizer", "seed")
     settings = with_defaults(options, own)
+    there = room(settings["memory_bytes"])
+    model, batches = opened(model, batches, memory_bytes=None if there is None else there.bytes)
     seed = checked_number(seed, "seed", int, 0, EstimatorError)  # numpy's whole numbers are none of JSON
     goal = goal_of(budget, tolerance=settings["tolerance"], minimize=settings["minimize"], front=settings["front"])
     schedule = Schedule.of(settings["proposers"])
@@ -145,6 +148,7 @@ def search(
         groups=settings["groups"],
         allow=settings["allow"],
         fixed=settings["fixed"],
+        memory_bytes=settings["memory_bytes"],
         higher_is_better=settings["higher_is_better"],
         whole=data.every,
         example=few_tokens(score[0], PROBED),
@@ -161,6 +165,9 @@ def search(
         free = {} if earlier is None else earlier.finished.rows()
         cells = len(calibration.decisions) * len(calibration.precisions)
         limit = passes_of(effort, cells) if max_passes is None else float(max_passes)
+        calibration.start_search(
+            lambda: search_forecast(calibration, limit, estimators, data.parts["select"]), shown=settings["progress"]
+        )
         checkpoint = settings["checkpoint"]
         with (
             MemoryStore(identity) if checkpoint is None else SQLiteStore(checkpoint, identity) as store,

@@ -13,6 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import mpsearch as mps
 from mpsearch.models.peak_memory import live_bytes
+from mpsearch.plan_search import searching
+from mpsearch.plan_search.forecasting import search_forecast
 from mpsearch.sensitivity import (
     Fisher,
     FisherProjection,
@@ -100,6 +102,29 @@ def test_a_forecast_leaves_no_trace():
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(("made", "passes"), [(decoder, 8), (images, 40)])
+def test_the_bytes_of_a_search_and_its_refusal(monkeypatch, made, passes):
+    model, data = made()
+    data = 2 * data
+    told = []
+
+    def search(**limit):
+        return mps.search(
+            model, data, mps.Budget(average_bits=4), OPTIONS, metric="kl", max_passes=passes, progress=False, **limit
+        )
+
+    monkeypatch.setattr(searching, "search_forecast", lambda *work: told.append(search_forecast(*work)) or told[-1])
+    with pytest.raises(mps.EstimatorError, match="this needs"):
+        search(memory_bytes=weights(model))
+    assert 0 < told[0].forward <= passes
+    with live_bytes() as peak:
+        search()
+    assert len(told) == 1  # what is sure to fit is not tried
+    held = weights(model) + peak.bytes
+    assert held <= told[0].memory_bytes <= 1.6 * held
+    search(memory_bytes=told[0].memory_bytes)
 
 
 WORK = {

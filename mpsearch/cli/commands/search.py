@@ -12,6 +12,8 @@ from mpsearch.cli.screen import Screen
 from mpsearch.models.loading import UsageError, load, part
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from mpsearch.plan_search.proposers import Proposer
 
 
@@ -51,6 +53,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", metavar="DATA", help="data to report on (default: a part of --data)")
     shared_arguments.add_layers(parser)
     shared_arguments.add_resources(parser, "to count")
+    shared_arguments.add_memory(parser)
     parser.add_argument(
         "--checkpoint", type=shared_arguments.file, metavar="FILE", help="keep finished work here, and go on from it"
     )
@@ -71,12 +74,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Search, and write the result into a folder."""
+    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _searched(arguments, model))
+
+
+def _searched(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
     metric = shared_arguments.metric(arguments.metric)
     loss = None if arguments.loss is None else load(arguments.loss, "loss")
     if arguments.max_passes is not None and arguments.effort != "default":
         raise UsageError("--effort and --max-passes at once; give one of them")
     quantizer = shared_arguments.quantizer(arguments)
-    model = shared_arguments.model(arguments.model)
     data = shared_arguments.data(arguments.data, model)
     further: dict[str, Any] = {
         name: None if spec is None else shared_arguments.data(spec, model)
@@ -104,6 +110,7 @@ def run(arguments: argparse.Namespace) -> Answer:
         checkpoint=arguments.checkpoint,
         previous=arguments.previous,
         seed=arguments.seed,
+        memory_bytes=arguments.memory,
     )
     out = Path(arguments.out)
     result.save(out)
