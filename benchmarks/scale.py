@@ -93,7 +93,6 @@ class Shape:
             "tie_word_embeddings": self.tied,
             "max_position_embeddings": 2048,
             "dtype": "bfloat16",
-            "use_cache": False,
         }
         if not self.experts:
             return transformers.LlamaConfig(**common, architectures=["LlamaForCausalLM"])
