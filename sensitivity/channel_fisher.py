@@ -1,6 +1,7 @@
 """The Fisher information of channel masks."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -49,6 +50,8 @@ class ChannelFisher:
     >>> mps.profile(model, data, ChannelFisher(), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: w + 1).sensitivity
     array([[2.5]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     seed: int = 0
 

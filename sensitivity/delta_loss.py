@@ -44,6 +44,8 @@ class DeltaLoss:
     (array([[0.2311]]), 0.2311)
     """
 
+    takes_all_weights: ClassVar[bool] = True
+
     scores_caches: ClassVar[bool] = True
 
     def estimate(self, context: Context) -> Estimate:

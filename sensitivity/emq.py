@@ -1,6 +1,7 @@
 """The best proxy that EMQ published."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,8 @@ class EMQ:
     >>> mps.profile(model, [torch.zeros(1, 1)], EMQ(), mps.precisions("w4"), quantizer=lambda w, p: 2 * w).sensitivity
     array([[0.75]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     def cost(self, batches: int, decisions: int, precisions: int) -> Passes:
         """Passes over the data of precisions that leave inputs alone; the one run is counted as one batch."""

@@ -1,6 +1,7 @@
 """Plain gradient x weight, summed with its sign."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -41,6 +42,8 @@ class GradientWeight:
     >>> mps.profile(model, [torch.ones(1, 2)], GradientWeight(), mps.precisions("w4"), loss=loss, quantizer=error).sensitivity
     array([[14.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     seed: int = 0
 

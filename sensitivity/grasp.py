@@ -1,6 +1,7 @@
 """GraSP: what removing weights does to the gradient flow."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -42,6 +43,8 @@ class GraSP:
     >>> mps.profile(model, [torch.ones(1, 2)], GraSP(), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: 2 * w).sensitivity
     array([[5.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     seed: int = 0
 

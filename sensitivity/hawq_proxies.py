@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -55,6 +56,8 @@ class HAWQProxy:
     >>> table.sensitivity.round(6)
     array([[3.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     num_iterations: int = 10
     seed: int = 0
@@ -133,6 +136,8 @@ class HAWQV2Proxy:
     >>> mps.profile(model, [torch.ones(1, 2)], HAWQV2Proxy(2), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: 2 * w).sensitivity
     array([[4.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     num_samples: int = 32
     seed: int = 0

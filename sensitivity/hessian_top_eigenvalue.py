@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -57,6 +58,8 @@ class HessianTopEigenvalue:
     >>> table.sensitivity.round(3)    # 1/2 * 3 * (0.5^2 + 0.5^2)
     array([[0.75]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     iterations: int = 100
     tolerance: float = 1e-3

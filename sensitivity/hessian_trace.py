@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -56,6 +56,8 @@ class HessianTrace:
     >>> table.sensitivity    # 1/2 * 4 / 2 * (0.5^2 + 0.5^2)
     array([[0.5]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     num_samples: int = 32
     seed: int = 0

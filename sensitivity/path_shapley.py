@@ -60,6 +60,8 @@ class PathShapley:
     array([[0.1201]])
     """
 
+    takes_all_weights: ClassVar[bool] = True
+
     scores_caches: ClassVar[bool] = True
     nodes: int = 3
     coverage: bool = True

@@ -1,6 +1,7 @@
 """SNIP: what the loss would change if single weights were removed."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -40,6 +41,8 @@ class SNIP:
     >>> mps.profile(model, [torch.ones(1, 2)], SNIP(), mps.precisions("w4"), loss=loss, quantizer=lambda w, p: w + 1).sensitivity
     array([[4.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     seed: int = 0
 

@@ -1,7 +1,7 @@
 """Synaptic flow: what passes through a layer when every weight is positive and every input is one."""
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,8 @@ class Synflow:
     array([[6.],
            [6.]])
     """
+
+    takes_all_weights: ClassVar[bool] = True
 
     reduction: Literal["sum", "mean"] = "sum"
 

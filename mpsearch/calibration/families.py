@@ -10,6 +10,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate, Estimator, capabilities_of
 from mpsearch.estimation.passes import Passes
+from mpsearch.models.streaming.offloading import is_offloaded
 
 #: Most layers of a tie that are scored alone where that takes runs of the model.
 _ALONE = 8
@@ -55,7 +56,17 @@ def families(estimators: Sequence[Estimator]) -> list[list[int]]:
 
 
 def estimates_of(context: Context, family: Sequence[Estimator]) -> list[Estimate]:
-    """Run a family; an estimate for each member."""
+    """Run a family; an estimate for each member.
+
+    Raises:
+        EstimatorError: for one that differentiates the whole model at once, where its weights lie elsewhere.
+    """
+    for estimator in family:
+        if capabilities_of(estimator).takes_all_weights and is_offloaded(context.model):
+            raise EstimatorError(
+                f"{type(estimator).__name__} differentiates through all blocks at once, and the weights of the model lie elsewhere: take "
+                "GaussNewtonTrace or FisherProjection, which run block by block, or load the weights"
+            )
     together = capabilities_of(family[0]).together
     return together(context, family) if together else [family[0].estimate(context)]
 

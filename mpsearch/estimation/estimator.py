@@ -36,7 +36,7 @@ class Estimator(Protocol):
     """Scores every precision of every decision. Frozen settings; all work happens in `estimate`.
 
     What else it can do it declares by the protocols below, each of one member: `ForecastingEstimator`, `JointEstimator`,
-    `CacheEstimator`, `MemberEstimator`, `SeededEstimator`. None is needed; `capabilities_of` has what holds without.
+    `CacheEstimator`, `MemberEstimator`, `SeededEstimator`, `WholeModelEstimator`. None is needed; `capabilities_of` has what holds without.
     """
 
     def estimate(self, context: Context) -> Estimate:
@@ -113,6 +113,16 @@ class SeededEstimator(Estimator, Protocol):
         ...
 
 
+@runtime_checkable
+class WholeModelEstimator(Estimator, Protocol):
+    """An estimator that says whether it differentiates through the whole model at once, which takes all of its weights in memory."""
+
+    @property
+    def takes_all_weights(self) -> bool:
+        """True where a model whose weights lie elsewhere is refused."""
+        ...
+
+
 @dataclass(frozen=True)
 class Capabilities:
     """What an estimator declares, with what holds for one that declares nothing.
@@ -123,6 +133,7 @@ class Capabilities:
         scores_caches: see `CacheEstimator`; by default caches are refused.
         scores_members: see `MemberEstimator`; by default decisions must not overlap.
         seeded: the estimator draws (`SeededEstimator`).
+        takes_all_weights: see `WholeModelEstimator`; by default models whose weights lie elsewhere are run.
     """
 
     cost: Callable[[int, int, int], Passes] | None = None
@@ -130,6 +141,7 @@ class Capabilities:
     scores_caches: bool = False
     scores_members: Members = "no"
     seeded: bool = False
+    takes_all_weights: bool = False
 
 
 def capabilities_of(estimator: Estimator) -> Capabilities:
@@ -149,4 +161,5 @@ def capabilities_of(estimator: Estimator) -> Capabilities:
         scores_caches=isinstance(estimator, CacheEstimator) and estimator.scores_caches,
         scores_members=estimator.scores_members if isinstance(estimator, MemberEstimator) else "no",
         seeded=isinstance(estimator, SeededEstimator),
+        takes_all_weights=isinstance(estimator, WholeModelEstimator) and estimator.takes_all_weights,
     )

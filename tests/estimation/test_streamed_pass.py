@@ -17,7 +17,9 @@ from mpsearch.sensitivity import (
     FisherProjection,
     GaussNewtonTrace,
     GradientImportance,
+    GraSP,
     HessianAugmented,
+    HessianTrace,
     KFACDiagonal,
     OutputGradient,
     Taylor,
@@ -201,3 +203,9 @@ def test_a_weight_that_does_more_than_its_layer_shows():
     with pytest.raises(mps.EstimatorError, match=r"layer 'blocks.1.linear' is .* outside the layer's own forward"):
         profile(streamed, [torch.randn(4, 4)], FisherProjection(), "w4 w2", exclude=["condition"])
     assert all(parameter.is_meta for parameter in streamed.parameters())
+
+
+@pytest.mark.parametrize("estimator", [HessianTrace(), GraSP()], ids=lambda one: type(one).__name__)
+def test_what_differentiates_the_whole_model_is_refused(estimator):
+    with pytest.raises(mps.EstimatorError, match=r"through all blocks at once.*GaussNewtonTrace or FisherProjection"):
+        profile(accelerate.cpu_offload(Plain().eval()), [torch.randn(4, 4)], estimator, "w4 w2", exclude=["condition"])
