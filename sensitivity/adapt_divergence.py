@@ -12,6 +12,7 @@ from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.statistics import wide
+from mpsearch.models.streaming.offloading import resident
 
 #: Word lengths that are tried.
 WORD_LENGTHS = range(2, 17)
@@ -78,11 +79,12 @@ class AdaPTDivergence:
         lengths = {}
         for u, decision in enumerate(context.decisions):
             parameters = context.parameters(decision)
-            lengths[decision.name] = max(self.word_length(weight.detach()) for weight in parameters)
-            for weight, layer in parameters.items():
-                for p, precision in enumerate(context.precisions):
-                    if precision.quantizes_weight:
-                        sensitivity[u, p] += self.divergence(weight.detach(), context.quantized(layer, precision))
+            with resident(*map(context.module, parameters.values())):
+                lengths[decision.name] = max(self.word_length(weight.detach()) for weight in parameters)
+                for weight, layer in parameters.items():
+                    for p, precision in enumerate(context.precisions):
+                        if precision.quantizes_weight:
+                            sensitivity[u, p] += self.divergence(weight.detach(), context.quantized(layer, precision))
             if self.floor:
                 bits = np.array([precision.weight_bits for precision in context.precisions])
                 sensitivity[u, bits < min(lengths[decision.name], int(bits.max()))] = np.nan

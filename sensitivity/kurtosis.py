@@ -9,6 +9,7 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
+from mpsearch.models.streaming.offloading import resident
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,12 @@ class Kurtosis:
         """Score every cell; see `Estimator.estimate`."""
         score = np.ones(len(context.decisions))
         for u, decision in enumerate(context.decisions):
-            weights = [wide(parameter.detach()).flatten() for parameter in context.parameters(decision)]
-            count = sum(w.numel() for w in weights)
-            mean = sum(float(w.sum()) for w in weights) / count
-            second, fourth = (sum(float((w - mean).pow(k).sum()) for w in weights) / count for k in (2, 4))
+            parameters = context.parameters(decision)
+            with resident(*map(context.module, parameters.values())):
+                weights = [wide(parameter.detach()).flatten() for parameter in parameters]
+                count = sum(w.numel() for w in weights)
+                mean = sum(float(w.sum()) for w in weights) / count
+                second, fourth = (sum(float((w - mean).pow(k).sum()) for w in weights) / count for k in (2, 4))
             if second > 0:
                 score[u] = fourth / second**2
         return cells_from_scores(context, score)

@@ -12,6 +12,7 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import canonical
+from mpsearch.models.streaming.offloading import resident
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,9 @@ class QE:
 
 
 def _entropy(context: Context, layer: Layer) -> float:
-    weight = wide(canonical(context.module(layer)).detach())
+    module = context.module(layer)
+    with resident(module):
+        weight = wide(canonical(module).detach())
     channels = weight.shape[1] if layer.kind == "embedding" else len(weight)  # a row of an embedding is an output
     variance = float(weight.square().sum()) / len(weight) / (channels if layer.kind == "embedding" else 1)
     return max(math.log(channels) + 0.5 * math.log(variance), 0.0) if variance else 0.0

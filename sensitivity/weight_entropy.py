@@ -14,6 +14,7 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores
 from mpsearch.models.modules.weights import canonical
+from mpsearch.models.streaming.offloading import resident
 from mpsearch.quantizers.rounding import RoundToNearest
 
 
@@ -64,8 +65,9 @@ class WeightEntropy:
         quantize, precision = RoundToNearest(granularity="tensor"), Precision(str(self.bits))
         score = []
         for decision in context.decisions:
-            weights = [canonical(context.module(layer)).detach() for layer in context.parameters(decision).values()]
-            score.append(sum(entropy(quantize(weight, precision)) for weight in weights))
+            modules = [context.module(layer) for layer in context.parameters(decision).values()]
+            with resident(*modules):
+                score.append(sum(entropy(quantize(canonical(module).detach(), precision)) for module in modules))
         return cells_from_scores(context, np.array(score))
 
 

@@ -73,7 +73,7 @@ class PlanInModel:
         ranges: Ranges,
         name: str,
     ) -> "PlanInModel":
-        """A plan over the layers of a model; weights that are there are rounded now, where they were not before.
+        """A plan over the layers of a model; its weights are rounded now, where they were not before.
 
         Args:
             model: without any plan.
@@ -91,10 +91,11 @@ class PlanInModel:
                 continue
             weight = weight_of(module)
             values[weight] = functools.partial(rounded.value, module, layer, precision, quantizer)
-            if not weight.is_meta:
-                rounded.prepare(module, layer, precision, quantizer)
-                if not rounded.holds(module, precision):
-                    unpacked.add(weight)
+            rounded.prepare(module, layer, precision, quantizer)
+            if not weight.is_meta and not rounded.holds(
+                module, precision
+            ):  # others take values in for calls by themselves
+                unpacked.add(weight)
         alone = sole_readers(model) if unpacked else {}
         readers = {weight: alone[weight] for weight in unpacked if weight in alone}
         return cls(values, input_quantizers(model, precisions, quantizer, ranges), name, readers)
