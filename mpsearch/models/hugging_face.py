@@ -16,14 +16,19 @@ from mpsearch.models.streaming.opening import offloaded
 
 #: Tokens of a sample, samples, and samples of a batch.
 WINDOW, WINDOWS, BATCH = 512, 128, 4
+#: Files of weights, or those that name them.
+_WEIGHTS = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "*.h5", "*.msgpack")
 
 
-def model_of(folder: str, *, streamed: bool = False) -> nn.Module:
+def model_of(folder: str, *, streamed: bool = False, shapes_suffice: bool = False) -> nn.Module:
     """The model that a folder written by `save_pretrained` holds, of the class that its config names, in the dtype that it is stored in.
+
+    A folder with a config alone gives a model without weights, on the meta device: its layers and costs are those of the real one.
 
     Args:
         folder: where it is.
         streamed: its weights stay in their shards, and are read where they are used (`mpsearch.models.streaming`).
+        shapes_suffice: leave its weights alone, where there are some.
 
     Raises:
         UsageError: where the folder holds none, or its class is unknown to the installed transformers.
@@ -38,6 +43,8 @@ def model_of(folder: str, *, streamed: bool = False) -> nn.Module:
         if not hasattr(transformers, names[0]):
             raise UsageError(f"model hf:{folder}: transformers {transformers.__version__} has no {names[0]}")
         with _without_bars(transformers):
+            if shapes_suffice or not any(map(any, map(Path(folder).glob, _WEIGHTS))):
+                return _without_weights(transformers, names[0], config)
             if streamed:
                 return offloaded(folder, getattr(transformers, names[0]), config)
             model: nn.Module = getattr(transformers, names[0]).from_pretrained(
@@ -46,6 +53,40 @@ def model_of(folder: str, *, streamed: bool = False) -> nn.Module:
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"model hf:{folder}: {type(error).__name__}: {_one_line(error)}") from error
     return model.eval()
+
+
+def _without_weights(transformers: Any, name: str, config: Any) -> nn.Module:
+    """A model on the meta device."""
+    cls = getattr(transformers, name)
+    make = cls.from_config if name == "AutoModel" else cls._from_config
+    with torch.device("meta"):
+        model: nn.Module = make(config, dtype=config.dtype or torch.float32)
+    return model.eval()
+
+
+def example_of(model: nn.Module) -> dict[str, Tensor]:
+    """One sample of what a model of transformers takes, by the sizes in its config: a window of tokens, or an image.
+
+    A window has 512 tokens, or as many as the model takes.
+
+    Raises:
+        UsageError: for a model that takes something else.
+    """
+    name = str(getattr(model, "main_input_name", ""))
+    config: Any = getattr(model, "config", None)
+    if name == "input_ids":
+        tokens = torch.zeros(1, _window(config), dtype=torch.long)
+        names = (name, "decoder_input_ids") if config.is_encoder_decoder else (name,)
+        return dict.fromkeys(names, tokens)
+    if name == "pixel_values" and isinstance(getattr(config, "image_size", None), int):
+        return {name: torch.zeros(1, config.num_channels, config.image_size, config.image_size)}
+    raise UsageError(
+        f"a {type(model).__name__} takes {name or 'inputs of its own'}, which no config gives: give --data with one batch"
+    )
+
+
+def _window(config: Any) -> int:
+    return min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
 
 
 def text_batches(file: str, model: nn.Module) -> list[dict[str, Tensor]]:
@@ -74,7 +115,7 @@ def text_batches(file: str, model: nn.Module) -> list[dict[str, Tensor]]:
         raise UsageError(f"data text:{file}: {type(error).__name__}: {_one_line(error)}") from error
     tokens = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], dtype=torch.long)
     config: Any = model.config
-    size = min(WINDOW, getattr(config, "max_position_embeddings", None) or WINDOW)
+    size = _window(config)
     count = min(WINDOWS, len(tokens) // size)
     if not count:
         raise UsageError(f"data text:{file}: {len(tokens)} tokens, expected at least one window of {size}")

@@ -15,20 +15,22 @@ from mpsearch.models.streaming.opening import shard_bytes
 _BESIDE = 0.25
 
 
-def model_named(spec: str, *, memory_bytes: int | None = None) -> nn.Module:
+def model_named(spec: str, *, memory_bytes: int | None = None, shapes_suffice: bool = False) -> nn.Module:
     """The module that a name stands for.
 
     Args:
         spec: `hf:DIR`, a folder of `save_pretrained`; `file.py:function` or `package.module:function`, which returns a module.
         memory_bytes: that may be used. Weights of a folder that do not fit, with room beside them, stay in their shards and are read block
             by block.
+        shapes_suffice: the weights of a folder are not read.
 
     Raises:
         UsageError: where there is no such folder or function, it fails, or it returns something else.
     """
     if spec.startswith("hf:"):
         folder = spec.removeprefix("hf:")
-        return model_of(folder, streamed=memory_bytes is not None and is_too_large(folder, memory_bytes))
+        streamed = memory_bytes is not None and is_too_large(folder, memory_bytes)
+        return model_of(folder, streamed=streamed, shapes_suffice=shapes_suffice)
     module = call(spec, "model")
     if not isinstance(module, nn.Module):
         raise UsageError(f"model {spec!r} returned a {type(module).__name__}, expected a torch.nn.Module")
