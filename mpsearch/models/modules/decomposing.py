@@ -241,12 +241,11 @@ class _Experts(StandIn):
         total = torch.zeros_like(hidden_states)
         order = top_k_index.flatten().argsort(stable=True)
         counts = self._tokens(top_k_index)
-        places, weights = order.split(counts), top_k_weights.flatten()[order].split(counts)
+        numbers, weights = (order // top_k_index.shape[1]).split(counts), top_k_weights.flatten()[order].split(counts)
         expert: Any
-        for expert, place, weight in zip(self.children(), places, weights, strict=True):
-            if not len(place):
+        for expert, tokens, weight in zip(self.children(), numbers, weights, strict=True):
+            if not len(tokens):
                 continue
-            tokens = place // top_k_index.shape[1]
             inner = getattr(expert, self._names[0])(hidden_states[tokens])
             inner = self._apply_gate(inner) if self.has_gate else self.act_fn(inner)
             output = expert.down_proj(inner) * weight[:, None]
