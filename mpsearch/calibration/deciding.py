@@ -1,6 +1,7 @@
 """What a table is about: the layers that are decided on, the options of each, and what these cost."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -123,3 +124,63 @@ def unscored(
         usage = resource_columns(model, decided, options, resources, RoundToNearest(), example)
         facts = left_undecided(model, decided, exclude, without)
     return unscored_table(decided, options, usage, facts, "nats")
+
+
+def with_costs(
+    table: CostTable,
+    model: nn.Module,
+    example: Batch,
+    decided: Sequence[Layer],
+    resources: Resources = ("memory_bytes", "bitops"),
+) -> CostTable:
+    """A table from elsewhere with what its options cost in a model: damage by the table, all else counted.
+
+    Args:
+        table: its layers are decisions of the model; those that it does not have are left alone.
+        model: it needs no weights.
+        example: one batch.
+        decided: the decisions of the model, `mps.layers(model, example)`.
+        resources: names, or own functions by name.
+
+    Raises:
+        TableError: for a layer that is no decision of the model, or one that shares its precision with a layer that the table does not
+            have.
+
+    >>> from mpsearch import layers, precisions
+    >>> import torch
+    >>> model, x = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)), torch.ones(1, 4)
+    >>> table = CostTable((Layer("0"),), tuple(precisions("w4 w8")), [[0.5, 0.1]])
+    >>> costs = with_costs(table, model, x, layers(model, x), ["memory_bytes"])
+    >>> costs.sensitivity.tolist(), costs.usage["memory_bytes"].tolist(), costs.fixed_usage
+    ([[0.5, 0.1]], [[48.0, 64.0]], {'memory_bytes': 104.0})
+    """
+    row_of = {layer.name: row for row, layer in enumerate(table.layers)}
+    known = {layer.name: layer for layer in decided}
+    for name in row_of:
+        if name not in known:
+            raise TableError(f"{name!r} of the table is no decision of the model{nearest(name, known)}")
+    absent = {layer.group: layer.name for layer in decided if layer.group and layer.name not in row_of}
+    for name in row_of:
+        if other := absent.get(known[name].group):
+            raise TableError(
+                f"{name!r} of the table shares its precision with {other!r} ({known[name].group}): add its row"
+            )
+    own = [
+        replace(layer, group=layer.group or table.layers[row_of[layer.name]].group)
+        for layer in decided
+        if layer.name in row_of
+    ]
+    costs = unscored(model, example, table.precisions, own, resources)
+    if table.interactions is not None:
+        raise TableError(
+            "interactions of pairs of cells are of the table's own rows: drop them to take costs from a model"
+        )
+    rows = [row_of[layer.name] for layer in costs.layers]
+    sensitivity = np.where(costs.allowed, table.sensitivity[rows], np.nan)
+    return replace(
+        costs,
+        sensitivity=sensitivity,
+        sensitivity_se=None if table.sensitivity_se is None else table.sensitivity_se[rows],
+        unit=table.unit,
+        origin={**costs.origin, **table.origin},
+    )

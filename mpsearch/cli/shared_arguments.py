@@ -250,6 +250,24 @@ def on_model(spec: str, memory: str | None, work: "Callable[[nn.Module], Answer]
     return work(model(spec, memory_bytes=0))
 
 
+def model_and_example(spec: str, data_spec: str | None) -> "tuple[nn.Module, list[Any]]":
+    """A model whose shapes suffice, and batches; of `hf:DIR` alone one window that its config tells, and no weight is read.
+
+    Raises:
+        UsageError: as `model` and `data`, or for another model without data.
+    """
+    from mpsearch.models.hugging_face import example_of
+    from mpsearch.models.named import model_named
+
+    if data_spec is not None:
+        module = model(spec)
+        return module, data(data_spec, module)
+    if not spec.startswith("hf:"):
+        raise UsageError("a model is shown by running it: give --data")
+    module = model_named(spec, shapes_suffice=True)
+    return module, [example_of(module)]
+
+
 def data(spec: str, model: "nn.Module") -> list[Any]:
     """The batches that a DATA names; a text is read with the tokenizer of the model.
 

@@ -1,6 +1,7 @@
 """`mpsearch show`: a plan, a table, or the layers and groups of a model before any calibration."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,14 +14,15 @@ from mpsearch.cli.command import Answer, Command
 from mpsearch.cli.plan_text import plan_text, usage_text
 from mpsearch.cli.screen import Screen
 from mpsearch.cli.table_text import groups_text, range_text, table_text
-from mpsearch.core import printing
+from mpsearch.core import amounts, printing
 from mpsearch.core.printing import undecided_text
-from mpsearch.core.problem import attainable, uniform
+from mpsearch.core.problem import attainable, uniform, usage_of
 from mpsearch.display.blocks import MOST, blocks
+from mpsearch.errors import nearest
 from mpsearch.models.loading import UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +30,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "file", metavar="FILE|MODEL", help="plan (.json), cost table (.csv, .npz), or model: file.py:function, hf:DIR"
     )
-    parser.add_argument("--data", help="with a model: file.py:function or package.module:function returning batches")
+    parser.add_argument(
+        "--data",
+        help="with a model: file.py:function or package.module:function returning batches; hf:DIR needs none, and no weights: config.json "
+        "tells them",
+    )
+    parser.add_argument("--plan", metavar="FILE", help="with a model: what it uses under this plan, .json")
     parser.add_argument(
         "--precisions", default="w2 w3 w4 w8 w16", help="with a model: options of every layer (default: %(default)s)"
     )
@@ -40,11 +47,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> Answer:
     """Show whatever the name stands for."""
     if ":" in arguments.file and not Path(arguments.file).exists():
-        if arguments.data is None:
-            raise UsageError("a model is shown by running it: give --data")
         if arguments.plot is not None:
             raise UsageError("--plot draws a plan or a table, not a model: profile it first")
         return _model(arguments)
+    if arguments.plan is not None:
+        raise UsageError("--plan needs a model: file.py:function, hf:DIR")
     if arguments.file.endswith(".json"):
         return _plan(mps.Plan.load(arguments.file), arguments.plot)
     return _table(mps.CostTable.load(arguments.file), arguments.plot)
@@ -92,17 +99,23 @@ def _table(table: mps.CostTable, picture: str | None) -> Answer:
 def _model(arguments: argparse.Namespace) -> Answer:
     from mpsearch.calibration.deciding import unscored
 
-    model = shared_arguments.model(arguments.file)
-    data = shared_arguments.data(arguments.data, model)
+    model, data = shared_arguments.model_and_example(arguments.file, arguments.data)
     decisions = shared_arguments.layers(model, data, arguments)
+    plan = None if arguments.plan is None else mps.Plan.load(arguments.plan)
+    options = mps.precisions(arguments.precisions)
+    if plan is not None:
+        decisions, options = _decided(plan, decisions), tuple(dict.fromkeys(plan.values()))
     table = unscored(
         model,
         data[0],
-        mps.precisions(arguments.precisions),
+        options,
         decisions,
         shared_arguments.resources(arguments),
         arguments.exclude or (),
     )
+    sample = _sample(data[0]) if arguments.data is None else ""
+    if plan is not None:
+        return _under_plan(table, plan, sample)
     groups: dict[str, list[str]] = {}
     for layer in table.layers:
         if layer.group:
@@ -123,14 +136,76 @@ def _model(arguments: argparse.Namespace) -> Answer:
             if not row.all()
         },
     }
-    return Answer(content, lambda screen: _model_text(table, _parameters(model), groups, screen))
+    return Answer(content, lambda screen: _model_text(table, _parameters(model), groups, sample, screen))
+
+
+def _sample(example: Mapping[str, "Tensor"]) -> str:
+    """What a sample is where the config tells it."""
+    name, value = next(iter(example.items()))
+    size = f"{value.shape[1]} tokens" if name == "input_ids" else " x ".join(map(str, value.shape[1:]))
+    return f"a sample is {size}, by config.json"
+
+
+def _decided(plan: mps.Plan, decisions: list[mps.Layer]) -> list[mps.Layer]:
+    """The decisions that a plan names; the others are left alone.
+
+    Raises:
+        PlanError: for a layer that is no decision of the model, or a group with more than one precision.
+    """
+    known = {layer.name: layer for layer in decisions}
+    for name in plan:
+        if name not in known:
+            raise mps.PlanError(f"{name!r} of the plan is no decision of the model{nearest(name, known)}")
+    given: dict[str, mps.Layer] = {}
+    for layer in decisions:
+        other = given.setdefault(layer.group, layer) if layer.group else layer
+        if plan.get(other.name) != plan.get(layer.name):
+            raise mps.PlanError(
+                f"{other.name!r} is {plan.get(other.name, 'left alone')} and {layer.name!r} {plan.get(layer.name, 'left alone')}: they "
+                f"share one precision ({layer.group})"
+            )
+    return [layer for layer in decisions if layer.name in plan]
+
+
+def _under_plan(table: mps.CostTable, plan: mps.Plan, sample: str) -> Answer:
+    """What a model uses under a plan.
+
+    Raises:
+        PlanError: for a precision that a layer may not have.
+    """
+    columns = np.array([table.precisions.index(plan[layer.name]) for layer in table.layers])
+    for layer, column, allowed in zip(table.layers, columns, table.allowed, strict=True):
+        if not allowed[column]:
+            raise mps.PlanError(f"{layer.name!r} may not be {plan[layer.name]}")
+    usage = {key: value for key, value in usage_of(table, columns).items() if key != "sensitivity"}
+    content = {"usage": usage, "reference": dict(table.reference_usage), "sample": sample}
+
+    def text(screen: Screen) -> str:
+        rows = []
+        for name, value in usage.items():
+            whole = table.reference_usage.get(name)
+            share = printing.percent(value / whole) if whole else ""
+            rows.append([name, amounts.text(name, value), "" if whole is None else amounts.text(name, whole), share])
+        facts = "\n".join(
+            filter(None, [sample, undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
+        )
+        return "\n\n".join(
+            [
+                plan_text(plan, screen),
+                screen.table(["resource", "under the plan", "unquantized", "share"], rows) + "\n" + screen.prose(facts),
+            ]
+        )
+
+    return Answer(content, text)
 
 
 def _parameters(model: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[str]], screen: Screen) -> str:
+def _model_text(
+    table: mps.CostTable, parameters: int, groups: dict[str, list[str]], sample: str, screen: Screen
+) -> str:
     layers = table.layers
     if len(layers) <= MOST:
         header = ["layer", "kind", "weight", "parameters", "MACs"]
@@ -149,7 +224,7 @@ def _model_text(table: mps.CostTable, parameters: int, groups: dict[str, list[st
     for precision, refused in zip(table.precisions, (~table.allowed).sum(0).tolist(), strict=True):
         if refused:
             lines.append(f"{precision} is not allowed in {refused} of {len(layers)} layers")
-    lines += filter(None, [undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
+    lines += filter(None, [sample, undecided_text(table.origin["undecided"]), printing.counted(table.origin)])
     parts = [screen.table(header, rows) + "\n" + screen.prose("\n".join(lines))]
     if groups:
         parts.append(groups_text(groups, screen))

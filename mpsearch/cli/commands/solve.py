@@ -29,11 +29,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-o", "--out", type=shared_arguments.file, metavar="FILE", help="plan, .json")
     shared_arguments.add_plot(parser, "the plan")
+    parser.add_argument(
+        "--model",
+        help="count what the options cost in this model, for a table without costs: hf:DIR (its config.json suffices), or as in show",
+    )
+    parser.add_argument("--data", help="with --model: as in show")
+    shared_arguments.add_resources(parser, "with --model")
+    shared_arguments.add_layers(parser)
 
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Solve, and write the plan where a file is given."""
     table = mps.CostTable.load(arguments.table)
+    if arguments.model is not None:
+        from mpsearch.calibration.deciding import with_costs
+
+        model, data = shared_arguments.model_and_example(arguments.model, arguments.data)
+        decisions = shared_arguments.layers(model, data, arguments)
+        table = with_costs(table, model, data[0], decisions, shared_arguments.resources(arguments))
     budget = mps.Budget.parse(arguments.budget)
     if not table.reference_usage and any("%" in str(value) for value in budget.values()):
         print(

@@ -125,6 +125,7 @@ RUNS = {
     "show: a model": [
         "show nets.py:gated --data nets.py:inputs --precisions 'w4g32 w16' --target onnxruntime --groups fused"
     ],
+    "show: a model under a plan": ["show nets.py:net --data nets.py:inputs --plan plan.json"],
     "search": [f"{EVERY['search'].example} --max-passes 20"],
     "report": ["report out/ -o report.html"],
     "profile": [EVERY["profile"].example],
