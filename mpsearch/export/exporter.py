@@ -12,6 +12,7 @@ from mpsearch.core.plan import Plan
 from mpsearch.errors import ExportError
 from mpsearch.export.fitting import fitted
 from mpsearch.export.verification import Reader, Verification, verified
+from mpsearch.models.running import check_values, without_weights
 from mpsearch.models.unwrapping import unwrapped
 from mpsearch.quantizers.quantizer import checked_quantizer
 from mpsearch.targets.rules import TARGETS, Target
@@ -42,6 +43,7 @@ class Exporter:
         settings: of `write`, by name.
         read_settings: those among them that `read` takes too.
         write_needs_package: `write` itself does not work without the package.
+        write_values: it writes weights, so it needs their values.
         write_example: `write` runs or traces the model, so it takes one batch as `example`.
         read_example: so does `read`.
         stable_bytes: the same plan is written as the same bytes; not where a library writes addresses of objects into its file.
@@ -54,6 +56,7 @@ class Exporter:
     settings: Mapping[str, Setting] = field(default_factory=dict)
     read_settings: tuple[str, ...] = ()
     write_needs_package: bool = False
+    write_values: bool = False
     write_example: bool = False
     read_example: bool = False
     stable_bytes: bool = True
@@ -73,8 +76,11 @@ class Exporter:
 
         Raises:
             ExportError: for what the tool cannot express.
+            EstimatorError: where it writes weights, and the model has none.
             MissingPackage: where `write` needs the package and it is not installed.
         """
+        if self.write_values and model is not None and without_weights(model):
+            check_values(model)
         return self.write(plan, model, **options)
 
 

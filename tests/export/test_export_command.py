@@ -223,3 +223,36 @@ def test_a_missing_package_names_the_extra(here, capsys, monkeypatch):
     assert status == 2
     assert "pip install 'mpsearch[torchao]' brings it" in err
     assert len(err.splitlines()) == 1
+
+
+WITHOUT_WEIGHTS = (
+    "compressed-tensors",
+    "llama-quantize",
+    "gptqmodel",
+    "llm-compressor",
+    "auto-round",
+    "mlx",
+    "neutral",
+)
+
+
+@pytest.mark.parametrize("target", [*WITHOUT_WEIGHTS, "gguf", "hqq", "aimet"])
+def test_a_configuration_needs_no_weights(target, tmp_path):
+    """What writes weights refuses a model on the meta device; what writes a recipe says the same as with weights."""
+    exporter = export.EXPORTERS[target]
+    if exporter.write_needs_package:
+        pytest.importorskip(exporter.package.replace("-", "_"))
+    models = {}
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            models[device] = nn.ModuleDict({"output": nn.Linear(256, 256), "b": nn.Linear(256, 256)})
+    precision = mps.Precision("q4_k") if target in ("gguf", "llama-quantize") else mps.Precision("4", group_size=32)
+    plan = mps.Plan({"output": precision})
+    if target not in WITHOUT_WEIGHTS:
+        with pytest.raises(mps.EstimatorError, match="on the meta device, without values"):
+            exporter(plan, models["meta"], path=str(tmp_path / "x.json"))
+        return
+    exporter(plan, models["meta"], path=str(tmp_path / "x.json"))
+    if target != "compressed-tensors":  # which writes a folder of weights otherwise
+        exporter(plan, models["cpu"], path=str(tmp_path / "y.json"))
+        assert (tmp_path / "x.json").read_bytes() == (tmp_path / "y.json").read_bytes()

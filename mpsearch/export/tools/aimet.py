@@ -112,4 +112,5 @@ AIMET = Exporter(
     settings={"quantizer": Setting(RoundToNearest, REFERENCE)},
     read_settings=("quantizer",),
     read_example=True,
+    write_values=True,
 )

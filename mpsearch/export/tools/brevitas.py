@@ -113,4 +113,4 @@ def _quantized(plan: Plan, model: nn.Module) -> nn.Module:
     return model
 
 
-BREVITAS = Exporter("brevitas", brevitas, "brevitas", read_brevitas, write_needs_package=True)
+BREVITAS = Exporter("brevitas", brevitas, "brevitas", read_brevitas, write_needs_package=True, write_values=True)

@@ -26,6 +26,7 @@ from mpsearch.export.stacked_experts import (
 )
 from mpsearch.export.verification import REFERENCE, Stored, StoredModel, layer_bytes, rest_bytes
 from mpsearch.files.writing import write_atomically
+from mpsearch.models.running import without_weights
 from mpsearch.models.unwrapping import unwrapped
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.targets.rules import Fused, fused_groups, lacking, rules
@@ -54,7 +55,7 @@ def compressed_tensors(
         model: checks names, shapes and shared weights; its other linear layers are listed as ignored.
         snap: move what cannot be expressed to the nearest instead of refusing it.
         path: also write there: a folder with the compressed weights and `config.json`, where there is a model; the model stays
-            as it is. Without a model, the configuration as JSON.
+            as it is. Without a model, or one without weights, the configuration as JSON.
         vllm: hold q/k/v, gate/up and experts, which vLLM fuses, to one precision.
         quantizer: of the weights in the folder; symmetric, a scale a channel.
 
@@ -72,7 +73,7 @@ def compressed_tensors(
     if model is not None:
         _check_experts(plan, model)
     config = _config(plan, model, rules("compressed-tensors", vllm).fused)
-    if path is not None and model is None:
+    if path is not None and (model is None or without_weights(model)):
         write_atomically(path, json.dumps(config.model_dump(mode="json"), indent=1) + "\n")
     elif path is not None and model is not None:
         copied, known = copy.deepcopy(model), checkpoint_names(model)

@@ -103,4 +103,5 @@ EXECUTORCH = Exporter(
     write_needs_package=True,
     write_example=True,
     read_example=True,
+    write_values=True,
 )

@@ -243,4 +243,5 @@ GGUF = Exporter(
     settings={"architecture": Setting(str, "llama")},
     read_settings=("architecture",),
     write_needs_package=True,
+    write_values=True,
 )

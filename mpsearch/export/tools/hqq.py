@@ -86,4 +86,4 @@ def _replace(plan: Plan, model: nn.Module) -> None:
             setattr(model.get_submodule(parent), last, quantized)
 
 
-HQQ = Exporter("hqq", hqq, "hqq", read_hqq, write_needs_package=True)
+HQQ = Exporter("hqq", hqq, "hqq", read_hqq, write_needs_package=True, write_values=True)

@@ -207,4 +207,5 @@ ONNXRUNTIME = Exporter(
     write_needs_package=True,
     write_example=True,
     read_example=True,
+    write_values=True,
 )

@@ -195,4 +195,5 @@ ONNXRUNTIME_STATIC = Exporter(
     write_needs_package=True,
     write_example=True,
     read_example=True,
+    write_values=True,
 )

@@ -199,4 +199,5 @@ PT2E = Exporter(
     write_example=True,
     read_example=True,
     stable_bytes=False,
+    write_values=True,
 )
