@@ -242,12 +242,13 @@ def test_a_configuration_needs_no_weights(target, tmp_path):
     exporter = export.EXPORTERS[target]
     if exporter.write_needs_package:
         pytest.importorskip(exporter.package.replace("-", "_"))
+    name = "lm_head" if target == "llama-quantize" else "layer"
     models = {}
     for device in ("cpu", "meta"):
         with torch.device(device):
-            models[device] = nn.ModuleDict({"output": nn.Linear(256, 256), "b": nn.Linear(256, 256)})
+            models[device] = nn.ModuleDict({name: nn.Linear(256, 256)})
     precision = mps.Precision("q4_k") if target in ("gguf", "llama-quantize") else mps.Precision("4", group_size=32)
-    plan = mps.Plan({"output": precision})
+    plan = mps.Plan({name: precision})
     if target not in WITHOUT_WEIGHTS:
         with pytest.raises(mps.EstimatorError, match="on the meta device, without values"):
             exporter(plan, models["meta"], path=str(tmp_path / "x.json"))
