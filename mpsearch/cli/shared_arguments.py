@@ -246,7 +246,8 @@ def on_model(spec: str, memory: str | None, work: "Callable[[nn.Module], Answer]
         try:
             return work(model(spec))
         except mps.errors.MemoryShortage as error:
-            print(f"{weights} are read block by block: loaded, {error}", file=sys.stderr)
+            needed, _, _ = str(error).partition(": take")
+            print(f"{weights} are read block by block: loaded, {needed}", file=sys.stderr)
     return work(model(spec, memory_bytes=0))
 
 

@@ -114,8 +114,6 @@ def search(
     """
     own = ("effort", "max_passes", "metric", "layers", "quantizer", "seed")
     settings = with_defaults(options, own)
-    there = room(settings["memory_bytes"])
-    model, batches = opened(model, batches, memory_bytes=None if there is None else there.bytes)
     seed = checked_number(seed, "seed", int, 0, EstimatorError)  # numpy's whole numbers are none of JSON
     goal = goal_of(budget, tolerance=settings["tolerance"], minimize=settings["minimize"], front=settings["front"])
     schedule = Schedule.of(settings["proposers"])
@@ -124,6 +122,8 @@ def search(
     if loss is not None and metric != "loss":
         raise EstimatorError(f"loss= is for metric='loss', got metric={metric!r}")
     _check_effort(effort, max_passes)
+    there = room(settings["memory_bytes"])
+    model, batches = opened(model, batches, memory_bytes=None if there is None else there.bytes)
     few = effort == "fast" if max_passes is None else max_passes < FEW
     data = DataParts.of(
         model,
