@@ -47,8 +47,9 @@ from mpsearch.calibration.forecasting import (
 )
 from mpsearch.calibration.identity import run_identity, title
 from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
-from mpsearch.calibration.plan_runs import PlanInModel, Reader, plan_runs
+from mpsearch.calibration.plan_runs import PlanInModel, Reader
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
+from mpsearch.calibration.streamed_plan_runs import plans_at_once, streamed_plan_runs
 from mpsearch.calibration.tally import Tally
 from mpsearch.checkpoints.counting import CountingStore
 from mpsearch.checkpoints.memory import NoStore
@@ -614,7 +615,10 @@ class Calibration:
         plain, quantized = Tally(choice, loss), Tally(choice, loss)
         self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data), "evaluate") as bar:
-            for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized], self.output_layer):
+            blocks = None if self._runs_model(choice.metric) else self.blocks
+            for _, number, _ in streamed_plan_runs(
+                self.model, blocks, data, [in_model], plain, [quantized], self.output_layer
+            ):
                 bar.update(number is not None)
         choice.warn()
         return quantized.result(plain.result(None))
@@ -646,12 +650,17 @@ class Calibration:
         means = [Mean() for _ in plans]
         self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data) * len(plans), "measure plans") as bar:
-            for _, plan_number, damage in plan_runs(
-                self.model, data, in_model, choice.metric, [choice.metric] * len(plans), self.output_layer
-            ):
-                if plan_number is not None and damage is not None:
-                    means[plan_number].add_samples(torch.from_numpy(damage.sums), torch.from_numpy(damage.counts))
-                    bar.update()
+            blocks = None if self._runs_model(choice.metric) else self.blocks
+            together = plans_at_once(blocks, data)
+            for first in range(0, len(plans), together):
+                part = in_model[first : first + together]
+                for _, plan_number, damage in streamed_plan_runs(
+                    self.model, blocks, data, part, choice.metric, [choice.metric] * len(part), self.output_layer
+                ):
+                    if plan_number is not None and damage is not None:
+                        sums, counts = torch.from_numpy(damage.sums), torch.from_numpy(damage.counts)
+                        means[first + plan_number].add_samples(sums, counts)
+                        bar.update()
         choice.warn()
         origin = {
             "metric": choice.metric.name,
@@ -663,6 +672,10 @@ class Calibration:
         }
         values, ses = np.array([(mean.value, mean.se) for mean in means]).T
         return dataclasses.replace(unmeasured, damage=values, damage_se=ses, unit=choice.metric.unit, origin=origin)
+
+    def _runs_model(self, metric: Metric) -> bool:
+        """True where something of the user's own runs the model, on what it likes."""
+        return metric.runs_model or callable(self._loss)
 
     def _in_model(self, plans: Sequence[Plan]) -> list[PlanInModel]:
         """Plans as they are put into the model, each weight quantized once for each precision."""

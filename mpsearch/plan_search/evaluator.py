@@ -8,17 +8,22 @@ import torch
 from numpy.typing import NDArray
 
 from mpsearch.calibration.plan_runs import PlanInModel, Reference, plan_run, unquantized_run
+from mpsearch.calibration.streamed_plan_runs import plans_at_once, runs_in_blocks
 from mpsearch.checkpoints.keys import PlanKey, PlanRuns
 from mpsearch.estimation.context import Context
 from mpsearch.metrics.metric import Metric
 from mpsearch.metrics.statistics import ratio_of_samples
 from mpsearch.models.running import Batch, samples
+from mpsearch.models.streaming.blocks import Blocks
 from mpsearch.plan_search.passes import PassBudget
 
 Floats = NDArray[np.float64]
 Columns = NDArray[np.int64]
 #: Bytes of the unquantized model's outputs, or hidden states, that are held; beyond, it is run again for each plan.
 REFERENCE_BYTES = 2**30
+#: Of a model of so many numbers or more, plans are proposed and measured so many at a time, wherever its weights lie: where they are
+#: streamed, one reading serves them all, and the plans are those of the model in memory.
+LARGE_NUMBERS, TOGETHER = 2**29, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,6 +125,30 @@ class PlanEvaluator:
                 break
         return self.known[key]
 
+    @property
+    def at_once(self) -> int:
+        """Plans that are proposed before any of them is measured."""
+        return TOGETHER if sum(part.numel() for part in self.context.model.parameters()) >= LARGE_NUMBERS else 1
+
+    def measure_together(
+        self, plans: Sequence[Columns], stop: Callable[[Measurement], bool] | None = None
+    ) -> list[Measurement]:
+        """The damage of several plans on this part; of a streamed model each block is read once for all of them.
+
+        Args:
+            plans: (D,) columns of each.
+            stop: is shown what is known of each plan once all have seen the first batch; True ends its measurement there.
+
+        Raises:
+            EstimatorError: as `measure`.
+        """
+        keys = [tuple(int(p) for p in columns) for columns in plans]
+        going = list(dict.fromkeys(keys))
+        for end in (1, len(self._ends)) if stop is not None else (len(self._ends),):
+            self._extend(going, end)
+            going = [key for key in going if stop is None or not stop(self.known[key])]
+        return [self.known[key] for key in keys]
+
     def complete(self, columns: Columns) -> bool:
         """True where a plan has been measured on the whole part."""
         known = self.known.get(tuple(int(p) for p in columns))
@@ -150,9 +179,60 @@ class PlanEvaluator:
         name = " ".join(f"{decision.name}={context.precisions[p]}" for decision, p in pairs)
         return PlanInModel.of(context.model, precisions, context.rounded, context.quantizer, context.ranges, name)
 
+    def _extend(self, keys: Sequence[tuple[int, ...]], end: int) -> None:
+        """Measure plans on the batches up to a number, where that has not been done."""
+        missing: dict[
+            int, list[tuple[int, ...]]
+        ] = {}  # number of the first batch -> plans that lack it and all later ones
+        for key in keys:
+            known = self.known.get(key)
+            done = 0 if known is None else self._ends.index(len(known.sums)) + 1
+            stored = self.context.checkpoint.get(self._key(key)) if done < end else None
+            while stored is not None and done < min(end, len(stored.runs)):
+                self.known[key] = self._repeated(key, stored, done)
+                done += 1
+            if done < end:
+                missing.setdefault(done, []).append(key)
+        for first, lacking in missing.items():
+            batches = self.batches[first:end]
+            blocks = None if self.metric.runs_model else self.context.blocks
+            room = plans_at_once(blocks, batches)
+            for start in range(0, len(lacking), room):
+                together = lacking[start : start + room]
+                if blocks is not None:
+                    self._run_blocks(blocks, together, first, end)
+                    continue
+                for key in together:
+                    plan = self.in_model(np.array(key))
+                    for number in range(first, end):
+                        self.known[key] = self._longer(key, self.known.get(key), plan, number)
+
+    def _run_blocks(self, blocks: Blocks, keys: Sequence[tuple[int, ...]], first: int, end: int) -> None:
+        """Plans on some batches, in one reading; charged as if each had been run by itself."""
+        plans = [self.in_model(np.array(key)) for key in keys]
+        for place, there, plan in runs_in_blocks(blocks, self.batches[first:end], plans):
+            number = first + place
+            if plan is None:
+                reference, runs = self._reference(number)
+                continue
+            key = keys[plan]
+            self.known[key] = self._run(key, self.known.get(key), there, number, reference, runs)
+            runs = int(number not in self._references)
+
     def _longer(self, key: tuple[int, ...], known: Measurement | None, plan: PlanInModel, number: int) -> Measurement:
         """A measurement with one more batch."""
-        reference, runs = self._reference(number)
+        return self._run(key, known, plan, number, *self._reference(number))
+
+    def _run(
+        self,
+        key: tuple[int, ...],
+        known: Measurement | None,
+        plan: PlanInModel,
+        number: int,
+        reference: Reference,
+        runs: int,
+    ) -> Measurement:
+        """A measurement with one more batch, beside the unquantized model, which took some runs for that."""
         runs += 1
         model, layer = self.context.model, self.context.output_layer
         damage = plan_run(model, self.batches[number], plan, self.metric, reference, self._place(number), layer)

@@ -52,9 +52,14 @@ class PlanSearch:
 
     def open(self, plans: Sequence[Columns], enough: Callable[[], bool]) -> None:
         """Measure the first plans, the very first whatever it costs, and set the scale of the prior by them."""
+        waiting: list[Columns] = []
         for columns in plans:
-            if self.record.new(columns) and self.record.fits(columns) and not (self.record.measured and enough()):
-                self.measure(columns)
+            known = bool(self.record.measured or waiting)
+            if self.record.new(columns) and self.record.fits(columns) and not (known and self._full(waiting, enough)):
+                self._wait(columns, waiting)
+                if self.evaluator.at_once == 1:  # else all of them at once, which takes the fewest readings
+                    self._measure_waiting(waiting)
+        self._measure_waiting(waiting)
         self._learn()
 
     def adopt(self, plans: Sequence[Columns]) -> None:
@@ -76,19 +81,84 @@ class PlanSearch:
             PlanError: for a proposal that is no plan within the limits.
         """
         idle = turns = 0
+        waiting: list[Columns] = []
         while idle < len(proposers):
             for proposer in proposers:
-                if turns >= most or enough():
-                    return
+                if turns >= most or self._full(waiting, enough):
+                    if not waiting:
+                        return
+                    self._learn_from(self._measure_waiting(waiting))
+                    if turns >= most or enough():
+                        return
                 turns += 1
                 columns = self._proposal(proposer)
                 if columns is None:
                     idle += 1
                     continue
                 idle = 0
-                value = self.measure(columns)
-                if _near(value, self.least):
-                    self.posterior.add(columns, value)
+                self._wait(columns, waiting)
+                if len(waiting) == self.evaluator.at_once:
+                    self._learn_from(self._measure_waiting(waiting))
+        self._learn_from(self._measure_waiting(waiting))
+
+    def _full(self, waiting: Sequence[Columns], enough: Callable[[], bool]) -> bool:
+        """True where no further plan can be measured after those that wait."""
+        if not waiting:
+            return enough()
+        price = self.evaluator.price + (0.0 if self.between is None else self.between.price)
+        with self.evaluator.passes.reserved(len(waiting) * price):
+            return enough()
+
+    def _wait(self, columns: Columns, waiting: list[Columns]) -> None:
+        self.record.pending.add(tuple(columns.tolist()))
+        waiting.append(columns)
+
+    def _measure_waiting(self, waiting: list[Columns]) -> list[tuple[Columns, float]]:
+        """Measure the plans that wait; each with what is to be least."""
+        plans = list(waiting)
+        waiting.clear()
+        try:
+            values = [self.measure(plans[0])] if self.evaluator.at_once == 1 and plans else self.measure_together(plans)
+        finally:
+            self.record.pending.clear()
+        return list(zip(plans, values, strict=True))
+
+    def _learn_from(self, measured: Sequence[tuple[Columns, float]]) -> None:
+        for columns, value in measured:
+            if _near(value, self.least):
+                self.posterior.add(columns, value)
+
+    def measure_together(self, plans: Sequence[Columns]) -> list[float]:
+        """Measure plans side by side; those that are clearly worse than the best one after the first batch are dropped there.
+
+        Returns:
+            what is to be least, of each.
+        """
+        record, evaluator = self.record, self.evaluator
+        keys = [tuple(columns.tolist()) for columns in plans]
+        incumbent = record.best
+        others = [] if incumbent is None else [tuple(incumbent.tolist())]
+
+        def clearly_worse(measurement: Measurement) -> bool:
+            size = len(measurement.sums)
+            rivals = [evaluator.known[key] for key in (*others, *keys) if key in evaluator.known]
+            best = min(
+                (rival.first(size) for rival in rivals if len(rival.sums) >= size), key=lambda rival: rival.value
+            )
+            difference, se = measurement.over(best)
+            return difference > DROPPED_AT * se and difference > 0
+
+        measurements = evaluator.measure_together(plans, clearly_worse)
+        values: dict[int, float] = {}
+        for place, (columns, measurement) in enumerate(zip(plans, measurements, strict=True)):
+            if evaluator.complete(columns):
+                values[place] = self._write(columns, measurement.value)
+        for place, (columns, measurement) in enumerate(zip(plans, measurements, strict=True)):
+            if place not in values:
+                assert record.best is not None  # the best one of them was not dropped
+                best = evaluator.known[tuple(record.best.tolist())]
+                values[place] = self._write(columns, best.value + measurement.over(best)[0], best.value)
+        return [values[place] for place in range(len(plans))]
 
     def measure(self, columns: Columns) -> float:
         """Measure a plan; one that is clearly worse than the best one is dropped as soon as that shows, and then estimated.

@@ -77,6 +77,16 @@ class PassBudget:
                 self.watch(passes)
 
     @contextlib.contextmanager
+    def reserved(self, passes: float) -> Iterator[None]:
+        """Inside, so many passes more count as taken."""
+        before = self.used
+        self.used += passes
+        try:
+            yield
+        finally:
+            self.used = before
+
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Write down under `stages` what is charged inside."""
         before = self.used

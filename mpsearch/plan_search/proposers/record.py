@@ -31,6 +31,7 @@ class Record:
         generator: of all random draws.
         measured: plan -> what is to be least: its damage, with that between the samples where it is measured there too.
         damage: plan -> damage on the whole part, measured or, for a plan that was dropped early, estimated.
+        pending: plans that are about to be measured.
         surrogate: damage from the summed shifts of the output, where one-at-a-time runs were made.
     """
 
@@ -40,6 +41,7 @@ class Record:
     measured: dict[tuple[int, ...], float] = field(default_factory=dict)
     damage: dict[tuple[int, ...], float] = field(default_factory=dict)
     surrogate: Surrogate | None = None
+    pending: set[tuple[int, ...]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.allowed = ~np.isnan(self.problem.objective)
@@ -56,8 +58,9 @@ class Record:
         return self._keeps_limits(tuple(columns.tolist()))
 
     def new(self, columns: Columns) -> bool:
-        """True for a plan that nobody has measured."""
-        return tuple(columns.tolist()) not in self.measured
+        """True for a plan that nobody has measured, or is about to."""
+        key = tuple(columns.tolist())
+        return key not in self.measured and key not in self.pending
 
     @property
     def fitting(self) -> list[tuple[int, ...]]:

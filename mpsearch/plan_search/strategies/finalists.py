@@ -39,7 +39,8 @@ def best_plan(context: SearchContext, search: PlanSearch, uniform: Columns | Non
     )
     if evaluators.score is not None:
         top = [np.array(key) for key in ranked[: evaluators.finalists]]
-        joined = [_joined(select.measure(columns), evaluators.score.measure(columns)).value for columns in top]
+        scored = evaluators.score.measure_together(top)
+        joined = [_joined(select.measure(columns), score).value for columns, score in zip(top, scored, strict=True)]
         return top[int(np.argmin(joined))]
     if evaluators.between is None:
         return np.array(ranked[0])
@@ -52,7 +53,8 @@ def best_plan(context: SearchContext, search: PlanSearch, uniform: Columns | Non
     top = [np.array(key) for key in sorted(as_good, key=record.measured.__getitem__)[: max(evaluators.finalists, 1)]]
     if len(top) == 1:
         return top[0]
-    sums = [select.measure(columns).value + evaluators.between.measure(columns).value for columns in top]
+    between = evaluators.between.measure_together(top)
+    sums = [select.measure(columns).value + part.value for columns, part in zip(top, between, strict=True)]
     return top[int(np.argmin(sums))]
 
 
