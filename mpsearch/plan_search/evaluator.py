@@ -117,6 +117,9 @@ class PlanEvaluator:
         for number in range(done, len(self._ends)):
             if stored is not None and number < len(stored.runs):
                 known = self._repeated(key, stored, number)
+            elif self._blocks is not None:
+                self._extend([key], number + 1)
+                known = self.known[key]
             else:
                 plan = self.in_model(np.array(key)) if plan is None else plan
                 known = self._longer(key, known, plan, number)
@@ -179,6 +182,11 @@ class PlanEvaluator:
         name = " ".join(f"{decision.name}={context.precisions[p]}" for decision, p in pairs)
         return PlanInModel.of(context.model, precisions, context.rounded, context.quantizer, context.ranges, name)
 
+    @property
+    def _blocks(self) -> Blocks | None:
+        """Of a streamed model, where nothing of the user's own runs it."""
+        return None if self.metric.runs_model else self.context.blocks
+
     def _extend(self, keys: Sequence[tuple[int, ...]], end: int) -> None:
         """Measure plans on the batches up to a number, where that has not been done."""
         missing: dict[
@@ -195,7 +203,7 @@ class PlanEvaluator:
                 missing.setdefault(done, []).append(key)
         for first, lacking in missing.items():
             batches = self.batches[first:end]
-            blocks = None if self.metric.runs_model else self.context.blocks
+            blocks = self._blocks
             room = plans_at_once(blocks, batches)
             for start in range(0, len(lacking), room):
                 together = lacking[start : start + room]

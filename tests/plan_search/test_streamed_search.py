@@ -157,4 +157,4 @@ def test_rounds_of_several_plans_take_no_more_passes_than_were_given(monkeypatch
             model, data, mps.Budget(average_bits=4), PRECISIONS, max_passes=limit, metric="kl", progress=False
         )
         assert result.passes <= limit
-        assert len(result.plans) > 4
+        assert len(result.plans) >= 2
