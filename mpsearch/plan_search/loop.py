@@ -117,8 +117,10 @@ class PlanSearch:
         """Measure the plans that wait; each with what is to be least."""
         plans = list(waiting)
         waiting.clear()
+        if not plans:
+            return []
         try:
-            values = [self.measure(plans[0])] if self.evaluator.at_once == 1 and plans else self.measure_together(plans)
+            values = [self.measure(plans[0])] if self.evaluator.at_once == 1 else self.measure_together(plans)
         finally:
             self.record.pending.clear()
         return list(zip(plans, values, strict=True))
