@@ -317,7 +317,7 @@ def test_memory_does_not_grow_with_logits(name, monkeypatch):
     assert classes - fewest < 3 * 8 * 4 * (1024 - 256) + 2**19
     assert samples - classes < 48 * WINDOW * 8 * 4 * 8
     logits_bytes = 16 * WINDOW * 1024 * 4
-    assert fewest < classes < logits_bytes / 2
+    assert max(fewest, classes) < logits_bytes / 2
     assert peak_of(1024, 16, WORK[name], monkeypatch, whole=True) > 2 * logits_bytes
 
 
