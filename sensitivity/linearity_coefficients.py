@@ -88,15 +88,19 @@ class LinearityCoefficients(OneAtATime):
         return f"noise {j + 1} of {self.levels} to {self.greatest!r}, seed {self.seed}"
 
     def _noise(self, context: Context, u: int, j: int) -> Perturbation:
-        weights: dict[torch.nn.Parameter, Tensor] = {}
-        for k, parameter in enumerate(context.parameters(context.decisions[u])):
-            weight = wide(parameter.detach())
-            draw = torch.randn(parameter.shape, generator=seeded_generator(self.seed, u, j, k), dtype=torch.float32).to(
-                weight
-            )
-            scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
-            weights[parameter] = (weight + scale * draw).to(parameter.dtype)
-        return Perturbation(weights, {})
+        parameters = context.parameters(context.decisions[u])
+        return Perturbation(
+            {parameter: functools.partial(self._noisy, parameter, u, j, k) for k, parameter in enumerate(parameters)},
+            {},
+        )
+
+    def _noisy(self, parameter: torch.nn.Parameter, u: int, j: int, k: int) -> Tensor:
+        """The k-th weight of decision u with noise of level j."""
+        weight = wide(parameter.detach())
+        draw = torch.randn(parameter.shape, generator=seeded_generator(self.seed, u, j, k), dtype=torch.float32)
+        scale = self._squared()[j] ** 0.5 * float(weight.norm()) / weight.numel() ** 0.5
+        noisy: Tensor = weight + scale * draw.to(weight)
+        return noisy.to(parameter.dtype)
 
     def by_rows(self, context: Context) -> bool:
         """True."""

@@ -73,4 +73,5 @@ class MaskedKL(OneAtATime):
 
 
 def _without_weights(context: Context, decision: Decision) -> Perturbation:
-    return Perturbation({parameter: torch.zeros_like(parameter) for parameter in context.parameters(decision)}, {})
+    parameters = context.parameters(decision)
+    return Perturbation({parameter: functools.partial(torch.zeros_like, parameter) for parameter in parameters}, {})

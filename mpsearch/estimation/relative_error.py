@@ -1,6 +1,6 @@
 """Relative quantization error, and scores of whole layers turned into cells with it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,8 +110,13 @@ def input_noise(context: Context) -> dict[str, InputNoise]:
         return see
 
     with torch.no_grad(), inputs({layer_of(context.model, name): measure(name) for name in noise_of}):
-        for batch in context.batches:
-            call(context.model, batch)
+        numbers: Iterable[tuple[int | None, int]] = (
+            ((None, number) for number in range(len(context.batches)))
+            if context.blocks is None
+            else context.blocks.runs(context.batches, [])
+        )
+        for _, number in numbers:
+            call(context.model, context.batches[number])
             context.passes.add(len(context.batches), forward=1)
     return noise_of
 

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import mpsearch as mps
-from mpsearch.estimation import context, perturbation
+from mpsearch.estimation import context, replayed_probes
 from mpsearch.models.replay import Trace
 from mpsearch.models.running import call, predictions, samples
 from mpsearch.quantizers.fake_quantization import input_quantizers, input_ranges
@@ -173,14 +173,14 @@ def test_a_naive_program_gives_the_same_tables():
 @pytest.mark.parametrize("activation_bytes", [0, 10_000_000])
 def test_in_turns_or_all_at_once(monkeypatch, activation_bytes):
     turns = []
-    made, run = context.record, perturbation._Run.turns  # type: ignore[attr-defined]
+    made, run = context.record, replayed_probes._Run.turns  # type: ignore[attr-defined]
 
     def record(model, batch):
         trace, output = made(model, batch)
         return Trace(trace.calls, trace.readers, trace.flops, activation_bytes, trace.held_bytes), output
 
     monkeypatch.setattr(context, "record", record)
-    monkeypatch.setattr(perturbation._Run, "turns", lambda self: turns.append(run(self)) or turns[-1])
+    monkeypatch.setattr(replayed_probes._Run, "turns", lambda self: turns.append(run(self)) or turns[-1])
     assert_tables(net(), images(), [KLDivergence(), TaskMetric()], mps.precisions("w2 w4a4"))
     assert [len(turn) for turn in turns[0]] == ([1, 1, 1] if activation_bytes == 0 else [3])
 

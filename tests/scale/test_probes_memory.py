@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import mpsearch as mps
 from mpsearch.core.precision import Precision
-from mpsearch.estimation import perturbation
+from mpsearch.estimation import replayed_probes
 from mpsearch.models.peak_memory import live_bytes
 from mpsearch.models.replay import Resumption, record
 from mpsearch.sensitivity import KLDivergence
@@ -48,7 +48,7 @@ def peak(blocks: int = 4, precisions: str = "w2 w4", batches: int = 3) -> int:
 @pytest.mark.filterwarnings("ignore:memory_bytes are those of")
 def test_peak_is_flat(monkeypatch: pytest.MonkeyPatch) -> None:
     """One batch a turn: the weight, its rounded copy, what one run needs, and the reference, however much there is to do."""
-    monkeypatch.setattr(perturbation, "TURN_BYTES", 0)
+    monkeypatch.setattr(replayed_probes, "TURN_BYTES", 0)
     monkeypatch.setattr("mpsearch.quantizers.rounded_weights.ROOM_BYTES", 0)
     usual = peak()
     assert 0 < usual < 2 * 4 * 2 * WIDTH * WIDTH + 6 * 4 * ROWS * 2 * WIDTH
