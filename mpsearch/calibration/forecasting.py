@@ -22,7 +22,7 @@ from mpsearch.errors import EstimatorError, MemoryShortage
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimator
 from mpsearch.estimation.passes import Passes
-from mpsearch.estimation.perturbation import TURN_BYTES
+from mpsearch.estimation.replayed_probes import TURN_BYTES
 from mpsearch.models.data.batches import leaves
 from mpsearch.models.data.splitting import first_samples
 from mpsearch.models.free_memory import FreeMemory, room
