@@ -46,19 +46,24 @@ class Shelf:
 
     def enter(self) -> None:
         """One user more."""
-        if self.users == 0:
-            try:
-                for parameter, read in self.parameters.items():
-                    full = nn.Parameter(self._value(parameter, read), requires_grad=parameter.requires_grad)
-                    _swap(parameter, full)
-                    self._away.append((parameter, full))
-                for holder, name, stored in self.buffers:
-                    self._empty.append((holder, name, holder[name]))
-                    holder[name] = stored.values().to(self.device)
-            except BaseException:
-                self._clear()
-                raise
         self.users += 1
+        if self.users > 1:
+            return
+        try:
+            for parameter, read in self.parameters.items():
+                full = nn.Parameter(read().to(self.device), requires_grad=parameter.requires_grad)
+                _swap(parameter, full)
+                self._away.append((parameter, full))
+            for holder, name, stored in self.buffers:
+                self._empty.append((holder, name, holder[name]))
+                holder[name] = stored.values().to(self.device)
+            for parameter, values in self.replacements.items():
+                for value in values:  # what makes it may look at the parameter
+                    self._put_over(parameter, value)
+        except BaseException:
+            self.users = 0
+            self._clear()
+            raise
 
     def leave(self) -> None:
         """One user less."""
@@ -72,25 +77,22 @@ class Shelf:
             self.calls -= 1
             self.leave()
 
-    def _value(self, parameter: nn.Parameter, read: Callable[[], Tensor]) -> Tensor:
-        others = self.replacements.get(parameter)
-        if not others:
-            return read().to(self.device)
-        return _made(others[-1]).to(self.device)
-
     def replace(self, parameter: nn.Parameter, value: Value) -> None:
         """Hold another value from now on, also when it is put in again."""
-        self.replacements.setdefault(parameter, []).append(value)
         if self.users:
-            self._aside.setdefault(parameter, []).append(parameter.data)
-            parameter.data = _made(value).to(self.device)
+            self._put_over(parameter, value)
+        self.replacements.setdefault(parameter, []).append(value)
 
     def restore(self, parameter: nn.Parameter) -> None:
         """Hold what was held before the last `replace`."""
         self.replacements[parameter].pop()
         if self.users:
-            aside = self._aside.get(parameter)
-            parameter.data = aside.pop() if aside else self._value(parameter, self.parameters[parameter])
+            parameter.data = self._aside[parameter].pop()
+
+    def _put_over(self, parameter: nn.Parameter, value: Value) -> None:
+        made = _made(value).to(self.device)
+        self._aside.setdefault(parameter, []).append(parameter.data)
+        parameter.data = made
 
     def _clear(self) -> None:
         for parameter, full in self._away:
@@ -168,8 +170,8 @@ def replaced(values: Mapping[nn.Parameter, Value]) -> Iterator[None]:
                 stack.callback(setattr, parameter, "data", parameter.data)
                 parameter.data = _made(value)
             else:
-                stack.callback(shelf.restore, parameter)
                 shelf.replace(parameter, value)
+                stack.callback(shelf.restore, parameter)
         yield
 
 

@@ -222,6 +222,20 @@ def test_damaged_shards_are_told(tmp_path: Path) -> None:
         model_of(str(folder), streamed=True)
 
 
+def test_plan_of_a_model_without_a_chain_of_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        d_model=16, d_ff=24, num_layers=2, num_heads=2, d_kv=8, vocab_size=40, decoder_start_token_id=0
+    )
+    transformers.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    whole, streamed = model_of(str(tmp_path)), model_of(str(tmp_path), streamed=True)
+    ids = tokens(1)["input_ids"]
+    batches = [{"input_ids": ids, "decoder_input_ids": ids}]
+    plan = mps.Plan({layer.name: mps.Precision("3") for layer in mps.layers(whole, batches[0])})
+    results = [mps.evaluate(model, batches, plan, metric="kl", progress=False) for model in (whole, streamed)]
+    assert results[0].kl == results[1].kl > 0
+
+
 def test_model_without_blocks_has_none() -> None:
     assert blocks_of(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(1, 2)) is None
 
