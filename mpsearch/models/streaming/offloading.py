@@ -16,6 +16,9 @@ from mpsearch.models.streaming.stored import InFile, InMemory, Stored, tensors_i
 #: the device that it runs on, and of a module whose calls take nothing in that they do not.
 _SHELF, _DEVICE, _RESTING = "_mpsearch_shelf", "_mpsearch_device", "_mpsearch_resting"
 
+#: What accelerate puts into a module beside the hook's own state.
+_OF_ACCELERATE = ("forward", "_hf_hook", "_old_forward")
+
 Value = Tensor | Callable[[], Tensor]
 
 
@@ -278,9 +281,11 @@ def on_demand(model: nn.Module) -> Iterator[None]:
         return
     with contextlib.ExitStack() as stack:
         for module in model.modules():
-            if "_hf_hook" in vars(module) and "_old_forward" in vars(module) and "forward" in vars(module):
-                stack.callback(setattr, module, "forward", module.forward)
+            if vars(module).keys() >= {*_OF_ACCELERATE}:
+                stack.callback(vars(module).update, {name: vars(module)[name] for name in _OF_ACCELERATE})
                 module.forward = vars(module)["_old_forward"]
+                for name in _OF_ACCELERATE[1:]:  # models call a hook that they see
+                    del vars(module)[name]
         shelves: dict[nn.Module, Shelf] = {}
         first: dict[tuple[Any, ...], nn.Parameter] = {}
         for part in parts:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import mpsearch as mps
 from mpsearch.errors import EstimatorError
 from mpsearch.models.hugging_face import model_of
 from mpsearch.models.running import call, preserved, state_fingerprint, state_stamp
@@ -53,6 +54,9 @@ def saved(kind: str, folder: Path) -> Path:
             transformers.GPT2Config(n_embd=16, n_layer=3, n_head=2, vocab_size=40, n_positions=32)
         ),
         "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SIZES)),
+        "mamba": lambda: transformers.MambaForCausalLM(
+            transformers.MambaConfig(hidden_size=16, num_hidden_layers=3, vocab_size=40)
+        ),
         "experts": lambda: transformers.Qwen3MoeForCausalLM(
             transformers.Qwen3MoeConfig(
                 **SIZES,
@@ -73,7 +77,7 @@ def tokens(seed: int) -> dict[str, Tensor]:
     return {"input_ids": torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(seed))}
 
 
-KINDS = ("llama", "tied", "gpt2", "bert", "experts")
+KINDS = ("llama", "tied", "gpt2", "bert", "mamba", "experts")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -85,6 +89,7 @@ def test_streamed_model_is_the_resident_one(kind: str, tmp_path: Path) -> None:
     assert state_fingerprint(streamed) == state_fingerprint(whole)
     before = state_stamp(streamed)
     batches = [tokens(1), tokens(2)]
+    assert mps.layers(streamed, batches[0]) == mps.layers(whole, batches[0])
     with preserved(whole, batches[0]), preserved(streamed, batches[0]), torch.no_grad():
         expected = [call(whole, batch) for batch in batches]
         assert all(torch.equal(call(streamed, batch), one) for batch, one in zip(batches, expected, strict=True))
