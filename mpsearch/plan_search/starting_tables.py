@@ -204,6 +204,10 @@ def _taken(context: Context, family: Sequence[Estimator], measured: Mapping[str,
             part, batches = family[0].share, len(leading_samples(context.batches, family[0].samples))
         planned = part * (2 + 2 / batches + changing * sum(map(trace.share, entries)))
     passes = measured["forward"] + 2 * measured["backward"]
+    if (
+        context.blocks is not None
+    ):  # blocks run again for their gradients: a search measures as many plans as it would in memory
+        return planned
     return planned if passes <= planned * (1 + 1e-6) else passes
 
 

@@ -158,3 +158,18 @@ def test_rounds_of_several_plans_take_no_more_passes_than_were_given(monkeypatch
         )
         assert result.passes <= limit
         assert len(result.plans) >= 2
+
+
+def test_default_tables_give_the_same_search(folder: Path) -> None:
+    """The sweep runs blocks again for their gradients, which takes no plan away."""
+    results = [
+        mps.search(model, tokens(32), mps.Budget(average_bits=4), PRECISIONS, effort="fast", progress=False)
+        for model in opened(folder)
+    ]
+    resident, streamed = results
+    assert dict(resident.plan) == dict(streamed.plan)
+    assert resident.passes == streamed.passes
+    assert [dict(plan) for plan in resident.plans.plans] == [dict(plan) for plan in streamed.plans.plans]
+    np.testing.assert_allclose(streamed.plans.damage, resident.plans.damage, rtol=1e-6)
+    for name, table in resident.tables.items():
+        np.testing.assert_allclose(streamed.tables[name].sensitivity, table.sensitivity, rtol=1e-5)
