@@ -179,7 +179,7 @@ def forecast(
     >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 2))
     >>> told = forecast(model, [torch.ones(1, 1)], Fisher(draws=3), precisions("w2 w4"))
     >>> told.forward, told.backward, told.memory["weights"]     # 3 weights and 3 biases in float32
-    (2, 3, 24)
+    (2.0, 3.0, 24)
     """
     check_keywords("forecast", options, LayerKeywords)
     return Calibration(

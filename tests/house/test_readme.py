@@ -56,6 +56,36 @@ def lines(page):
 LINES = [(page.name, words) for page in PAGES for words in lines(page)]
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 64, "head_dim": 8}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16, "dtype": "bfloat16"}
+
+
+def named_folders(path):
+    """Small ones of the names that pages give to folders of transformers, and what the lines take with them."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **HEADS)).bfloat16()
+    letters = {"?": 0} | {x: i for i, x in enumerate("abcdefghijklmnopqrstuvwxyz ", 1)}
+    words = tokenizers.Tokenizer(tokenizers.models.BPE(letters, [], unk_token="?"))
+    for name in {name for page in PAGES for name in re.findall(r"hf:([A-Z][\w.-]*\d\w*)", page.read_text())}:
+        model.save_pretrained(path / name)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="?").save_pretrained(path / name)
+    (path / "calibration.txt").write_text("pack my box with five dozen liquor jugs " * 20)
+    names = [layer.name for layer in mps.layers(model, {"input_ids": torch.zeros(1, 8, dtype=torch.long)})]
+    rows = [f"{name},w{bits},{4.0**-bits}" for name in names for bits in (2, 4, 8)]
+    (path / "measured.csv").write_text("\n".join(["layer,precision,sensitivity", *rows]) + "\n")
+    mps.Plan(dict.fromkeys(names, mps.Precision("4"))).save(path / "plan.json")
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """A folder with the models that the lines name."""
+    path = tmp_path_factory.mktemp("hugging_face")
+    named_folders(path)
+    return path
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The files that the lines name."""
@@ -75,13 +105,14 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("page", "words"), LINES, ids=[f"{page} {' '.join(words)}" for page, words in LINES])
-def test_a_command_runs(folder, monkeypatch, capsys, page, words):
+def test_a_command_runs(request, monkeypatch, capsys, page, words):
     if words == ["demo"]:
         pytest.skip("tests/cli/commands runs it, smaller")
     for word, package in NEEDED.items():
         if word in words:
             pytest.importorskip(package)
-    monkeypatch.chdir(folder)
+    of_hugging_face = any(word.startswith("hf:") for word in words)
+    monkeypatch.chdir(request.getfixturevalue("hugging_face" if of_hugging_face else "folder"))
     assert main(words) == 0, capsys.readouterr().err
 
 
@@ -92,6 +123,8 @@ def test_the_python_runs(page, tmp_path, monkeypatch):
     if not code:
         pytest.skip(f"{page.name} has no Python")
     monkeypatch.chdir(tmp_path)
+    if any("hf:" in block for block in code):
+        named_folders(tmp_path)
     generator = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
     batches = [(torch.randn(16, 64, generator=generator), torch.randint(0, 4, (16,))) for _ in range(6)]
