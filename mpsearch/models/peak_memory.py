@@ -112,7 +112,11 @@ class _Counting(TorchDispatchMode):
     def __init__(self, peak: LiveBytes, lived: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._peak = peak
-        self._known = {tensor.untyped_storage()._cdata for tensor in lived if tensor.layout is torch.strided}
+        self._known = {
+            tensor.untyped_storage()._cdata
+            for tensor in lived
+            if not torch.nn.parameter.is_lazy(tensor) and tensor.layout is torch.strided
+        }
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._see((args, kwargs))

@@ -263,7 +263,7 @@ def _bytes(case: _Case) -> None:
 
 
 def _size(part: Tensor | bytes) -> int:
-    return len(part) if isinstance(part, bytes) else part.nbytes
+    return len(part) if isinstance(part, bytes | bytearray) else part.nbytes
 
 
 def _least_bytes(values: Tensor, precision: Precision, quantizer: Quantizer) -> int:

@@ -31,6 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Measure the plan."""
+    shared_arguments.quantizer(arguments)  # refused before the model is opened
     return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _measured(arguments, model))
 
 

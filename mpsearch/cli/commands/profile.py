@@ -40,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Profile, and write the table."""
+    shared_arguments.quantizer(arguments)  # refused before the model is opened
     return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _profiled(arguments, model))
 
 

@@ -74,14 +74,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Search, and write the result into a folder."""
+    if arguments.max_passes is not None and arguments.effort != "default":
+        raise UsageError("--effort and --max-passes at once; give one of them")
+    shared_arguments.quantizer(arguments)  # refused before the model is opened
     return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _searched(arguments, model))
 
 
 def _searched(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
     metric = shared_arguments.metric(arguments.metric)
     loss = None if arguments.loss is None else load(arguments.loss, "loss")
-    if arguments.max_passes is not None and arguments.effort != "default":
-        raise UsageError("--effort and --max-passes at once; give one of them")
     quantizer = shared_arguments.quantizer(arguments)
     data = shared_arguments.data(arguments.data, model)
     further: dict[str, Any] = {

@@ -407,4 +407,7 @@ def weight_bytes(model: nn.Module) -> int:
     """Bytes of the parameters and buffers that lie in memory, also of those that are offloaded there; what shares memory counts once."""
     outside = [stored.values() for stored in offloaded_tensors(model).values() if isinstance(stored, InMemory)]
     tensors = [tensor for tensor in (*model.parameters(), *model.buffers(), *outside) if not tensor.is_meta]
-    return sum({tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+    plain = [tensor for tensor in tensors if tensor.layout is torch.strided]
+    others = [tensor for tensor in tensors if tensor.layout is not torch.strided]  # sparse ones have several memories
+    sizes = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in plain}
+    return sum(sizes.values()) + sum(tensor._nnz() * tensor.element_size() for tensor in others)
