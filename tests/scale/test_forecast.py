@@ -186,6 +186,7 @@ def limited(code):
 
 
 @linux
+@pytest.mark.slow  # thousands of samples in a batch
 def test_what_is_free_of_the_address_space_counts_before_work():
     """As where the kernel would stop the process: told, with the numbers."""
     done = limited("""
