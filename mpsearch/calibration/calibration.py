@@ -47,9 +47,10 @@ from mpsearch.calibration.forecasting import (
 )
 from mpsearch.calibration.identity import run_identity, title
 from mpsearch.calibration.plan_checks import check_plan, named_in, named_weights
-from mpsearch.calibration.plan_runs import PlanInModel, Reader
+from mpsearch.calibration.plan_in_model import PlanInModel
+from mpsearch.calibration.plan_runs import Reader, plan_runs
 from mpsearch.calibration.scoring import check_estimate, scored_table, warn_of_no_effect
-from mpsearch.calibration.streamed_plan_runs import plans_at_once, streamed_plan_runs
+from mpsearch.calibration.streamed_plan_runs import plans_at_once
 from mpsearch.calibration.tally import Tally
 from mpsearch.checkpoints.counting import CountingStore
 from mpsearch.checkpoints.memory import NoStore
@@ -616,9 +617,7 @@ class Calibration:
         self.run_by("the metric or the loss")
         with _Bars(self._progress)(None, len(data), "evaluate") as bar:
             blocks = None if self._runs_model(choice.metric) else self.blocks
-            for _, number, _ in streamed_plan_runs(
-                self.model, blocks, data, [in_model], plain, [quantized], self.output_layer
-            ):
+            for _, number, _ in plan_runs(self.model, data, [in_model], plain, [quantized], self.output_layer, blocks):
                 bar.update(number is not None)
         choice.warn()
         return quantized.result(plain.result(None))
@@ -654,8 +653,8 @@ class Calibration:
             together = plans_at_once(blocks, data)
             for first in range(0, len(plans), together):
                 part = in_model[first : first + together]
-                for _, plan_number, damage in streamed_plan_runs(
-                    self.model, blocks, data, part, choice.metric, [choice.metric] * len(part), self.output_layer
+                for _, plan_number, damage in plan_runs(
+                    self.model, data, part, choice.metric, [choice.metric] * len(part), self.output_layer, blocks
                 ):
                     if plan_number is not None and damage is not None:
                         sums, counts = torch.from_numpy(damage.sums), torch.from_numpy(damage.counts)

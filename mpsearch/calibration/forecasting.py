@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from mpsearch.calibration.families import estimates_of, planned_passes
-from mpsearch.calibration.plan_runs import PlanInModel, Reader, plan_run, unquantized_run
+from mpsearch.calibration.plan_in_model import PlanInModel
+from mpsearch.calibration.plan_runs import Reader, plan_run, unquantized_run
 from mpsearch.checkpoints.memory import NoStore
 from mpsearch.core import amounts
 from mpsearch.core.decision import Decision

@@ -4,10 +4,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import nn
-
-from mpsearch.calibration.plan_runs import Damage, PlanInModel, Reader, plan_run, plan_runs, unquantized_run
-from mpsearch.models.head import OutputLayer
+from mpsearch.calibration.plan_in_model import PlanInModel
 from mpsearch.models.running import Batch
 from mpsearch.models.streaming.blocks import Blocks
 
@@ -39,44 +36,6 @@ class PlanByBlocks:
         return self.parts[segment].inside()
 
 
-def streamed_plan_runs(
-    model: nn.Module,
-    blocks: Blocks | None,
-    batches: Sequence[Batch],
-    plans: Sequence[PlanInModel],
-    unquantized: Reader,
-    readers: Sequence[Reader],
-    layer: OutputLayer | None = None,
-) -> Iterator[tuple[int, int | None, Damage | None]]:
-    """`plan_runs` with the same results, that reads each block once for all plans and batches.
-
-    Without blocks, and for a metric that runs the model itself, it is `plan_runs`: of a model whose weights lie elsewhere each run reads
-    them all.
-
-    Args:
-        model: without any plan.
-        blocks: of the model, or None.
-        batches: B batches.
-        plans: N plans.
-        unquantized: reads the unquantized model.
-        readers: N, one a plan; the same for all where nothing is added up in them.
-        layer: that makes the output, where hidden states are to be held in place of many logits.
-
-    Yields:
-        as `plan_runs`.
-    """
-    if blocks is None or any(reader.runs_model for reader in (unquantized, *readers)):
-        yield from plan_runs(model, batches, plans, unquantized, readers, layer)
-        return
-    for number, there, plan in runs_in_blocks(blocks, batches, plans):
-        place = f"batch {number}"
-        if plan is None:
-            reference = unquantized_run(model, batches[number], unquantized, place, layer)
-            yield number, None, None
-        else:
-            yield number, plan, plan_run(model, batches[number], there, readers[plan], reference, place, layer)
-
-
 def runs_in_blocks(
     blocks: Blocks, batches: Sequence[Batch], plans: Sequence[PlanInModel]
 ) -> Iterator[tuple[int, PlanInModel, int | None]]:
@@ -101,11 +60,8 @@ def plans_at_once(blocks: Blocks | None, batches: Sequence[Batch]) -> int:
 
     Args:
         blocks: of the model, or None.
-        batches: that are run, the first of them about as large as the others.
+        batches: that are run.
     """
     if blocks is None:
         return 2**30
-    with blocks.resident(0):
-        _, hidden = blocks.enter(batches[0])
-    each_bytes = hidden.numel() * hidden.element_size() * len(batches)
-    return max(1, STATE_BYTES // max(each_bytes, 1) - 1)  # the model itself has a state too
+    return max(1, STATE_BYTES // max(blocks.state_bytes(batches), 1) - 1)  # the model itself has a state too

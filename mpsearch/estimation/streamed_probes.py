@@ -13,7 +13,6 @@ from torch import nn
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.probes import Output, Perturbation, ProbeKey
 from mpsearch.estimation.readings import Means, Probes, Readers, Readings
-from mpsearch.models.running import samples
 from mpsearch.models.streaming.blocks import ROOM_BYTES, Blocks
 from mpsearch.quantizers.fake_quantization import inputs, weights
 
@@ -36,14 +35,14 @@ def streamed(context: Context, probes: Probes, readers: Readers, bar: Any) -> Me
     readings = Readings(context, probes, readers, _ALL)
     total = len(context.batches)
     bar.update(total * (len(probes) - len(readings.todo)))
-    places = _Places(blocks)
+    shares = _shares(blocks)
     steps = _Steps(bar, total, blocks.number + 1)
     variants, unchanged = [], []
     for key in probes:
         if key in readings.todo:
             perturbation = probes[key].perturbation()
             if perturbation.weights or perturbation.inputs:
-                variants.append(_Variant(key, perturbation, places, steps))
+                variants.append(_Variant(key, perturbation, blocks, shares, steps))
             else:
                 unchanged.append(key)
     variants.sort(key=lambda variant: variant.first)
@@ -83,29 +82,11 @@ def _run(
         readings.finish(key)
 
 
-class _Places:
-    """In which segments weights and modules are used, and how much of a run lies behind a segment."""
-
-    def __init__(self, blocks: Blocks) -> None:
-        self.segments = range(blocks.number + 2)
-        self._found: dict[nn.Module | nn.Parameter, list[int]] = {}
-        sizes = []
-        for segment in self.segments:
-            parts = dict.fromkeys(part for module in blocks.modules(segment) for part in module.modules())
-            own = dict.fromkeys(parameter for part in parts for parameter in part.parameters(recurse=False))
-            held_here: list[nn.Module | nn.Parameter] = [*parts, *own]
-            for held in held_here:
-                self._found.setdefault(held, []).append(segment)
-            sizes.append(sum(parameter.numel() for parameter in own) if segment else 0)
-        self._behind = [sum(sizes[segment:]) / max(sum(sizes), 1) for segment in self.segments]
-
-    def of(self, held: nn.Module | nn.Parameter) -> Sequence[int]:
-        """Segments that use a weight or a module; all where that is not known."""
-        return self._found.get(held, self.segments)
-
-    def share(self, first: int) -> float:
-        """Part of a run from a segment on, by the weights: what comes before the blocks looks up, and does not multiply."""
-        return self._behind[first]
+def _shares(blocks: Blocks) -> list[float]:
+    """Part of a run from each segment on, by the weights: what comes before the blocks looks up, and does not multiply."""
+    sizes = [sum(own.numel() for own in blocks.parameters(segment)) for segment in range(1, blocks.number + 2)]
+    behind = [sum(sizes[segment:]) / max(sum(sizes), 1) for segment in range(len(sizes))]
+    return [behind[0], *behind]
 
 
 class _Steps:
@@ -131,7 +112,8 @@ class _Variant:
     Attributes:
         key: of the probe.
         perturbation: what it puts in.
-        places: where that is.
+        blocks: of the model.
+        shares: part of a run from each segment on.
         steps: is told how far it has come.
         first: segment where it departs.
         changed: it has put in something that was not there.
@@ -139,7 +121,8 @@ class _Variant:
 
     key: ProbeKey
     perturbation: Perturbation
-    places: _Places
+    blocks: Blocks
+    shares: Sequence[float]
     steps: _Steps
     first: int = field(init=False)
     changed: bool = field(init=False)
@@ -147,13 +130,13 @@ class _Variant:
 
     def __post_init__(self) -> None:
         held: list[nn.Module | nn.Parameter] = [*self.perturbation.weights, *self.perturbation.inputs]
-        self.first = min(min(self.places.of(part)) for part in held)
+        self.first = min(min(self.blocks.segments_of(part)) for part in held)
         self.changed = bool(self.perturbation.inputs)
 
     @property
     def share(self) -> float:
         """Part of a run that it takes."""
-        return self.places.share(self.first)
+        return self.shares[self.first]
 
     @contextlib.contextmanager
     def inside(self, segment: int) -> Iterator[None]:
@@ -161,27 +144,23 @@ class _Variant:
         made = {
             parameter: make()
             for parameter, make in self.perturbation.weights.items()
-            if segment in self.places.of(parameter)
+            if segment in self.blocks.segments_of(parameter)
         }
         self.changed = self.changed or any(not torch.equal(new, old.data) for old, new in made.items())
         functions = {
             module: function
             for module, function in self.perturbation.inputs.items()
-            if segment in self.places.of(module)
+            if segment in self.blocks.segments_of(module)
         }
         with weights(made), inputs(functions):
             yield
         if segment not in self._told:
             self._told.add(segment)
-            self.steps.add(1 / (self.places.segments[-1] - self.first + 1))
+            self.steps.add(1 / (self.blocks.number + 2 - self.first))
 
 
 def _together(context: Context, blocks: Blocks) -> int:
     """How many probes travel together, beside the unquantized model."""
-    with blocks.resident(0):
-        _, hidden = blocks.enter(context.batches[0])
-    per_sample = hidden.nbytes / max(samples(context.batches[0]), 1)
-    states_bytes = per_sample * sum(samples(batch) for batch in context.batches)
     free_bytes = shutil.disk_usage(tempfile.gettempdir()).free
     room_bytes = ROOM_BYTES + min(DISK_BYTES, free_bytes // 2)
-    return max(int(room_bytes / max(states_bytes, 1)) - 1, 1)
+    return max(int(room_bytes / max(blocks.state_bytes(context.batches), 1)) - 1, 1)

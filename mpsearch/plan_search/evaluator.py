@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mpsearch.calibration.plan_runs import PlanInModel, Reference, plan_run, unquantized_run
+from mpsearch.calibration.plan_in_model import PlanInModel
+from mpsearch.calibration.plan_runs import Reference, plan_run, unquantized_run
 from mpsearch.calibration.streamed_plan_runs import plans_at_once, runs_in_blocks
 from mpsearch.checkpoints.keys import PlanKey, PlanRuns
 from mpsearch.estimation.context import Context

@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from mpsearch.calibration.plan_runs import Damage
-from mpsearch.calibration.streamed_plan_runs import streamed_plan_runs
+from mpsearch.calibration.plan_runs import Damage, plan_runs
 from mpsearch.calibration.tally import Tally
 from mpsearch.core.evaluation import Evaluation
 from mpsearch.estimation.context import Context
@@ -60,8 +59,8 @@ def report_on(
     names = list(plans)
     runs = 2 if choice.metric.runs_model else 1
     blocks = None if choice.metric.runs_model else context.blocks
-    for number, plan_number, damage in streamed_plan_runs(
-        context.model, blocks, batches, in_model, plain, list(tallies.values())
+    for number, plan_number, damage in plan_runs(
+        context.model, batches, in_model, plain, list(tallies.values()), blocks=blocks
     ):
         meter.count(runs * samples(batches[number]))
         if plan_number is not None and damage is not None:

@@ -106,11 +106,7 @@ class _Sweep:
         if self.layer is not None:
             self.seen[last].discard(self.layer.module)
         self.weights = {
-            segment: [
-                w
-                for w in {p: None for top in blocks.modules(segment) for p in top.parameters()}
-                if w in self.places.column
-            ]
+            segment: [weight for weight in blocks.parameters(segment) if weight in self.places.column]
             for segment in range(last + 1)
         }
         both = set(self.weights[0]) & set(self.weights[last])

@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeGuard
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from mpsearch.errors import EstimatorError, MpsearchError
-from mpsearch.models.running import Batch, logits_of, output_of
+from mpsearch.models.modules.weights import layer_of, weight_of
+from mpsearch.models.running import Batch, logits_of, output_of, samples
 from mpsearch.models.streaming.offloading import at_rest, broken_off, resident
 from mpsearch.models.streaming.spilling import spilled
 
@@ -106,11 +109,33 @@ class Blocks:
         >>> [blocks.segment_of(name) for name in ("embed", "layers.0", "layers.1", "head")]
         [0, 1, 2, 3]
         """
-        for number, name in enumerate(self.names, 1):
-            if layer == name or layer.startswith(f"{name}."):
-                return number
-        behind = {name for name, module in self.model.named_modules() if module in self.behind}
-        return self.number + 1 if layer in behind else 0
+        module = layer_of(self.model, layer)
+        return min(self.segments_of(module if module in self._segments else weight_of(module)))
+
+    def segments_of(self, part: nn.Module | nn.Parameter) -> Sequence[int]:
+        """The segments that use a module or a weight; all where that is not known."""
+        return self._segments.get(part, range(self.number + 2))
+
+    @functools.cached_property
+    def _segments(self) -> dict[nn.Module | nn.Parameter, list[int]]:
+        segments: dict[nn.Module | nn.Parameter, list[int]] = {}
+        for segment in range(self.number + 2):
+            parts = dict.fromkeys(part for module in self.modules(segment) for part in module.modules())
+            for part in parts:
+                segments.setdefault(part, []).append(segment)
+            for parameter in self.parameters(segment):
+                segments.setdefault(parameter, []).append(segment)
+        return segments
+
+    def parameters(self, segment: int) -> list[nn.Parameter]:
+        """The weights that a segment uses, those that are tied once."""
+        return list(dict.fromkeys(own for module in self.modules(segment) for own in module.parameters()))
+
+    def state_bytes(self, batches: Sequence[Batch]) -> int:
+        """Bytes of the hidden states of one variant over batches, between two blocks, by those of the first batch."""
+        with torch.no_grad(), self.resident(0):
+            _, hidden = self.enter(batches[0])
+        return math.ceil(hidden.nbytes * sum(map(samples, batches)) / max(samples(batches[0]), 1))
 
     def modules(self, segment: int) -> tuple[nn.Module, ...]:
         """What runs in a segment."""
