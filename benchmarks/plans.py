@@ -40,7 +40,7 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.files.writing import write_atomically
 from mpsearch.metrics.statistics import Mean, kl_divergence
 from mpsearch.models.running import call, predictions, samples
-from mpsearch.quantizers.fake_quantization import weights
+from mpsearch.models.streaming.offloading import replaced
 from mpsearch.resources.memory import MemoryBytes
 from mpsearch.sensitivity import (
     Estimator,
@@ -137,7 +137,7 @@ class AdaQuant:
     def _damage(self, context: Context, references: Sequence[Tensor], values: Mapping[nn.Parameter, Tensor]) -> float:
         context.passes.add(1, forward=1)
         mean = Mean()
-        with weights(values):
+        with replaced(values):
             for batch, reference in zip(context.batches, references, strict=True):
                 logits, _, index = predictions(context.model, call(context.model, batch), batch)
                 mean.add(kl_divergence(reference, logits), index, samples(batch))
@@ -359,7 +359,7 @@ class HeldOut(Judge):
         options = [PRECISIONS.index(mps.Precision(b)) for b in bits.split()]
         values = {weight: row[p] for weight, row, p in zip(self._weights, self._cells, options, strict=True)}
         found = []
-        with torch.no_grad(), weights(values):
+        with torch.no_grad(), replaced(values):
             for batch, (reference, _, index) in zip(self._data, self._references, strict=True):
                 logits, _, _ = predictions(self._model, call(self._model, batch), batch)
                 damage = kl_divergence(reference, logits).double().numpy()

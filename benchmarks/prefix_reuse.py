@@ -28,7 +28,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import mpsearch as mps
 from mpsearch.files.writing import write_atomically
 from mpsearch.models.running import call
-from mpsearch.quantizers.fake_quantization import quantized_weight, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import quantized_weight
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import KLDivergence
 
@@ -61,7 +62,7 @@ def naive(model: nn.Module, batches: list[Any], quantizer: RoundToNearest) -> ND
         module = model.get_submodule(layer.name)
         for precision in PRECISIONS:
             value = quantized_weight(module, layer.name, precision, quantizer)
-            with weights({module.weight: value}):
+            with replaced({module.weight: value}):
                 pairs = zip(references, batches, strict=True)
                 found.append(
                     torch.cat([(log_p.exp() * (log_p - _log_p(model, x))).sum(-1) for log_p, x in pairs]).mean()

@@ -47,7 +47,8 @@ from mpsearch.metrics.ranking import kendall, spearman
 from mpsearch.metrics.statistics import Mean, kl_divergence
 from mpsearch.models.modules.weights import weight_of
 from mpsearch.models.running import Batch, call, data_fingerprint, fingerprint, predictions, samples, state_fingerprint
-from mpsearch.quantizers.fake_quantization import quantized_weight, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import quantized_weight
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import ESTIMATORS, Estimator, KLDivergence
 from mpsearch.solvers import Annealing
@@ -141,7 +142,7 @@ class Judge:
         if text not in self.known:
             mean = Mean()
             values = {weight: row[p] for weight, row, p in zip(self._weights, self._cells, options, strict=True)}
-            with torch.no_grad(), weights(values):
+            with torch.no_grad(), replaced(values):
                 for batch, (reference, _, index) in zip(self._held_out, self._references, strict=True):
                     logits, _, _ = predictions(self._model, call(self._model, batch), batch)
                     mean.add(kl_divergence(reference, logits), index, samples(batch))

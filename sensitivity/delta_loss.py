@@ -18,7 +18,8 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import wide
 from mpsearch.models.running import Batch, samples
-from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class DeltaLoss:
                 if function is not None:
                     hooks[module] = rounded(u, function)
             changes += [(u, w, differences[w]) for w in context.parameters(decision) if w in differences]
-        with torch.enable_grad(), weights(changed), inputs(hooks):
+        with torch.enable_grad(), replaced(changed), inputs(hooks):
             if reference is None:
                 loss = context.mean_loss(batch)
             else:

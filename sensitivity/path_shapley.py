@@ -19,7 +19,8 @@ from mpsearch.estimation.passes import Passes
 from mpsearch.metrics.metric import Comparison
 from mpsearch.metrics.statistics import log_softmax
 from mpsearch.models.running import Batch
-from mpsearch.quantizers.fake_quantization import input_quantizer, inputs, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import input_quantizer, inputs
 
 Floats = NDArray[np.float64]
 
@@ -182,7 +183,7 @@ class PathShapley:
         for node, node_weight in zip((nodes + 1) / 2, node_weights / 2, strict=True):
             at = {parameter: torch.lerp(starts[parameter], new, float(node)) for parameter, new in targets.items()}
             leaves.clear()
-            with torch.enable_grad(), weights(at), inputs(hooks(float(node), float(node_weight))):
+            with torch.enable_grad(), replaced(at), inputs(hooks(float(node), float(node_weight))):
                 try:
                     loss = damage()
                     points = [*targets, *leaves]
@@ -197,7 +198,7 @@ class PathShapley:
                     if g is not None and parameter in targets:
                         change = targets[parameter].double() - starts[parameter].double()
                         score[u] += float(node_weight) * float((g.double() * change).sum())
-        with torch.no_grad(), weights(targets), inputs(hooks(1.0, 0.0)):
+        with torch.no_grad(), replaced(targets), inputs(hooks(1.0, 0.0)):
             end = float(damage())
         context.passes.add(total, forward=1)
         for u, value in enumerate(score):

@@ -18,7 +18,7 @@ from mpsearch.metrics.statistics import wide
 from mpsearch.models.modules.weights import canonical, weight_of
 from mpsearch.models.observing import observed
 from mpsearch.models.running import call, samples
-from mpsearch.quantizers.fake_quantization import weights as replaced
+from mpsearch.models.streaming.offloading import replaced
 
 #: Hessians kept at once; more layers than fit are done in turns, each with a forward pass of its own.
 HESSIAN_BYTES = 2**30

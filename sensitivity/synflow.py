@@ -13,7 +13,7 @@ from mpsearch.estimation.gradients.hessian import differentiable_weights, gradie
 from mpsearch.estimation.passes import Passes
 from mpsearch.estimation.relative_error import cells_from_scores, unit_scores
 from mpsearch.models.running import call
-from mpsearch.quantizers.fake_quantization import weights as replaced
+from mpsearch.models.streaming.offloading import replaced
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,8 @@ from mpsearch.models.modules.weights import layer_of, weight_of
 from mpsearch.models.replay import Trace, record
 from mpsearch.models.running import Batch, predictions, targets_of
 from mpsearch.models.streaming.blocks import Blocks
-from mpsearch.models.streaming.offloading import resident
-from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, weights, with_input
+from mpsearch.models.streaming.offloading import replaced, resident
+from mpsearch.quantizers.fake_quantization import Ranges, input_quantizer, with_input
 from mpsearch.quantizers.quantizer import Quantizer
 from mpsearch.quantizers.rounded_weights import RoundedWeights
 
@@ -179,8 +179,8 @@ class Context:
         if function is not None:
             args, keywords = with_input(module, args, keywords, function)
         changed = precision.quantizes_weight and not layer.is_cache
-        replaced = {weight_of(module): self.quantized(layer, precision)} if changed else {}
-        with torch.no_grad(), weights(replaced):
+        values = {weight_of(module): self.quantized(layer, precision)} if changed else {}
+        with torch.no_grad(), replaced(values):
             output: Tensor = module.forward(*args, **keywords)
         return output
 

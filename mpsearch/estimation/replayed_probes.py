@@ -16,8 +16,8 @@ from mpsearch.metrics.pieces import piece_sizes
 from mpsearch.metrics.statistics import Mean
 from mpsearch.models.replay import Resumption
 from mpsearch.models.running import Batch, inputs_of
-from mpsearch.models.streaming.offloading import is_offloaded, resident
-from mpsearch.quantizers.fake_quantization import inputs, weights
+from mpsearch.models.streaming.offloading import is_offloaded, replaced, resident
+from mpsearch.quantizers.fake_quantization import inputs
 
 #: Most memory that the batches of a turn take between runs, beside the first.
 TURN_BYTES = 256 * 2**20
@@ -150,7 +150,7 @@ class _Run:
             values = {parameter: make() for parameter, make in perturbation.weights.items()}
             changed = bool(perturbation.inputs) or any(not torch.equal(new, old.data) for old, new in values.items())
         readings.start(key)
-        with weights(values), inputs(perturbation.inputs):
+        with replaced(values), inputs(perturbation.inputs):
             for (number, batch), run, reference in zip(turn, held, references, strict=True):
                 output = None
                 if changed:

@@ -14,7 +14,8 @@ from mpsearch.estimation.context import Context
 from mpsearch.estimation.probes import Output, Perturbation, ProbeKey
 from mpsearch.estimation.readings import Means, Probes, Readers, Readings
 from mpsearch.models.streaming.blocks import ROOM_BYTES, Blocks
-from mpsearch.quantizers.fake_quantization import inputs, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import inputs
 
 #: Most bytes of hidden states on disk; and no more than half of what is free there.
 DISK_BYTES = 16 * 2**30
@@ -152,7 +153,7 @@ class _Variant:
             for module, function in self.perturbation.inputs.items()
             if segment in self.blocks.segments_of(module)
         }
-        with weights(made), inputs(functions):
+        with replaced(made), inputs(functions):
             yield
         if segment not in self._told:
             self._told.add(segment)

@@ -203,7 +203,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
     Training flags, `requires_grad`, gradients, buffers, attributes with what is in them (`mpsearch.models.data.snapshot`), hooks and random
     states are put back; what a model keeps elsewhere (globals of its file) is not. Parameters are never written to: quantized weights
-    are put in their place and taken out again (`mpsearch.quantizers.fake_quantization.weights`).
+    are put in their place and taken out again (`mpsearch.models.streaming.offloading.replaced`).
     """
     restore = snapshot(model)
     grads = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]

@@ -16,7 +16,7 @@ from mpsearch.errors import EstimatorError
 from mpsearch.models.modules.kv_cache import KVCache
 from mpsearch.models.modules.weights import canonical, channel_axis, holds_weight, layer_of, restore, weight_of
 from mpsearch.models.running import Batch, call
-from mpsearch.models.streaming.offloading import Value, replaced, resident
+from mpsearch.models.streaming.offloading import replaced, resident
 from mpsearch.quantizers.packing import Codes
 from mpsearch.quantizers.quantizer import Quantizer
 
@@ -62,11 +62,6 @@ def rounded_weight(
                 f"the quantizer returned a weight that is not finite for layer {name!r} at {precision}"
             )
         return values, codes
-
-
-def weights(values: Mapping[nn.Parameter, Value]) -> contextlib.AbstractContextManager[None]:
-    """Values, or what makes them, in the place of parameters; the originals are set aside, not copied, and put back."""
-    return replaced(values)
 
 
 @contextlib.contextmanager
@@ -234,7 +229,7 @@ def quantized(
     values = quantized_weights(model, precisions, quantizer)
     functions = input_quantizers(model, precisions, quantizer, ranges)
     changed = bool(functions) or any(not torch.equal(value, parameter.data) for parameter, value in values.items())
-    with weights(values), inputs(functions):
+    with replaced(values), inputs(functions):
         yield changed
 
 

@@ -18,8 +18,9 @@ from mpsearch.estimation.estimator import Estimate
 from mpsearch.estimation.perturbation import one_at_a_time
 from mpsearch.models.hugging_face import model_of
 from mpsearch.models.running import call, state_stamp
+from mpsearch.models.streaming.offloading import replaced
 from mpsearch.models.streaming.stored import InFile
-from mpsearch.quantizers.fake_quantization import quantized_weight, weights
+from mpsearch.quantizers.fake_quantization import quantized_weight
 from mpsearch.quantizers.rounding import RoundToNearest
 from mpsearch.sensitivity import SQNR, CosineDistance, KLDivergence, LinearityCoefficients, MaskedKL, OutputMSE
 
@@ -110,7 +111,7 @@ def test_a_plain_loop_gives_the_same_table(tmp_path: Path) -> None:
     for row, layer in enumerate(table.layers):
         module: Any = model.get_submodule(layer.name)
         for column, option in enumerate(options):
-            with weights({module.weight: quantized_weight(module, layer.name, option, RoundToNearest())}):
+            with replaced({module.weight: quantized_weight(module, layer.name, option, RoundToNearest())}):
                 other = [call(model, batch).flatten(0, 1).double().log_softmax(-1) for batch in batches()]
             found[row, column] = float(
                 torch.cat([(p.exp() * (p - q)).sum(-1) for p, q in zip(plain, other, strict=True)]).mean()

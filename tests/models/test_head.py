@@ -17,7 +17,8 @@ from mpsearch.models.head import OutputLayer, output_layer
 from mpsearch.models.hugging_face import model_of
 from mpsearch.models.peak_memory import live_bytes
 from mpsearch.models.running import output_of, preserved
-from mpsearch.quantizers.fake_quantization import inputs, weights
+from mpsearch.models.streaming.offloading import replaced
+from mpsearch.quantizers.fake_quantization import inputs
 from mpsearch.sensitivity import (
     SQNR,
     CosineDistance,
@@ -180,7 +181,7 @@ def test_a_run_keeps_the_weights_and_the_inputs_that_it_had(bias, pieces):
     with torch.no_grad():
         before, plain = run(model, batch, layer), run(model, batch).rows
         new = {model.head.weight: model.head.weight.detach().round(decimals=1)}
-        with weights(new), inputs({model.head: lambda x: x.round(decimals=1)}):
+        with replaced(new), inputs({model.head: lambda x: x.round(decimals=1)}):
             after, expected = run(model, batch, layer), run(model, batch).rows
             torch.testing.assert_close(before.rows, plain)
     torch.testing.assert_close(after.rows, expected)

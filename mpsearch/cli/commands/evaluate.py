@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mpsearch.core.evaluation import Evaluation
+    from mpsearch.quantizers.quantizer import Quantizer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +32,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Measure the plan."""
-    shared_arguments.quantizer(arguments)  # refused before the model is opened
-    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _measured(arguments, model))
+    quantizer = shared_arguments.quantizer(arguments)  # refused before the model is opened
+    return shared_arguments.on_model(
+        arguments.model, arguments.memory, lambda model: _measured(arguments, model, quantizer)
+    )
 
 
-def _measured(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
+def _measured(arguments: argparse.Namespace, model: "nn.Module", quantizer: "Quantizer") -> Answer:
     plan = mps.Plan.load(arguments.plan)
-    quantizer = shared_arguments.quantizer(arguments)
     data = shared_arguments.data(arguments.data, model)
     calibration = None if arguments.calibration is None else shared_arguments.data(arguments.calibration, model)
     evaluation = mps.evaluate(

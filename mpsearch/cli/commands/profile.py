@@ -14,6 +14,8 @@ from mpsearch.models.loading import load, part
 if TYPE_CHECKING:
     from torch import nn
 
+    from mpsearch.quantizers.quantizer import Quantizer
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Arguments of the command."""
@@ -40,15 +42,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> Answer:
     """Profile, and write the table."""
-    shared_arguments.quantizer(arguments)  # refused before the model is opened
-    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _profiled(arguments, model))
+    quantizer = shared_arguments.quantizer(arguments)  # refused before the model is opened
+    return shared_arguments.on_model(
+        arguments.model, arguments.memory, lambda model: _profiled(arguments, model, quantizer)
+    )
 
 
-def _profiled(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
+def _profiled(arguments: argparse.Namespace, model: "nn.Module", quantizer: "Quantizer") -> Answer:
     from mpsearch.sensitivity import ESTIMATORS
 
     estimator = part(arguments.estimator, ESTIMATORS, "estimator", arguments.option)
-    quantizer = shared_arguments.quantizer(arguments)
     loss = arguments.loss if arguments.loss in (None, "kl", "cross-entropy") else load(arguments.loss, "loss")
     data = shared_arguments.data(arguments.data, model)
     precisions = mps.precisions(arguments.precisions)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from mpsearch.plan_search.proposers import Proposer
+    from mpsearch.quantizers.quantizer import Quantizer
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -76,14 +77,15 @@ def run(arguments: argparse.Namespace) -> Answer:
     """Search, and write the result into a folder."""
     if arguments.max_passes is not None and arguments.effort != "default":
         raise UsageError("--effort and --max-passes at once; give one of them")
-    shared_arguments.quantizer(arguments)  # refused before the model is opened
-    return shared_arguments.on_model(arguments.model, arguments.memory, lambda model: _searched(arguments, model))
+    quantizer = shared_arguments.quantizer(arguments)  # refused before the model is opened
+    return shared_arguments.on_model(
+        arguments.model, arguments.memory, lambda model: _searched(arguments, model, quantizer)
+    )
 
 
-def _searched(arguments: argparse.Namespace, model: "nn.Module") -> Answer:
+def _searched(arguments: argparse.Namespace, model: "nn.Module", quantizer: "Quantizer") -> Answer:
     metric = shared_arguments.metric(arguments.metric)
     loss = None if arguments.loss is None else load(arguments.loss, "loss")
-    quantizer = shared_arguments.quantizer(arguments)
     data = shared_arguments.data(arguments.data, model)
     further: dict[str, Any] = {
         name: None if spec is None else shared_arguments.data(spec, model)

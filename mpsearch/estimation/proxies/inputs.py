@@ -22,7 +22,7 @@ from mpsearch.models.modules.operand import Operand
 from mpsearch.models.modules.weights import channel_axis, weight_of
 from mpsearch.models.observing import input_of
 from mpsearch.models.running import call, samples
-from mpsearch.quantizers.fake_quantization import weights as replaced
+from mpsearch.models.streaming.offloading import replaced
 
 
 def weight_inputs(
