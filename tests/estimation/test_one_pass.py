@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import mpsearch as mps
-from mpsearch.estimation.gradients import one_pass
+from mpsearch.estimation.gradients import head_pass
 from mpsearch.models.running import predictions
 from mpsearch.sensitivity import (
     DeltaLoss,
@@ -822,11 +822,11 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, options):
             raise _Stop
         return forward(context, batch, number)
 
-    forward = one_pass.predicted  # type: ignore[attr-defined]
+    forward = head_pass.predicted  # type: ignore[attr-defined]
     options = mps.precisions(options)
     whole = profile(model, batches, family, own, options)
     with monkeypatch.context() as patch:
-        patch.setattr(one_pass, "predicted", broken)
+        patch.setattr(head_pass, "predicted", broken)
         with pytest.raises(_Stop):
             profile(model, batches, family, own, options, checkpoint=tmp_path / "run.db")
     resumed = profile(model, batches, family, own, options, checkpoint=tmp_path / "run.db")

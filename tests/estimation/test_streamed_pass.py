@@ -1,7 +1,5 @@
 """The sweep over a model whose weights lie elsewhere against that over the same model with its weights."""
 
-import logging
-
 import numpy as np
 import pytest
 import torch
@@ -27,6 +25,7 @@ from mpsearch.sensitivity import (
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
+pytestmark = pytest.mark.usefixtures("quiet_offloading")
 
 SIZES = {
     "hidden_size": 32,
@@ -46,17 +45,6 @@ OTHERS = [
     HessianAugmented(),
     KFACDiagonal(),
 ]
-
-
-@pytest.fixture(autouse=True)
-def quiet():
-    """Accelerate tells of every model that it offloads."""
-    logger = logging.getLogger("accelerate")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    yield
-    logger.setLevel(before)
 
 
 def llama(folder, dtype=torch.float32, **changed):

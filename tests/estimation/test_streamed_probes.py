@@ -1,8 +1,6 @@
 """Probes of offloaded models against the same models in memory, and against a plain loop."""
 
-import logging
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,10 @@ from mpsearch.sensitivity import SQNR, CosineDistance, KLDivergence, LinearityCo
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
+pytestmark = [
+    pytest.mark.usefixtures("quiet_offloading"),
+    pytest.mark.filterwarnings("ignore::mpsearch.MpsearchWarning"),
+]
 
 SIZES: dict[str, Any] = {
     "hidden_size": 16,
@@ -35,19 +37,6 @@ SIZES: dict[str, Any] = {
 }
 TEXT = SIZES | {"vocab_size": 40, "max_position_embeddings": 32}
 OPTIONS = mps.precisions("w2 w4a8 w16")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Accelerate tells of every model that it offloads."""
-    logger = logging.getLogger("accelerate")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", mps.MpsearchWarning)
-        yield
-    logger.setLevel(before)
 
 
 def saved(kind: str, folder: Path) -> str:

@@ -1,6 +1,6 @@
 """The end of a model in pieces: backward passes through the layer that makes many logits, which is scored by what the pieces tell."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from mpsearch.core.layer import Layer
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
-from mpsearch.estimation.gradients.backward_pass import BackwardPass, Places, Quantity
+from mpsearch.estimation.gradients.backward_pass import BackwardPass, Check, Places, Quantity
 from mpsearch.estimation.gradients.hidden_gradients import Target, hidden_gradients, piece_target
-from mpsearch.estimation.gradients.targets import GradientTarget
+from mpsearch.estimation.gradients.targets import GradientTarget, Predicted, predicted
 from mpsearch.metrics.metric import Comparison, by_sample, inner_product
 from mpsearch.metrics.pieces import all_finite, by_pieces
 from mpsearch.metrics.runs import Run
@@ -55,6 +55,49 @@ def seen_modules(model: nn.Module, layer: OutputLayer) -> set[nn.Module]:
     """All modules whose calls are seen in a run without the layer."""
     operands = operands_of(model)
     return {*model.modules(), *operands.decided.values(), *operands.reads.values()} - {layer.module}
+
+
+def forward_pass(context: Context, layer: OutputLayer | None, batch: Batch, number: int) -> "Predicted | HeadPass":
+    """One forward pass, up to the layer where there is one to leave out."""
+    return predicted(context, batch, number) if layer is None else run_before(context, layer, batch, number)
+
+
+def backward_passes(
+    context: Context,
+    places: Places,
+    output: "Predicted | HeadPass",
+    number: int,
+    wanted: Mapping[GradientTarget, frozenset[Quantity]],
+    token_factors: Mapping[GradientTarget, Tensor | None],
+) -> Iterator[tuple[BackwardPass, Tensor, Check | None, bool]]:
+    """The backward passes of a batch that are to be run, one after the other.
+
+    Args:
+        context: of the run.
+        places: where things stand.
+        output: of the forward pass.
+        number: of the batch; on the first, weights require gradients, and the first pass checks them.
+        wanted: what is asked of each target.
+        token_factors: of each target.
+
+    Yields:
+        the pass, the scalar that it differentiates, its check, and whether the graph is needed again.
+    """
+    runs = [(target, draw) for target in wanted for draw in range(target.draws)]
+    for place, (target, draw) in enumerate(runs):
+        passed = BackwardPass(
+            context,
+            places,
+            output.samples,
+            output.counts(target),
+            number,
+            target,
+            draw,
+            wanted[target],
+            token_factors[target],
+        )
+        scalar = output.scalar(passed) if isinstance(output, HeadPass) else output.scalar(target, draw, number)
+        yield passed, scalar, Check(places) if number == place == 0 else None, place + 1 < len(runs)
 
 
 def run_before(context: Context, layer: OutputLayer, batch: Batch, number: int) -> "HeadPass":
@@ -101,6 +144,11 @@ class HeadPass:
     def index(self) -> Tensor:
         """(N,) sample of each prediction."""
         return self.run.index
+
+    @property
+    def logits(self) -> Tensor:
+        """(N, H) hidden states in the graph, in the place of logits."""
+        return self.run.held
 
     @property
     def head(self) -> Head:

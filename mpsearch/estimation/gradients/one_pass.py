@@ -9,12 +9,12 @@ from torch import nn
 from mpsearch.checkpoints.keys import SweepKey, SweepState
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.estimator import Estimate
-from mpsearch.estimation.gradients.backward_pass import BackwardPass, Check, Gradients, Places, Quantity
-from mpsearch.estimation.gradients.head_pass import HeadPass, layer_in_pieces, run_before, seen_modules
+from mpsearch.estimation.gradients.backward_pass import Gradients, Places, Quantity
+from mpsearch.estimation.gradients.head_pass import backward_passes, forward_pass, layer_in_pieces, seen_modules
 from mpsearch.estimation.gradients.hessian import require_gradients
 from mpsearch.estimation.gradients.layer_calls import LayerCalls, Layout
 from mpsearch.estimation.gradients.streamed_pass import steps_of, streamed_gradients
-from mpsearch.estimation.gradients.targets import GradientTarget, predicted
+from mpsearch.estimation.gradients.targets import GradientTarget
 from mpsearch.models.fingerprints import described, digest
 from mpsearch.models.running import Batch
 from mpsearch.models.streaming.offloading import is_offloaded
@@ -132,34 +132,18 @@ def _over(
     """The passes over one batch, each as it is done."""
     total = len(context.batches)
     token_factors = {target: target.token_factors(context.model, batch) for target in wanted}
-    checking = number == 0
     layer = layer_in_pieces(context, places, wanted)
     modules = None if layer is None else seen_modules(context.model, layer)
     layer_calls = LayerCalls(context.model, {**places.column, **places.caches}, places.by_module, batch, known, modules)
     try:
         for weight in places.column:
-            weight.requires_grad_(checking)
-        output = predicted(context, batch, number) if layer is None else run_before(context, layer, batch, number)
+            weight.requires_grad_(number == 0)  # which is checked
+        output = forward_pass(context, layer, batch, number)
         context.passes.add(total, forward=1)
-        rows = output.run.held if isinstance(output, HeadPass) else output.logits
-        if layer_calls.resolve(rows, output.index, places.name):
+        if layer_calls.resolve(output.logits, output.index, places.name):
             context.passes.add(total, backward=1)
-        runs = [(target, draw) for target in wanted for draw in range(target.draws)]
-        for place, (target, draw) in enumerate(runs):
-            passed = BackwardPass(
-                context,
-                places,
-                output.samples,
-                output.counts(target),
-                number,
-                target,
-                draw,
-                wanted[target],
-                token_factors[target],
-            )
-            scalar = output.scalar(passed) if isinstance(output, HeadPass) else output.scalar(target, draw, number)
-            check = Check(places) if checking and place == 0 else None
-            passed.run(layer_calls, scalar, retain=place + 1 < len(runs), check=check)
+        for passed, scalar, check, retain in backward_passes(context, places, output, number, wanted, token_factors):
+            passed.run(layer_calls, scalar, retain=retain, check=check)
             context.passes.add(total, backward=1)
             yield passed.finish()
     finally:

@@ -11,9 +11,9 @@ from torch.utils._pytree import tree_iter
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.backward_pass import BackwardPass, Check, Gradients, Places, Quantity
-from mpsearch.estimation.gradients.head_pass import HeadPass, layer_in_pieces, run_before
+from mpsearch.estimation.gradients.head_pass import backward_passes, forward_pass, layer_in_pieces
 from mpsearch.estimation.gradients.layer_calls import LayerCalls, Layout
-from mpsearch.estimation.gradients.targets import GradientTarget, predicted
+from mpsearch.estimation.gradients.targets import GradientTarget
 from mpsearch.models.modules.weights import operands_of
 from mpsearch.models.running import Batch
 from mpsearch.models.streaming.blocks import ROOM_BYTES, Blocks, Entered
@@ -159,7 +159,7 @@ class _Sweep:
             for weight in self.weights[segment]:
                 weight.requires_grad_(checking)
             if segment > self.blocks.number:
-                self._behind(number, layer_calls, checking)
+                self._behind(number, layer_calls)
             elif segment or self.weights[0] or self.places.caches:
                 self._through(segment, number, layer_calls, checking)
         except BaseException as error:
@@ -176,38 +176,24 @@ class _Sweep:
             self.context.model, weights, self.places.by_module, self.batches[number], self.known, self.seen[segment]
         )
 
-    def _behind(self, number: int, layer_calls: LayerCalls, checking: bool) -> None:
+    def _behind(self, number: int, layer_calls: LayerCalls) -> None:
         """The end of the model, and the loss."""
         context, last, batch = self.context, self.blocks.number + 1, self.batches[number]
         state = self.held[last, number].detach().requires_grad_()
         self.held.pop((last, number))
         with self.blocks.behind_blocks(self.entered[number], state.clone()):
-            layer = self.layer
-            output = predicted(context, batch, number) if layer is None else run_before(context, layer, batch, number)
-        rows = output.run.held if isinstance(output, HeadPass) else output.logits
-        resolved = layer_calls.resolve(rows, output.index, self.places.name)
-        self.by_second[number] = layer_calls.by_second(state, rows, output.index)
-        runs = [(target, draw) for target in self.wanted for draw in range(target.draws)]
-        context.passes.add(len(context.batches), forward=2, backward=len(runs) + resolved)
+            output = forward_pass(context, self.layer, batch, number)
+        resolved = layer_calls.resolve(output.logits, output.index, self.places.name)
+        self.by_second[number] = layer_calls.by_second(state, output.logits, output.index)
+        draws = sum(target.draws for target in self.wanted)
+        context.passes.add(len(context.batches), forward=2, backward=draws + resolved)
         self.passes[number] = []
-        for place, (target, draw) in enumerate(runs):
-            passed = BackwardPass(
-                context,
-                self.places,
-                output.samples,
-                output.counts(target),
-                number,
-                target,
-                draw,
-                self.wanted[target],
-                self.token_factors[number][target],
-            )
-            scalar = output.scalar(passed) if isinstance(output, HeadPass) else output.scalar(target, draw, number)
-            check = Check(self.places) if checking and place == 0 else None
-            retain = place + 1 < len(runs)
-            (self.held[place, number, "slope"],) = passed.run(
+        for passed, scalar, check, retain in backward_passes(
+            context, self.places, output, number, self.wanted, self.token_factors[number]
+        ):
+            self.held[len(self.passes[number]), number, "slope"] = passed.run(
                 layer_calls, scalar, None, [state], retain=retain, check=check
-            )
+            )[0]
             self.passes[number].append(passed)
 
     def _through(self, segment: int, number: int, layer_calls: LayerCalls, checking: bool) -> None:

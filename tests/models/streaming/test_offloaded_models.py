@@ -1,7 +1,6 @@
 """Offloaded models against the same models with their values in memory."""
 
 import contextlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,17 +20,7 @@ from mpsearch.models.streaming.stored import InFile
 
 transformers = pytest.importorskip("transformers")
 accelerate = pytest.importorskip("accelerate")
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    """Accelerate tells of every model that it offloads."""
-    logger = logging.getLogger("accelerate")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
-    transformers.logging.disable_progress_bar()
-    yield
-    logger.setLevel(before)
+pytestmark = pytest.mark.usefixtures("quiet_offloading")
 
 
 SIZES = {
