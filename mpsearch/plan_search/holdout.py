@@ -60,7 +60,7 @@ def report_on(
     runs = 2 if choice.metric.runs_model else 1
     blocks = None if choice.metric.runs_model else context.blocks
     for number, plan_number, damage in plan_runs(
-        context.model, batches, in_model, plain, list(tallies.values()), blocks=blocks
+        context.model, batches, in_model, plain, list(tallies.values()), context.output_layer, blocks
     ):
         meter.count(runs * samples(batches[number]))
         if plan_number is not None and damage is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import mpsearch as mps
+from mpsearch.calibration import plan_runs
 from mpsearch.estimation.gradients import hidden_gradients
 from mpsearch.estimation.surrogate import OutputShifts
 from mpsearch.metrics.registry import METRICS
@@ -225,6 +226,21 @@ def test_searches_in_pieces_end_as_at_once(monkeypatch):
     found = searched()
     assert dict(found.plan) == dict(expected.plan)
     np.testing.assert_allclose(found.plans.damage, expected.plans.damage, rtol=2e-5, atol=1e-9)
+
+
+def test_the_report_of_a_search_holds_no_logits(pieces, monkeypatch):
+    layers = []
+    runs = plan_runs.unquantized_run
+
+    def noted(model, batch, reader, place, layer=None):
+        layers.append(layer)
+        return runs(model, batch, reader, place, layer)
+
+    monkeypatch.setattr(plan_runs, "unquantized_run", noted)  # plans of the search itself have another door to it
+    batches, options = data(6), mps.precisions("w2 w3 w4 w8")
+    mps.search(Text().eval(), batches, mps.Budget(average_bits=3), options, effort="fast", progress=False)
+    assert layers
+    assert None not in layers
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

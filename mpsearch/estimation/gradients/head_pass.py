@@ -21,7 +21,7 @@ from mpsearch.models.modules.weights import holders, holds_weight, operands_of, 
 from mpsearch.models.running import Batch, logits_of, output_of, predictions, samples
 
 #: Quantities in which the gradients of all calls of a weight are added before they are squared.
-_ADDED_FIRST: frozenset[Quantity] = frozenset({"squared_norm", "importance"})
+ADDED_FIRST: frozenset[Quantity] = frozenset({"squared_norm", "importance"})
 
 
 def layer_in_pieces(
@@ -43,7 +43,7 @@ def layer_in_pieces(
     needs = frozenset[Quantity]().union(*wanted.values())
     weight = layer.module.weight
     shared = sum(holds_weight(module) and weight_of(module) is weight for module in holders(context.model)) > 1
-    if "factors" in needs or (shared and needs & _ADDED_FIRST):
+    if "factors" in needs or (shared and needs & ADDED_FIRST):
         return None
     whole = (
         target.token_weights is not None or (target.kind == "given" and metric.kind != "classes") for target in wanted
@@ -203,7 +203,7 @@ class _OwnGradient:
         self.layer = self.passed.places.by_module.get(self.end.layer.module)
         needs = self.passed.needs
         self.changes = self.passed.held_changes(self.weight) if "projection" in needs else []
-        self.wanted = bool(self.changes) or bool(needs & _ADDED_FIRST)
+        self.wanted = bool(self.changes) or bool(needs & ADDED_FIRST)
         self.sample = -1
         self.gradient: Tensor | None = None  # (C, H), of the rows of the sample so far
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_iter
 from mpsearch.errors import EstimatorError
 from mpsearch.estimation.context import Context
 from mpsearch.estimation.gradients.backward_pass import BackwardPass, Check, Gradients, Places, Quantity
-from mpsearch.estimation.gradients.head_pass import backward_passes, forward_pass, layer_in_pieces
+from mpsearch.estimation.gradients.head_pass import ADDED_FIRST, backward_passes, forward_pass, layer_in_pieces
 from mpsearch.estimation.gradients.layer_calls import LayerCalls, Layout
 from mpsearch.estimation.gradients.targets import GradientTarget
 from mpsearch.models.modules.weights import operands_of
@@ -21,9 +21,6 @@ from mpsearch.models.streaming.spilling import Spill, spilled
 
 #: Most that the inputs of all blocks take on disk; more batches than fit take another two readings.
 DISK_BYTES = 64 * 2**30
-
-#: Quantities in which the gradients of all calls of a weight are added before they are squared.
-_ADDED_FIRST: frozenset[Quantity] = frozenset({"squared_norm", "importance", "factors"})
 
 
 def steps_of(blocks: Blocks) -> int:
@@ -110,7 +107,7 @@ class _Sweep:
             for segment in range(last + 1)
         }
         both = set(self.weights[0]) & set(self.weights[last])
-        if both and frozenset().union(*self.wanted.values()) & _ADDED_FIRST:
+        if both and frozenset().union(*self.wanted.values()) & (ADDED_FIRST | {"factors"}):
             name = self.places.name(next(iter(both)))
             raise EstimatorError(
                 f"the weight of layer {name!r} is used before the blocks and behind them, and the weights of the model lie elsewhere: its "
